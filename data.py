@@ -1,0 +1,475 @@
+"""Text in, training steps out: documents -> token ids, each document closed by EOS -> fixed-length blocks -> steps.
+
+    doc A          doc B        doc C
+    a a a a EOS    b b EOS      c c c c c EOS          every document ends with EOS
+    |-- block 0 --| a|...                              one long row, cut into blocks of seq_len + 1 tokens:
+     input_ids = block[:-1], labels = block[1:]        the label of a position is the token that follows it
+
+What a step trains on is a function of (config, step). Global sample k is position k % N in the permutation of epoch
+k // N, drawn from (seed, epoch). So a resume, another number of workers or a split over processes sees the same
+samples, by arithmetic. A stream cannot jump; it carries its position inside the step it yields.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from support.cli import UserError
+from support.config import Config, DataConfig
+from support.hub import open_dataset
+from support.loss import IGNORE
+from tokenizer import EOS_TEXT, Tokenizer
+
+Batch = dict[str, Tensor]
+SHUFFLE_GROUP = 1000  # documents of a stream that are shuffled among themselves
+STREAM_VAL_DOCS = 200
+STREAM_TOKENIZER_DOCS = 2000  # documents of a stream that a bpe tokenizer is trained on
+
+
+# ---- documents ----------------------------------------------------------------------------------------------------
+
+
+def find_files(path: str) -> list[Path]:
+    """The .txt and .jsonl files a path means: itself, those in a folder (at any depth), or those of a glob."""
+    if os.path.isdir(path):
+        files = [p for p in Path(path).rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file()]
+    else:
+        files = [Path(path)] if os.path.isfile(path) else [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    if not files:
+        raise UserError(f"data.path={path}: no .txt or .jsonl file there; give a file, a folder or a quoted glob")
+    for file in files:
+        if file.suffix in (".parquet", ".json"):
+            raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}")
+    return sorted(files)
+
+
+def read_lines(file: Path, errors: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, line ends as \\n. Raises UserError with the byte offset of what is no text."""
+    offset = 0
+    with open(file, "rb") as stream:
+        for raw in stream:
+            if b"\0" in raw and errors == "strict":
+                raise UserError(f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
+                                "convert it, or read it as it is with --override data.errors=replace")
+            try:
+                line = raw.decode("utf-8-sig" if offset == 0 else "utf-8", errors=errors)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
+                                "convert the file, or put U+FFFD in its place with --override data.errors=replace") from None
+            offset += len(raw)
+            yield line[:-2] + "\n" if line.endswith("\r\n") else line
+
+
+def read_documents(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[str]:
+    """Documents of one file: the rows of a .jsonl, else the text between lines that are `<|endoftext|>` and nothing
+    more, else the whole file. Empty ones are left out."""
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(read_lines(file, errors), 1):
+            if line.strip():
+                yield row_text(parse_json_row(line, f"{file}, line {number}"), text_field, f"{file}, line {number}")
+        return
+    document: list[str] = []
+    for line in read_lines(file, errors):
+        if line.strip() == EOS_TEXT:
+            yield "".join(document).strip("\n")
+            document = []
+        else:
+            document.append(line)
+    yield "".join(document)
+
+
+def parse_json_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object; write {{\"text\": \"...\"}}")
+    return row
+
+
+def row_text(row: dict, text_field: str, where: str) -> str:
+    text = row.get(text_field)
+    if not isinstance(text, str):
+        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); set data.text_field")
+    return text
+
+
+class DocumentStream:
+    """Documents of a Hugging Face dataset, one by one, with a position that can be saved and restored.
+
+    The first `skip` rows belong to validation; at most `limit` follow. `position()` says where reading stands.
+    """
+
+    def __init__(self, dataset, text_field: str, skip: int = 0, limit: int | None = None):
+        self.dataset, self.text_field, self.skip, self.limit = dataset, text_field, skip, limit
+        self.rows_read = 0
+
+    def position(self) -> dict:
+        return {"rows_read": self.rows_read, "dataset": self.dataset.state_dict()}
+
+    def read(self, position: dict | None) -> Iterator[str]:
+        """Documents from `position` (None: the start) to the end."""
+        self.rows_read = position["rows_read"] if position else 0
+        self.dataset.load_state_dict(position["dataset"] if position else self.start_state)
+        for row in self.dataset:
+            if self.limit is not None and self.rows_read >= self.skip + self.limit:
+                return
+            self.rows_read += 1
+            if self.rows_read > self.skip and (text := row_text(row, self.text_field, f"row {self.rows_read}")):
+                yield text
+
+    @property
+    def start_state(self) -> dict:
+        if not hasattr(self, "_start_state"):
+            self._start_state = self.dataset.state_dict()
+        return self._start_state
+
+    def __iter__(self) -> Iterator[str]:
+        return self.read(None)
+
+
+@dataclass
+class Corpus:
+    """Documents cut into a training and a validation part. `train` is a list, or a stream."""
+
+    train: list[str] | DocumentStream
+    val: list[str]
+
+
+def split_documents(documents: list[str], val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """Cut whole documents, drawn by `seed`, off for validation until they hold `val_fraction` of the characters. Of a
+    single document, its end."""
+    if len(documents) == 1:
+        cut = int(len(documents[0]) * (1 - val_fraction))
+        return [documents[0][:cut]], [documents[0][cut:]]
+    wanted, chosen = val_fraction * sum(map(len, documents)), set()
+    for i in np.random.default_rng(seed).permutation(len(documents))[:-1]:  # at least one is left to train on
+        chosen.add(int(i))
+        wanted -= len(documents[i])
+        if wanted <= 0:
+            break
+    return ([d for i, d in enumerate(documents) if i not in chosen], [d for i, d in enumerate(documents) if i in chosen])
+
+
+def load_corpus(config: Config) -> Corpus:
+    """The documents the config names, validation cut off before anything else sees them. Raises UserError."""
+    data = config.data
+    if data.source == "hf":
+        return load_hf_corpus(data, config.seed)
+    train = text_documents(data.path, data)
+    if data.val_path:
+        return Corpus(train, text_documents(data.val_path, data))
+    return Corpus(*split_documents(train, data.val_fraction, config.seed))
+
+
+def text_documents(path: str, data: DataConfig) -> list[str]:
+    files = find_files(path)
+    documents = [d for file in files for d in read_documents(file, data.text_field, data.errors) if d.strip()]
+    if not documents:
+        raise UserError(f"{path} holds no text ({len(files)} file{'s' * (len(files) > 1)}, {sum(f.stat().st_size for f in files)} bytes); "
+                        "give a file with some")
+    return documents
+
+
+def load_hf_corpus(data: DataConfig, seed: int) -> Corpus:
+    def open_split(split: str):
+        return open_dataset(data.dataset, data.config, split, data.path, data.revision, data.streaming)
+
+    def documents(rows: Iterable[dict], limit: int | None) -> list[str]:
+        texts = (row_text(row, data.text_field, f"row {i}") for i, row in zip(range(limit or 2**63), rows, strict=False))
+        return [text for text in texts if text]
+
+    val = documents(open_split(data.val_split), data.val_docs) if data.val_split else None
+    if data.streaming:
+        skip = 0 if val else data.val_docs or STREAM_VAL_DOCS
+        val = val or documents(open_split(data.split), skip)
+        corpus = Corpus(DocumentStream(open_split(data.split), data.text_field, skip, data.train_docs), val)
+        if next(iter(corpus.train), None) is None:
+            raise UserError(f"data.dataset={data.dataset}: nothing is left to train on after {skip} validation documents; lower data.val_docs")
+        return corpus
+    rows = open_split(data.split)
+    if val is None and data.val_docs:
+        order = np.random.default_rng(seed).permutation(len(rows))
+        val, rows = documents(rows.select(np.sort(order[:data.val_docs])), None), rows.select(np.sort(order[data.val_docs:]))
+    train = documents(rows, data.train_docs)
+    if not train:
+        raise UserError(f"data.dataset={data.dataset}: no document to train on; check data.split={data.split} and data.val_docs={data.val_docs}")
+    return Corpus(train, val) if val is not None else Corpus(*split_documents(train, data.val_fraction, seed))
+
+
+# ---- blocks -------------------------------------------------------------------------------------------------------
+
+
+def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents as one row of ids, EOS behind each; uint16 where the vocabulary allows."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    documents, pieces = list(documents), [np.empty(0, dtype)]
+    for start in range(0, len(documents), 1000):
+        for ids in tokenizer.encode_batch(documents[start:start + 1000]):
+            pieces.append(np.array(ids + [tokenizer.eos_id], dtype))
+    return np.concatenate(pieces)
+
+
+def document_segments(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
+    """The number of the document each position belongs to, (B, T): it grows behind every EOS. a EOS b b -> 0 0 1 1."""
+    segments = np.zeros(input_ids.shape, np.int64)
+    segments[:, 1:] = (input_ids[:, :-1] == eos_id).cumsum(axis=1)
+    return segments
+
+
+def make_batch(rows: np.ndarray, labels: np.ndarray, mask_eos: int | None) -> Batch:
+    """Tensors for blocks (B, T + 1): input_ids, labels and, with a document mask, segments, each (B, T)."""
+    batch = {"input_ids": rows[:, :-1], "labels": labels}
+    if mask_eos is not None:
+        batch["segments"] = document_segments(rows[:, :-1], mask_eos)
+    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in batch.items()}
+
+
+class PackedLMDataset(Dataset):
+    """Blocks of a row of tokens in memory. Item i is the block that starts at token i * stride.
+
+    The tokens behind the last full block are left out (`n_dropped`), or, with `pad_last`, make one more block whose
+    missing labels are -100: so every token but the first is predicted exactly once when stride equals seq_len.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, stride: int | None = None, pad_last: bool = False, mask_eos: int | None = None):
+        self.tokens, self.seq_len, self.stride, self.mask_eos = tokens, seq_len, stride or seq_len, mask_eos
+        spare = len(tokens) - 1 - seq_len  # where the last full block could start
+        self.n_blocks = -(-spare // self.stride) + 1 if pad_last else spare // self.stride + 1
+        self.n_blocks = max(self.n_blocks, int(pad_last and len(tokens) > 1), 0)
+        self.n_dropped = max(0, len(tokens) - 1 - ((self.n_blocks - 1) * self.stride + seq_len)) if self.n_blocks else len(tokens)
+
+    def __len__(self) -> int:
+        return self.n_blocks
+
+    def __getitem__(self, i: int) -> Batch:
+        return {name: tensor[0] for name, tensor in self.batch([i]).items()}
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """Several blocks at once, each tensor (B, T)."""
+        position = np.asarray(indices)[:, None] * self.stride + np.arange(self.seq_len + 1)  # (B, T + 1)
+        rows = self.tokens[np.minimum(position, len(self.tokens) - 1)].astype(np.int64)
+        labels = np.where(position[:, 1:] < len(self.tokens), rows[:, 1:], IGNORE)
+        return make_batch(rows, labels, self.mask_eos)
+
+
+# ---- steps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How one optimizer step is cut up: accum micro-batches on each of `world` processes, of which this is `rank`."""
+
+    micro_batch_size: int
+    grad_accum_steps: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one step, over all processes."""
+        return self.micro_batch_size * self.grad_accum_steps * self.world
+
+    def micro_index(self, step: int, micro: int) -> int:
+        """The number of a micro-batch in the whole run; it names its blocks and seeds its dropout."""
+        return (step * self.grad_accum_steps + micro) * self.world + self.rank
+
+
+class IndexedSteps(Dataset):
+    """Item `step` is the list of micro-batches of that optimizer step, whoever asks and whenever."""
+
+    def __init__(self, blocks: PackedLMDataset, shape: StepShape, seed: int, shuffle: bool, n_steps: int):
+        self.blocks, self.shape, self.seed, self.shuffle, self.n_steps = blocks, shape, seed, shuffle, n_steps
+        self.permutation = lru_cache(maxsize=2)(self._permutation)
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
+
+    def block_of(self, sample: int) -> int:
+        """The block that global sample k = 0, 1, ... trains on."""
+        epoch, position = divmod(sample, len(self.blocks))
+        return int(self.permutation(epoch)[position]) if self.shuffle else position
+
+    def samples(self, step: int, micro: int) -> range:
+        first = self.shape.micro_index(step, micro) * self.shape.micro_batch_size
+        return range(first, first + self.shape.micro_batch_size)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self.blocks.batch([self.block_of(k) for k in self.samples(step, micro)]) for micro in range(self.shape.grad_accum_steps)]
+
+
+class StepSampler(Sampler):
+    """Steps start, start + 1, ... Its length is that of the whole run: Lightning counts from the run's beginning."""
+
+    def __init__(self, start: int, n_steps: int):
+        self.start, self.n_steps = start, n_steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.n_steps))
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+
+class StreamingPackedLMDataset(IterableDataset):
+    """The same steps from documents that are read, tokenized and packed while training.
+
+    Documents are shuffled within groups of SHUFFLE_GROUP. Every process reads the whole stream and keeps its share of
+    the blocks. Each step carries, as JSON under "stream_state" of its first micro-batch, the position behind it: the
+    epoch, the group and where it starts in the source, the documents of it already used, and the tokens left over.
+    """
+
+    def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, seq_len: int, stride: int, shape: StepShape, seed: int,
+                 shuffle: bool = True, mask_eos: int | None = None, state: str | None = None):
+        self.documents, self.tokenizer, self.shape = documents, tokenizer, shape
+        self.seq_len, self.stride, self.seed, self.shuffle, self.mask_eos = seq_len, stride, seed, shuffle, mask_eos
+        self.state = json.loads(state) if state else {"epoch": 0, "group": 0, "source": None, "used": 0, "tokens": []}
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        state = dict(self.state)
+        buffer: list[int] = list(state["tokens"])
+        needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
+        for document, state in self._documents(state):
+            buffer += self.tokenizer.encode(document) + [self.tokenizer.eos_id]
+            while len(buffer) >= needed:
+                rows = np.array([buffer[i * self.stride:i * self.stride + self.seq_len + 1] for i in range(self.shape.blocks)])
+                buffer = buffer[self.shape.blocks * self.stride:]
+                yield self._step(rows, json.dumps({**state, "tokens": buffer}))
+
+    def _step(self, rows: np.ndarray, state: str) -> list[Batch]:
+        """Blocks (blocks, T + 1) to this process's micro-batches."""
+        B, batches = self.shape.micro_batch_size, []
+        for micro in range(self.shape.grad_accum_steps):
+            first = self.shape.micro_index(0, micro) * B
+            batches.append(make_batch(rows[first:first + B], rows[first:first + B, 1:], self.mask_eos))
+        return [{**batches[0], "stream_state": state}, *batches[1:]]
+
+    def _documents(self, state: dict) -> Iterator[tuple[str, dict]]:
+        """Shuffled documents for ever, each with the position behind it."""
+        epoch, group, source, used = state["epoch"], state["group"], state["source"], state["used"]
+        while True:
+            reader = self.documents.read(source)
+            while True:
+                source = self.documents.position() if source is None or used == 0 else source
+                documents = [d for _, d in zip(range(SHUFFLE_GROUP), reader, strict=False)]
+                if not documents:
+                    break
+                order = np.random.default_rng((self.seed, epoch, group)).permutation(len(documents)) if self.shuffle else range(len(documents))
+                for n in range(used, len(documents)):
+                    yield documents[order[n]], {"epoch": epoch, "group": group, "source": source, "used": n + 1}
+                group, used = group + 1, 0
+            epoch, group, source, used = epoch + 1, 0, None, 0
+
+
+class ValBatches(Dataset):
+    """The validation blocks in order, in batches; with several processes every one gets equally many, an empty one
+    (all labels -100) if need be, so that none waits for another."""
+
+    def __init__(self, blocks: PackedLMDataset, batch_size: int, rank: int, world: int, limit: int | None):
+        self.blocks, self.batch_size, self.rank, self.world = blocks, batch_size, rank, world
+        n_batches = -(-len(blocks) // batch_size)
+        self.n_batches = min(n_batches, limit or n_batches)
+
+    def __len__(self) -> int:
+        return -(-self.n_batches // self.world)
+
+    def __getitem__(self, i: int) -> Batch:
+        number = i * self.world + self.rank
+        start = min(number, self.n_batches - 1) * self.batch_size
+        batch = self.blocks.batch(range(start, min(start + self.batch_size, len(self.blocks))))
+        if number >= self.n_batches:
+            batch["labels"].fill_(IGNORE)
+        return batch
+
+
+# ---- all together -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackedData:
+    """A corpus ready to train on. `train` is a PackedLMDataset, or a DocumentStream that is packed on the way."""
+
+    train: PackedLMDataset | DocumentStream
+    val: PackedLMDataset
+    n_train_docs: int | None
+    n_val_docs: int
+
+    @property
+    def streaming(self) -> bool:
+        return isinstance(self.train, DocumentStream)
+
+    def fingerprint(self) -> str | None:
+        """sha256 of the training tokens, so that a resume on another text is noticed; None for a stream."""
+        return None if self.streaming else hashlib.sha256(np.ascontiguousarray(self.train.tokens)).hexdigest()
+
+    def describe(self) -> list[str]:
+        """Sizes, one line a part."""
+        def sizes(docs: int, part: PackedLMDataset) -> str:
+            return f"{docs:,} documents, {len(part.tokens):,} tokens, {len(part):,} blocks of {part.seq_len}"
+
+        if self.streaming:
+            return ["train: a stream", f"val:   {sizes(self.n_val_docs, self.val)}"]
+        dropped = f" ({self.train.n_dropped} tokens behind the last full block are left out)" if self.train.n_dropped else ""
+        return [f"train: {sizes(self.n_train_docs, self.train)}{dropped}", f"val:   {sizes(self.n_val_docs, self.val)}"]
+
+
+def tokenizer_documents(corpus: Corpus, kind: str) -> Iterable[str]:
+    """What a tokenizer is trained on: training documents only; for `char` the validation text's characters count too,
+    or it could not be read at all; of a stream, its beginning."""
+    if isinstance(corpus.train, DocumentStream):
+        return (d for _, d in zip(range(STREAM_TOKENIZER_DOCS), corpus.train, strict=False))
+    return corpus.train + corpus.val if kind == "char" else corpus.train
+
+
+def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedData:
+    """Tokenize and cut into blocks. Raises UserError if the text is too short for one block."""
+    seq_len, mask_eos = config.seq_len, tokenizer.eos_id if config.data.document_mask else None
+    val = PackedLMDataset(tokenize(corpus.val, tokenizer), seq_len, pad_last=True, mask_eos=mask_eos)
+    if isinstance(corpus.train, DocumentStream):
+        return PackedData(corpus.train, val, None, len(corpus.val))
+    train = PackedLMDataset(tokenize(corpus.train, tokenizer), seq_len, config.stride, mask_eos=mask_eos)
+    if len(train) == 0:
+        raise UserError(f"the training text has {len(train.tokens)} tokens, fewer than one block of seq_len + 1 = {seq_len + 1}; "
+                        f"give more text, or lower it with --override training.seq_len={max(2, len(train.tokens) // 2)}")
+    if len(val) == 0:
+        raise UserError("the validation text is empty; raise data.val_fraction, or give data.val_path")
+    return PackedData(train, val, len(corpus.train), len(corpus.val))
+
+
+def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:
+    return StepShape(config.training.micro_batch_size, config.training.grad_accum_steps, rank, world)
+
+
+def make_dataloaders(config: Config, data: PackedData, tokenizer: Tokenizer, n_steps: int, start_step: int = 0,
+                     rank: int = 0, world: int = 1, stream_state: str | None = None) -> tuple[DataLoader, DataLoader]:
+    """(train, val). One item of `train` is one optimizer step: a list of micro-batches {input_ids, labels, ...}, each
+    (B, T); it begins at `start_step`, or where `stream_state` says. One item of `val` is a batch."""
+    shape, workers = step_shape(config, rank, world), config.hardware.num_workers
+    mask_eos = tokenizer.eos_id if config.data.document_mask else None
+    options = {"batch_size": None, "generator": torch.Generator().manual_seed(0)}  # its own: the global one is for dropout
+    if workers:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizers library warns when workers fork
+        options["persistent_workers"] = True
+    if data.streaming:
+        steps = StreamingPackedLMDataset(data.train, tokenizer, config.seq_len, config.stride, shape, config.seed,
+                                         config.data.shuffle, mask_eos, stream_state)
+        train = DataLoader(steps, num_workers=min(workers, 1), **options)
+    else:
+        steps = IndexedSteps(data.train, shape, config.seed, config.data.shuffle, n_steps)
+        train = DataLoader(steps, sampler=StepSampler(start_step, n_steps), num_workers=workers, **options)
+    val_batches = ValBatches(data.val, config.training.micro_batch_size, rank, world, config.training.val_batches)
+    return train, DataLoader(val_batches, batch_size=None)

@@ -1,0 +1,57 @@
+"""What every script's command line shares: the error for users, the wrapper that prints it, the common flags."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message gives the value, the rule and the next step."""
+
+
+def guarded(main: Callable, *args, **kwargs):
+    """Call `main`; turn a user's mistake into one to three lines on stderr and exit status 2, without a traceback.
+
+    Anything else that is raised is a bug of ours and keeps its traceback.
+    """
+    try:
+        return main(*args, **kwargs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone (| head): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(2)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring, with its examples as they stand there."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML (or JSON) config file")
+    parser.add_argument("--override", metavar="KEY=VALUE", action="append", default=[],
+                        help="change one config key, e.g. training.max_steps=1000; may be repeated")
+    parser.add_argument("--seed", type=int, help="short for --override seed=N")
+    parser.add_argument("--device", help="short for --override hardware.accelerator=NAME (auto, cpu, cuda, mps)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
+    parser.add_argument("--tokenizer", default="auto", metavar="NAME",
+                        help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean nothing to this model")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default 42)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

