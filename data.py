@@ -10,14 +10,11 @@ k // N, drawn from (seed, epoch). So a resume, another number of workers or a sp
 samples, by arithmetic. A stream cannot jump; it carries its position inside the step it yields.
 """
 
-import glob
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,118 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from support.cli import UserError
-from support.config import Config, DataConfig
-from support.hub import open_dataset
+from support.config import Config
+from support.documents import DocumentStream, hf_documents, text_documents
 from support.loss import IGNORE
-from tokenizer import EOS_TEXT, Tokenizer
+from tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 SHUFFLE_GROUP = 1000  # documents of a stream that are shuffled among themselves
-STREAM_VAL_DOCS = 200
 STREAM_TOKENIZER_DOCS = 2000  # documents of a stream that a bpe tokenizer is trained on
-
-
-# ---- documents ----------------------------------------------------------------------------------------------------
-
-
-def find_files(path: str) -> list[Path]:
-    """The .txt and .jsonl files a path means: itself, those in a folder (at any depth), or those of a glob."""
-    if os.path.isdir(path):
-        files = [p for p in Path(path).rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file()]
-    else:
-        files = [Path(path)] if os.path.isfile(path) else [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-    if not files:
-        raise UserError(f"data.path={path}: no .txt or .jsonl file there; give a file, a folder or a quoted glob")
-    for file in files:
-        if file.suffix in (".parquet", ".json"):
-            raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}")
-    return sorted(files)
-
-
-def read_lines(file: Path, errors: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, line ends as \\n. Raises UserError with the byte offset of what is no text."""
-    offset = 0
-    with open(file, "rb") as stream:
-        for raw in stream:
-            if b"\0" in raw and errors == "strict":
-                raise UserError(f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
-                                "convert it, or read it as it is with --override data.errors=replace")
-            try:
-                line = raw.decode("utf-8-sig" if offset == 0 else "utf-8", errors=errors)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
-                                "convert the file, or put U+FFFD in its place with --override data.errors=replace") from None
-            offset += len(raw)
-            yield line[:-2] + "\n" if line.endswith("\r\n") else line
-
-
-def read_documents(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[str]:
-    """Documents of one file: the rows of a .jsonl, else the text between lines that are `<|endoftext|>` and nothing
-    more, else the whole file. Empty ones are left out."""
-    if file.suffix == ".jsonl":
-        for number, line in enumerate(read_lines(file, errors), 1):
-            if line.strip():
-                yield row_text(parse_json_row(line, f"{file}, line {number}"), text_field, f"{file}, line {number}")
-        return
-    document: list[str] = []
-    for line in read_lines(file, errors):
-        if line.strip() == EOS_TEXT:
-            yield "".join(document).strip("\n")
-            document = []
-        else:
-            document.append(line)
-    yield "".join(document)
-
-
-def parse_json_row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object; write {{\"text\": \"...\"}}")
-    return row
-
-
-def row_text(row: dict, text_field: str, where: str) -> str:
-    text = row.get(text_field)
-    if not isinstance(text, str):
-        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); set data.text_field")
-    return text
-
-
-class DocumentStream:
-    """Documents of a Hugging Face dataset, one by one, with a position that can be saved and restored.
-
-    The first `skip` rows belong to validation; at most `limit` follow. `position()` says where reading stands.
-    """
-
-    def __init__(self, dataset, text_field: str, skip: int = 0, limit: int | None = None):
-        self.dataset, self.text_field, self.skip, self.limit = dataset, text_field, skip, limit
-        self.rows_read = 0
-
-    def position(self) -> dict:
-        return {"rows_read": self.rows_read, "dataset": self.dataset.state_dict()}
-
-    def read(self, position: dict | None) -> Iterator[str]:
-        """Documents from `position` (None: the start) to the end."""
-        self.rows_read = position["rows_read"] if position else 0
-        self.dataset.load_state_dict(position["dataset"] if position else self.start_state)
-        for row in self.dataset:
-            if self.limit is not None and self.rows_read >= self.skip + self.limit:
-                return
-            self.rows_read += 1
-            if self.rows_read > self.skip and (text := row_text(row, self.text_field, f"row {self.rows_read}")):
-                yield text
-
-    @property
-    def start_state(self) -> dict:
-        if not hasattr(self, "_start_state"):
-            self._start_state = self.dataset.state_dict()
-        return self._start_state
-
-    def __iter__(self) -> Iterator[str]:
-        return self.read(None)
 
 
 @dataclass
@@ -166,46 +59,10 @@ def load_corpus(config: Config) -> Corpus:
     """The documents the config names, validation cut off before anything else sees them. Raises UserError."""
     data = config.data
     if data.source == "hf":
-        return load_hf_corpus(data, config.seed)
-    train = text_documents(data.path, data)
-    if data.val_path:
-        return Corpus(train, text_documents(data.val_path, data))
-    return Corpus(*split_documents(train, data.val_fraction, config.seed))
-
-
-def text_documents(path: str, data: DataConfig) -> list[str]:
-    files = find_files(path)
-    documents = [d for file in files for d in read_documents(file, data.text_field, data.errors) if d.strip()]
-    if not documents:
-        raise UserError(f"{path} holds no text ({len(files)} file{'s' * (len(files) > 1)}, {sum(f.stat().st_size for f in files)} bytes); "
-                        "give a file with some")
-    return documents
-
-
-def load_hf_corpus(data: DataConfig, seed: int) -> Corpus:
-    def open_split(split: str):
-        return open_dataset(data.dataset, data.config, split, data.path, data.revision, data.streaming)
-
-    def documents(rows: Iterable[dict], limit: int | None) -> list[str]:
-        texts = (row_text(row, data.text_field, f"row {i}") for i, row in zip(range(limit or 2**63), rows, strict=False))
-        return [text for text in texts if text]
-
-    val = documents(open_split(data.val_split), data.val_docs) if data.val_split else None
-    if data.streaming:
-        skip = 0 if val else data.val_docs or STREAM_VAL_DOCS
-        val = val or documents(open_split(data.split), skip)
-        corpus = Corpus(DocumentStream(open_split(data.split), data.text_field, skip, data.train_docs), val)
-        if next(iter(corpus.train), None) is None:
-            raise UserError(f"data.dataset={data.dataset}: nothing is left to train on after {skip} validation documents; lower data.val_docs")
-        return corpus
-    rows = open_split(data.split)
-    if val is None and data.val_docs:
-        order = np.random.default_rng(seed).permutation(len(rows))
-        val, rows = documents(rows.select(np.sort(order[:data.val_docs])), None), rows.select(np.sort(order[data.val_docs:]))
-    train = documents(rows, data.train_docs)
-    if not train:
-        raise UserError(f"data.dataset={data.dataset}: no document to train on; check data.split={data.split} and data.val_docs={data.val_docs}")
-    return Corpus(train, val) if val is not None else Corpus(*split_documents(train, data.val_fraction, seed))
+        train, val = hf_documents(data, config.seed)
+    else:
+        train, val = text_documents(data.path, data), text_documents(data.val_path, data) if data.val_path else None
+    return Corpus(train, val) if val is not None else Corpus(*split_documents(train, data.val_fraction, config.seed))
 
 
 # ---- blocks -------------------------------------------------------------------------------------------------------
@@ -291,18 +148,19 @@ class IndexedSteps(Dataset):
 
     def __init__(self, blocks: PackedLMDataset, shape: StepShape, seed: int, shuffle: bool, n_steps: int):
         self.blocks, self.shape, self.seed, self.shuffle, self.n_steps = blocks, shape, seed, shuffle, n_steps
-        self.permutation = lru_cache(maxsize=2)(self._permutation)
+        self.drawn: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
     def __len__(self) -> int:
         return self.n_steps
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
-
     def block_of(self, sample: int) -> int:
         """The block that global sample k = 0, 1, ... trains on."""
         epoch, position = divmod(sample, len(self.blocks))
-        return int(self.permutation(epoch)[position]) if self.shuffle else position
+        if not self.shuffle:
+            return position
+        if self.drawn is None or self.drawn[0] != epoch:
+            self.drawn = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
+        return int(self.drawn[1][position])
 
     def samples(self, step: int, micro: int) -> range:
         first = self.shape.micro_index(step, micro) * self.shape.micro_batch_size
@@ -340,15 +198,14 @@ class StreamingPackedLMDataset(IterableDataset):
         self.state = json.loads(state) if state else {"epoch": 0, "group": 0, "source": None, "used": 0, "tokens": []}
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        state = dict(self.state)
-        buffer: list[int] = list(state["tokens"])
+        buffer: list[int] = list(self.state["tokens"])
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
-        for document, state in self._documents(state):
+        for document, position in self._documents(self.state):
             buffer += self.tokenizer.encode(document) + [self.tokenizer.eos_id]
             while len(buffer) >= needed:
                 rows = np.array([buffer[i * self.stride:i * self.stride + self.seq_len + 1] for i in range(self.shape.blocks)])
                 buffer = buffer[self.shape.blocks * self.stride:]
-                yield self._step(rows, json.dumps({**state, "tokens": buffer}))
+                yield self._step(rows, json.dumps({**position, "tokens": buffer}))
 
     def _step(self, rows: np.ndarray, state: str) -> list[Batch]:
         """Blocks (blocks, T + 1) to this process's micro-batches."""
@@ -362,16 +219,12 @@ class StreamingPackedLMDataset(IterableDataset):
         """Shuffled documents for ever, each with the position behind it."""
         epoch, group, source, used = state["epoch"], state["group"], state["source"], state["used"]
         while True:
-            reader = self.documents.read(source)
-            while True:
-                source = self.documents.position() if source is None or used == 0 else source
-                documents = [d for _, d in zip(range(SHUFFLE_GROUP), reader, strict=False)]
-                if not documents:
-                    break
+            self.documents.seek(source)
+            while documents := self.documents.take(SHUFFLE_GROUP):
                 order = np.random.default_rng((self.seed, epoch, group)).permutation(len(documents)) if self.shuffle else range(len(documents))
                 for n in range(used, len(documents)):
                     yield documents[order[n]], {"epoch": epoch, "group": group, "source": source, "used": n + 1}
-                group, used = group + 1, 0
+                source, group, used = self.documents.position(), group + 1, 0
             epoch, group, source, used = epoch + 1, 0, None, 0
 
 
@@ -431,7 +284,7 @@ def tokenizer_documents(corpus: Corpus, kind: str) -> Iterable[str]:
     """What a tokenizer is trained on: training documents only; for `char` the validation text's characters count too,
     or it could not be read at all; of a stream, its beginning."""
     if isinstance(corpus.train, DocumentStream):
-        return (d for _, d in zip(range(STREAM_TOKENIZER_DOCS), corpus.train, strict=False))
+        return corpus.train.head(STREAM_TOKENIZER_DOCS)
     return corpus.train + corpus.val if kind == "char" else corpus.train
 
 

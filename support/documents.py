@@ -1,0 +1,161 @@
+"""Where documents come from: text files, .jsonl files, and Hugging Face datasets, held in memory or streamed."""
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from support.cli import UserError
+from support.config import DataConfig
+from support.hub import open_dataset
+from tokenizer import EOS_TEXT
+
+STREAM_VAL_DOCS = 200
+
+
+def find_files(path: str) -> list[Path]:
+    """The .txt and .jsonl files a path means: itself, those in a folder (at any depth), or those of a glob."""
+    if os.path.isdir(path):
+        files = [p for p in Path(path).rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file()]
+    else:
+        files = [Path(path)] if os.path.isfile(path) else [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    if not files:
+        raise UserError(f"data.path={path}: no .txt or .jsonl file there; give a file, a folder or a quoted glob")
+    for file in files:
+        if file.suffix in (".parquet", ".json"):
+            raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}")
+    return sorted(files)
+
+
+def read_lines(file: Path, errors: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, line ends as \\n. Raises UserError with the byte offset of what is no text."""
+    offset = 0
+    with open(file, "rb") as stream:
+        for raw in stream:
+            if b"\0" in raw and errors == "strict":
+                raise UserError(f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
+                                "convert it, or read it as it is with --override data.errors=replace")
+            try:
+                line = raw.decode("utf-8-sig" if offset == 0 else "utf-8", errors=errors)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
+                                "convert the file, or put U+FFFD in its place with --override data.errors=replace") from None
+            offset += len(raw)
+            yield line[:-2] + "\n" if line.endswith("\r\n") else line
+
+
+def read_documents(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[str]:
+    """Documents of one file: the rows of a .jsonl, else the text between lines that are `<|endoftext|>` and nothing
+    more, else the whole file. Empty ones are left out."""
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(read_lines(file, errors), 1):
+            if line.strip():
+                yield row_text(parse_json_row(line, f"{file}, line {number}"), text_field, f"{file}, line {number}")
+        return
+    document: list[str] = []
+    separated = False
+    for line in read_lines(file, errors):
+        if line.strip() == EOS_TEXT:
+            yield "".join(document).strip("\n")
+            document, separated = [], True
+        else:
+            document.append(line)
+    yield "".join(document).strip("\n") if separated else "".join(document)
+
+
+def parse_json_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object; write {{\"text\": \"...\"}}")
+    return row
+
+
+def row_text(row: dict, text_field: str, where: str) -> str:
+    text = row.get(text_field)
+    if not isinstance(text, str):
+        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); set data.text_field")
+    return text
+
+
+class DocumentStream:
+    """Documents of an iterable Hugging Face dataset, with a position that can be saved and sought.
+
+    The first `skip` rows belong to validation; at most `limit` rows follow.
+    """
+
+    def __init__(self, dataset, text_field: str, skip: int = 0, limit: int | None = None):
+        self.dataset, self.text_field, self.skip, self.limit = dataset, text_field, skip, limit
+        self.start = dataset.state_dict()
+        self.seek(None)
+
+    def seek(self, position: dict | None) -> None:
+        """Go on reading from a `position()`, or (None) from the start."""
+        self.rows_read = position["rows_read"] if position else 0
+        self.dataset.load_state_dict(position["dataset"] if position else self.start)
+        self.rows = None  # opened by the first take: an open iterator could not travel to a worker process
+
+    def position(self) -> dict:
+        """Where reading stands, as plain values."""
+        return {"rows_read": self.rows_read, "dataset": self.dataset.state_dict()}
+
+    def take(self, n: int) -> list[str]:
+        """The next n documents; fewer, at last none, at the end."""
+        self.rows = iter(self.dataset) if self.rows is None else self.rows
+        documents: list[str] = []
+        while len(documents) < n and (self.limit is None or self.rows_read < self.skip + self.limit):
+            row = next(self.rows, None)
+            if row is None:
+                break
+            self.rows_read += 1
+            if self.rows_read > self.skip and (text := row_text(row, self.text_field, f"row {self.rows_read}")):
+                documents.append(text)
+        return documents
+
+    def head(self, n: int) -> list[str]:
+        """The first n documents, wherever reading stands; reading then stands at the start."""
+        self.seek(None)
+        documents = self.take(n)
+        self.seek(None)
+        return documents
+
+
+def text_documents(path: str, data: DataConfig) -> list[str]:
+    files = find_files(path)
+    documents = [d for file in files for d in read_documents(file, data.text_field, data.errors) if d.strip()]
+    if not documents:
+        raise UserError(f"{path} holds no text ({len(files)} file{'s' * (len(files) > 1)}, {sum(f.stat().st_size for f in files)} bytes); "
+                        "give a file with some")
+    return documents
+
+
+def hf_documents(data: DataConfig, seed: int) -> tuple[list[str] | DocumentStream, list[str] | None]:
+    """(training documents, validation documents or None if they are still to be cut off). Raises UserError."""
+    def rows_of(split: str):
+        return open_dataset(data.dataset, data.config, split, data.path, data.revision, data.streaming)
+
+    def texts(rows: Iterable[dict], limit: int | None = None) -> list[str]:
+        numbered = zip(range(2**63 if limit is None else limit), rows, strict=False)
+        return [text for i, row in numbered if (text := row_text(row, data.text_field, f"row {i + 1}"))]
+
+    val = texts(rows_of(data.val_split), data.val_docs) if data.val_split else None
+    rows = rows_of(data.split)
+    if data.streaming:
+        skip = 0 if val else data.val_docs or STREAM_VAL_DOCS
+        val = val or texts(rows_of(data.split), skip)
+        train = DocumentStream(rows, data.text_field, skip, data.train_docs)
+        found = bool(train.head(1))
+    else:
+        if val is None and data.val_docs:
+            order = np.random.default_rng(seed).permutation(len(rows))
+            val, rows = texts(rows.select(np.sort(order[:data.val_docs]))), rows.select(np.sort(order[data.val_docs:]))
+        train = texts(rows, data.train_docs)
+        found = bool(train)
+    if not found:
+        raise UserError(f"data.dataset={data.dataset}: no document is left to train on in split {data.split}; check data.val_docs and the split")
+    return train, val
