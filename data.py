@@ -12,6 +12,7 @@ samples, by arithmetic. A stream cannot jump; it carries its position inside the
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     documents, pieces = list(documents), [np.empty(0, dtype)]
     for start in range(0, len(documents), 1000):
-        for ids in tokenizer.encode_batch(documents[start:start + 1000]):
-            pieces.append(np.array(ids + [tokenizer.eos_id], dtype))
+        for ids in tokenizer.encode_batch(documents[start : start + 1000]):
+            pieces.append(np.array([*ids, tokenizer.eos_id], dtype))
     return np.concatenate(pieces)
 
 
@@ -103,7 +104,7 @@ class PackedLMDataset(Dataset):
     def __init__(self, tokens: np.ndarray, seq_len: int, stride: int | None = None, pad_last: bool = False, mask_eos: int | None = None):
         self.tokens, self.seq_len, self.stride, self.mask_eos = tokens, seq_len, stride or seq_len, mask_eos
         spare = len(tokens) - 1 - seq_len  # where the last full block could start
-        self.n_blocks = -(-spare // self.stride) + 1 if pad_last else spare // self.stride + 1
+        self.n_blocks = math.ceil(spare / self.stride) + 1 if pad_last else spare // self.stride + 1
         self.n_blocks = max(self.n_blocks, int(pad_last and len(tokens) > 1), 0)
         self.n_dropped = max(0, len(tokens) - 1 - ((self.n_blocks - 1) * self.stride + seq_len)) if self.n_blocks else len(tokens)
 
@@ -191,8 +192,18 @@ class StreamingPackedLMDataset(IterableDataset):
     epoch, the group and where it starts in the source, the documents of it already used, and the tokens left over.
     """
 
-    def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, seq_len: int, stride: int, shape: StepShape, seed: int,
-                 shuffle: bool = True, mask_eos: int | None = None, state: str | None = None):
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        stride: int,
+        shape: StepShape,
+        seed: int,
+        shuffle: bool = True,
+        mask_eos: int | None = None,
+        state: str | None = None,
+    ):
         self.documents, self.tokenizer, self.shape = documents, tokenizer, shape
         self.seq_len, self.stride, self.seed, self.shuffle, self.mask_eos = seq_len, stride, seed, shuffle, mask_eos
         self.state = json.loads(state) if state else {"epoch": 0, "group": 0, "source": None, "used": 0, "tokens": []}
@@ -201,10 +212,10 @@ class StreamingPackedLMDataset(IterableDataset):
         buffer: list[int] = list(self.state["tokens"])
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
         for document, position in self._documents(self.state):
-            buffer += self.tokenizer.encode(document) + [self.tokenizer.eos_id]
+            buffer += [*self.tokenizer.encode(document), self.tokenizer.eos_id]
             while len(buffer) >= needed:
-                rows = np.array([buffer[i * self.stride:i * self.stride + self.seq_len + 1] for i in range(self.shape.blocks)])
-                buffer = buffer[self.shape.blocks * self.stride:]
+                rows = np.array([buffer[i * self.stride : i * self.stride + self.seq_len + 1] for i in range(self.shape.blocks)])
+                buffer = buffer[self.shape.blocks * self.stride :]
                 yield self._step(rows, json.dumps({**position, "tokens": buffer}))
 
     def _step(self, rows: np.ndarray, state: str) -> list[Batch]:
@@ -212,7 +223,7 @@ class StreamingPackedLMDataset(IterableDataset):
         B, batches = self.shape.micro_batch_size, []
         for micro in range(self.shape.grad_accum_steps):
             first = self.shape.micro_index(0, micro) * B
-            batches.append(make_batch(rows[first:first + B], rows[first:first + B, 1:], self.mask_eos))
+            batches.append(make_batch(rows[first : first + B], rows[first : first + B, 1:], self.mask_eos))
         return [{**batches[0], "stream_state": state}, *batches[1:]]
 
     def _documents(self, state: dict) -> Iterator[tuple[str, dict]]:
@@ -234,11 +245,11 @@ class ValBatches(Dataset):
 
     def __init__(self, blocks: PackedLMDataset, batch_size: int, rank: int, world: int, limit: int | None):
         self.blocks, self.batch_size, self.rank, self.world = blocks, batch_size, rank, world
-        n_batches = -(-len(blocks) // batch_size)
+        n_batches = math.ceil(len(blocks) / batch_size)
         self.n_batches = min(n_batches, limit or n_batches)
 
     def __len__(self) -> int:
-        return -(-self.n_batches // self.world)
+        return math.ceil(self.n_batches / self.world)
 
     def __getitem__(self, i: int) -> Batch:
         number = i * self.world + self.rank
@@ -271,6 +282,7 @@ class PackedData:
 
     def describe(self) -> list[str]:
         """Sizes, one line a part."""
+
         def sizes(docs: int, part: PackedLMDataset) -> str:
             return f"{docs:,} documents, {len(part.tokens):,} tokens, {len(part):,} blocks of {part.seq_len}"
 
@@ -296,8 +308,10 @@ def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedD
         return PackedData(corpus.train, val, None, len(corpus.val))
     train = PackedLMDataset(tokenize(corpus.train, tokenizer), seq_len, config.stride, mask_eos=mask_eos)
     if len(train) == 0:
-        raise UserError(f"the training text has {len(train.tokens)} tokens, fewer than one block of seq_len + 1 = {seq_len + 1}; "
-                        f"give more text, or lower it with --override training.seq_len={max(2, len(train.tokens) // 2)}")
+        raise UserError(
+            f"the training text has {len(train.tokens)} tokens, fewer than one block of seq_len + 1 = {seq_len + 1}; "
+            f"give more text, or lower it with --override training.seq_len={max(2, len(train.tokens) // 2)}"
+        )
     if len(val) == 0:
         raise UserError("the validation text is empty; raise data.val_fraction, or give data.val_path")
     return PackedData(train, val, len(corpus.train), len(corpus.val))
@@ -307,8 +321,16 @@ def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:
     return StepShape(config.training.micro_batch_size, config.training.grad_accum_steps, rank, world)
 
 
-def make_dataloaders(config: Config, data: PackedData, tokenizer: Tokenizer, n_steps: int, start_step: int = 0,
-                     rank: int = 0, world: int = 1, stream_state: str | None = None) -> tuple[DataLoader, DataLoader]:
+def make_dataloaders(
+    config: Config,
+    data: PackedData,
+    tokenizer: Tokenizer,
+    n_steps: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    stream_state: str | None = None,
+) -> tuple[DataLoader, DataLoader]:
     """(train, val). One item of `train` is one optimizer step: a list of micro-batches {input_ids, labels, ...}, each
     (B, T); it begins at `start_step`, or where `stream_state` says. One item of `val` is a batch."""
     shape, workers = step_shape(config, rank, world), config.hardware.num_workers
@@ -318,8 +340,9 @@ def make_dataloaders(config: Config, data: PackedData, tokenizer: Tokenizer, n_s
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizers library warns when workers fork
         options["persistent_workers"] = True
     if data.streaming:
-        steps = StreamingPackedLMDataset(data.train, tokenizer, config.seq_len, config.stride, shape, config.seed,
-                                         config.data.shuffle, mask_eos, stream_state)
+        steps = StreamingPackedLMDataset(
+            data.train, tokenizer, config.seq_len, config.stride, shape, config.seed, config.data.shuffle, mask_eos, stream_state
+        )
         train = DataLoader(steps, num_workers=min(workers, 1), **options)
     else:
         steps = IndexedSteps(data.train, shape, config.seed, config.data.shuffle, n_steps)

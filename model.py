@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support.loss import cross_entropy_sum
@@ -33,28 +33,30 @@ class GPTConfig(BaseModel):
     d_model: int = Field(128, gt=0, description="Width of the residual stream. Parameters and time grow with its square.")
     n_layers: int = Field(4, gt=0, description="Number of transformer blocks.")
     n_heads: int = Field(4, gt=0, description="Query heads per block. `d_model` must be a multiple, unless `head_dim` is given.")
-    n_kv_heads: int | None = Field(None, gt=0, description="Key/value heads (grouped-query attention). Equal to `n_heads` is plain multi-head attention, 1 is multi-query; fewer make the cache smaller. Default: `n_heads`.")
+    n_kv_heads: int | None = Field(None, gt=0, description="Key/value heads; fewer shrink the cache (grouped-query attention). Default: `n_heads`.")
     head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: `d_model / n_heads`.")
-    d_ff: int | None = Field(None, gt=0, description="Width inside the MLP. Default: 8/3 `d_model` rounded up to a multiple of 32 for `swiglu`, 4 `d_model` for `gelu`.")
+    d_ff: int | None = Field(None, gt=0, description="Width of the MLP. Default: 8/3 `d_model` in steps of 32 (`swiglu`), 4 `d_model` (`gelu`).")
     max_seq_len: int = Field(256, gt=1, description="The longest sequence the model can see at once, in tokens.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an activation while training. Helps when the data is repeated many times.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an activation in training. Helps when data is repeated often.")
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies. Larger: slower rotation, for longer contexts.")
     norm_eps: float = Field(1e-5, gt=0, description="Added inside the square root of the normalization.")
     tie_embeddings: bool = Field(True, description="Use the embedding table as the output head too. Saves `vocab_size * d_model` parameters.")
-    gradient_checkpointing: bool = Field(False, description="Recompute each block in the backward pass instead of keeping its activations: same gradients, less memory, about 25% more time.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: same gradients, less memory, 25% more time.")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Normalization before attention, before the MLP and at the end.")
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="`swiglu`: gated, three matrices. `gelu`: GPT-2's, two matrices.")
-    position: Literal["rope", "learned", "sinusoidal"] = Field("rope", description="How the model knows the order: rotated queries and keys, a learned table, or fixed sinusoids added to the embeddings.")
+    position: Literal["rope", "learned", "sinusoidal"] = Field(
+        "rope", description="How order enters: rotated q and k, a learned table, or sinusoids."
+    )
     bias: bool = Field(False, description="Biases in the linear layers and in LayerNorm (GPT-2 has them, Llama does not).")
-    qk_norm: bool = Field(False, description="RMSNorm on each query and key head: keeps attention logits bounded at high learning rates.")
-    zero_init: bool = Field(False, description="Start the residual projections, and an untied head, at zero, so that every block begins as the identity.")
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head: bounds attention logits at high learning rates.")
+    zero_init: bool = Field(False, description="Residual projections, and an untied head, start at zero: each block begins as the identity.")
     embed_scale: bool = Field(False, description="Multiply the token embeddings by sqrt(d_model), as the original transformer did.")
 
     @model_validator(mode="after")
     def _fill_defaults_and_check(self) -> "GPTConfig":
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; "
-                             f"try d_model={(self.d_model // self.n_heads + 1) * self.n_heads}, or set head_dim")
+            nearest = (self.d_model // self.n_heads + 1) * self.n_heads
+            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; try d_model={nearest}, or set head_dim")
         self.head_dim = self.head_dim or self.d_model // self.n_heads
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if self.n_heads % self.n_kv_heads:
@@ -143,8 +145,8 @@ class KVCache:
         """Store (B, K, T, hd) behind what is there; return everything so far, (B, K, S, hd). `length` moves later,
         once every layer has appended."""
         end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
@@ -255,6 +257,68 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+def segment_mask(segments: Tensor) -> Tensor:
+    """(B, T) document numbers to (B, 1, T, T), True where a query may look: backwards, inside its own document.
+
+    segments 0 0 1 1:   1 . . .
+                        1 1 . .
+                        . . 1 .
+                        . . 1 1
+    """
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & causal_mask(segments.shape[1], segments.shape[1], segments.device)
+
+
+def segment_positions(segments: Tensor) -> Tensor:
+    """Positions that restart with every document: segments 0 0 1 1 1 give 0 1 0 1 2. (B, T) to (B, T)."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+class SamplingConfig(BaseModel):
+    """How a token is drawn from logits. Applied in this order: penalty, temperature, top-k, top-p, draw."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="Divides the logits: below 1 safer, above 1 wilder, 0 greedy.")
+    top_k: int | None = Field(None, ge=1, description="Draw among the k likeliest tokens only.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the fewest tokens that together hold this probability (Holtzman et al., 2019).")
+    repetition_penalty: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Above 1: tokens already there get less likely (Keskar et al., 2019)."
+    )
+
+
+def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Tensor:
+    """Logits (B, V) after penalty, temperature, top-k and top-p; what cannot be drawn is -inf. seen: (B, S) token ids."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        score = logits.gather(1, seen)
+        score = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
+        logits = logits.scatter(1, seen, score)
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))  # ties with the k-th all stay
+    if sampling.top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens; 0 for the first, so one always stays
+        ordered = ordered.masked_fill(before >= sampling.top_p, float("-inf"))
+        logits = logits.scatter(1, index, ordered)
+    return logits
+
+
+def sample_next(logits: Tensor, sampling: SamplingConfig, seen: Tensor, generator: Generator | None = None) -> Tensor:
+    """One token for each row, (B,), from logits (B, V). Temperature 0 takes the largest."""
+    logits = filter_logits(logits, sampling, seen)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
 class GPTMini(nn.Module):
     """Token embedding, blocks, final norm, head. Module names are Hugging Face Llama's, so weights exchange by prefix."""
 
@@ -310,8 +374,7 @@ class GPTMini(nn.Module):
         c, T, device = self.config, input_ids.shape[1], input_ids.device
         past = cache.length if cache is not None else 0
         if past + T > c.max_seq_len:
-            raise ValueError(f"sequence of {past + T} tokens is longer than max_seq_len={c.max_seq_len}; "
-                             "cut it, or train with a larger model.max_seq_len")
+            raise ValueError(f"sequence of {past + T} tokens is longer than max_seq_len={c.max_seq_len}; cut it, or train with a larger one")
         positions, mask = torch.arange(past, past + T, device=device), None  # (T,); mask None means plainly causal
         if segments is not None:
             positions, mask = segment_positions(segments), segment_mask(segments)  # (B, T), (B, 1, T, T)
@@ -338,8 +401,9 @@ class GPTMini(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, segments: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, segments: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V); with `labels`, (summed loss, number of targets) instead.
 
         labels (B, T): `labels[b, t]` is the token that follows `input_ids[b, t]` (shifted by the data, not here);
@@ -352,8 +416,14 @@ class GPTMini(nn.Module):
         return cross_entropy_sum(x, self.lm_head.weight, labels)
 
     @torch.no_grad()
-    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: "SamplingConfig | None" = None,
-               eos_id: int | None = None, generator: torch.Generator | None = None, use_cache: bool = True) -> Iterator[Tensor]:
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        sampling: SamplingConfig | None = None,
+        eos_id: int | None = None,
+        generator: Generator | None = None,
+    ) -> Iterator[Tensor]:
         """Yield the next token of every row, (B,), up to `max_new_tokens` times; a row that has met `eos_id` goes on
         with `eos_id`, and the stream ends when every row has.
 
@@ -363,10 +433,10 @@ class GPTMini(nn.Module):
         sampling = sampling or SamplingConfig()
         window = self.config.max_seq_len
         ids, finished = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        cache = KVCache(self.config, len(ids), ids.device, self.embed_tokens.weight.dtype) if use_cache else None
+        cache = KVCache(self.config, len(ids), ids.device, self.embed_tokens.weight.dtype)
         for _ in range(max_new_tokens):
-            if cache is not None and ids.shape[1] <= window:
-                x = self.hidden_states(ids[:, cache.length:], cache=cache)
+            if ids.shape[1] <= window:
+                x = self.hidden_states(ids[:, cache.length :], cache=cache)
             else:
                 x = self.hidden_states(ids[:, -window:])
             token = sample_next(self.lm_head(x[:, -1]), sampling, ids, generator)  # (B,)
@@ -378,68 +448,8 @@ class GPTMini(nn.Module):
                 return
             ids = torch.cat([ids, token[:, None]], dim=1)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, sampling: "SamplingConfig | None" = None,
-                 eos_id: int | None = None, generator: torch.Generator | None = None, use_cache: bool = True) -> Tensor:
-        """The prompt (B, T) with up to `max_new_tokens` tokens behind it: `stream`, collected. Call `eval()` first."""
-        new = list(self.stream(input_ids, max_new_tokens, sampling, eos_id, generator, use_cache))
+    def generate(self, input_ids: Tensor, max_new_tokens: int, sampling: SamplingConfig | None = None, **options) -> Tensor:
+        """The prompt (B, T) with up to `max_new_tokens` tokens behind it: what `stream` yields, collected, with its
+        further options. Call `eval()` first."""
+        new = list(self.stream(input_ids, max_new_tokens, sampling, **options))
         return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1) if new else input_ids
-
-
-def segment_mask(segments: Tensor) -> Tensor:
-    """(B, T) document numbers to (B, 1, T, T), True where a query may look: backwards, inside its own document.
-
-    segments 0 0 1 1:   1 . . .
-                        1 1 . .
-                        . . 1 .
-                        . . 1 1
-    """
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same & causal_mask(segments.shape[1], segments.shape[1], segments.device)
-
-
-def segment_positions(segments: Tensor) -> Tensor:
-    """Positions that restart with every document: segments 0 0 1 1 1 give 0 1 0 1 2. (B, T) to (B, T)."""
-    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
-
-
-class SamplingConfig(BaseModel):
-    """How a token is drawn from logits. Applied in this order: penalty, temperature, top-k, top-p, draw."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="Divides the logits. Below 1: safer; above 1: wilder; 0: always the likeliest token.")
-    top_k: int | None = Field(None, ge=1, description="Draw among the k likeliest tokens only.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the fewest tokens that together hold this probability (Holtzman et al., 2019).")
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="Above 1 makes tokens already present less likely (Keskar et al., \"CTRL\", 2019).")
-
-
-def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Tensor:
-    """Logits (B, V) after penalty, temperature, top-k and top-p; what cannot be drawn is -inf. seen: (B, S) token ids."""
-    logits = logits.float()
-    if sampling.repetition_penalty != 1.0:
-        score = logits.gather(1, seen)
-        score = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
-        logits = logits.scatter(1, seen, score)
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))  # ties with the k-th all stay
-    if sampling.top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens; 0 for the first, so one always stays
-        ordered = ordered.masked_fill(before >= sampling.top_p, float("-inf"))
-        logits = logits.scatter(1, index, ordered)
-    return logits
-
-
-def sample_next(logits: Tensor, sampling: SamplingConfig, seen: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token for each row, (B,), from logits (B, V). Temperature 0 takes the largest."""
-    logits = filter_logits(logits, sampling, seen)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

@@ -11,8 +11,10 @@ from support.config import TrainingConfig
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
     """Two AdamW groups. Matrices and embedding tables decay; vectors (norm gains, biases) do not: shrinking a gain
     towards zero would shrink the signal, not the complexity."""
-    return [{"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}]
+    return [
+        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:

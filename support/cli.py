@@ -39,16 +39,21 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML (or JSON) config file")
-    parser.add_argument("--override", metavar="KEY=VALUE", action="append", default=[],
-                        help="change one config key, e.g. training.max_steps=1000; may be repeated")
+    parser.add_argument(
+        "--override", metavar="KEY=VALUE", action="append", default=[], help="change one config key, e.g. training.max_steps=1000; may be repeated"
+    )
     parser.add_argument("--seed", type=int, help="short for --override seed=N")
     parser.add_argument("--device", help="short for --override hardware.accelerator=NAME (auto, cpu, cuda, mps)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
-    parser.add_argument("--tokenizer", default="auto", metavar="NAME",
-                        help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean nothing to this model")
+    parser.add_argument(
+        "--tokenizer",
+        default="auto",
+        metavar="NAME",
+        help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean nothing to this model",
+    )
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 

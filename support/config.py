@@ -20,8 +20,12 @@ class Section(BaseModel):
 
 
 class TokenizerConfig(Section):
-    kind: Literal["bpe", "gpt2", "char", "byte", "file"] = Field("bpe", description="`bpe`: byte-pair encoding trained on the training documents. `gpt2`: the published GPT-2 vocabulary (50,257). `char`: the corpus's characters. `byte`: 256 bytes. `file`: a tokenizer.json.")
-    vocab_size: int = Field(1024, ge=257, description="Vocabulary wanted from `bpe`; a small corpus may give fewer. The other kinds have their own size.")
+    kind: Literal["bpe", "gpt2", "char", "byte", "file"] = Field(
+        "bpe", description="`bpe` is trained on the training documents, `gpt2` is the published one, `char`, `byte`, `file`: a tokenizer.json."
+    )
+    vocab_size: int = Field(
+        1024, ge=257, description="Vocabulary wanted from `bpe`; a small corpus may give fewer. The other kinds have their own size."
+    )
     path: str | None = Field(None, description="The tokenizer.json of kind `file`.")
 
     @model_validator(mode="after")
@@ -37,7 +41,9 @@ HF_KEYS = {"path", "dataset", "config", "revision", "split", "val_split", "text_
 
 class DataConfig(Section):
     source: Literal["text", "hf"] = Field("text", description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset.")
-    path: str | None = Field(None, description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`.")
+    path: str | None = Field(
+        None, description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`."
+    )
     val_path: str | None = Field(None, description="Validation text of its own, in place of a cut from the training text.")
     dataset: str | None = Field(None, description="`hf`: a dataset's name on the hub, or the local format `json`, `parquet` or `text`.")
     config: str | None = Field(None, description="`hf`: the dataset's configuration, e.g. `20231101.en`.")
@@ -45,14 +51,22 @@ class DataConfig(Section):
     split: str = Field("train", description="`hf`: the split to train on.")
     val_split: str | None = Field(None, description="`hf`: the split to validate on. Default: documents cut from `split`.")
     text_field: str = Field("text", description="The field that holds the text, in .jsonl files and datasets.")
-    streaming: bool = Field(False, description="`hf`: read while training, nothing kept on disk. The first `val_docs` documents are then the validation set.")
+    streaming: bool = Field(
+        False, description="`hf`: read while training, nothing kept on disk. The first `val_docs` documents are then the validation set."
+    )
     train_docs: int | None = Field(None, gt=0, description="`hf`: use at most this many training documents.")
     val_docs: int | None = Field(None, gt=0, description="`hf`: number of validation documents; with `streaming` the default is 200.")
-    val_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the text cut off for validation, by whole documents chosen by `seed`; of a single document, its end.")
-    stride: int | None = Field(None, gt=0, description="Distance between the starts of two blocks. Default: `training.seq_len`, each token predicted once an epoch; smaller makes blocks overlap.")
-    shuffle: bool = Field(True, description="Train on the blocks in an order drawn anew for each epoch. A stream shuffles its documents within groups of 1,000.")
+    val_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the text cut off for validation, by whole documents chosen by `seed`; of a single document, its end."
+    )
+    stride: int | None = Field(None, gt=0, description="Distance between the starts of two blocks. Default: `seq_len`; smaller makes blocks overlap.")
+    shuffle: bool = Field(
+        True, description="Train on the blocks in an order drawn anew for each epoch. A stream shuffles its documents within groups of 1,000."
+    )
     document_mask: bool = Field(False, description="Attention stays inside each document of a block, and positions restart with it.")
-    errors: Literal["strict", "replace"] = Field("strict", description="Bytes that are not UTF-8: `strict` stops and says where, `replace` reads them as U+FFFD.")
+    errors: Literal["strict", "replace"] = Field(
+        "strict", description="Bytes that are not UTF-8: `strict` stops and says where, `replace` reads them as U+FFFD."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -70,15 +84,22 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=0, description="Optimizer steps of the run; 0 only writes the untrained checkpoint.")
     epochs: float | None = Field(None, gt=0, description="In place of `max_steps`: passes over the training text.")
-    schedule_steps: int | None = Field(None, gt=0, description="Steps over which the learning rate runs its course. Default: `max_steps`. Fix it to be able to extend a run later.")
+    schedule_steps: int | None = Field(
+        None, gt=0, description="Steps over which the learning rate runs its course. Default: `max_steps`. Fix it to be able to extend a run later."
+    )
     micro_batch_size: int = Field(8, gt=0, description="Sequences in one forward pass. Lower it first when memory runs out.")
-    grad_accum_steps: int = Field(1, gt=0, description="Micro-batches whose gradients are added up into one optimizer step. Raise it to keep the effective batch with a smaller micro-batch.")
+    grad_accum_steps: int = Field(1, gt=0, description="Micro-batches whose gradients add up to one step: a large effective batch in little memory.")
     seq_len: int | None = Field(None, gt=1, description="Tokens of one training sequence. Default: `model.max_seq_len`.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero to its peak.")
-    schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = Field("cosine", description="After the warmup: `cosine` or `linear` decay; `wsd` stays at the peak and decays over the last fifth; `step` drops at 80% and 90%; `constant`.")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss in fewer steps.")
+    schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = Field(
+        "cosine",
+        description="After the warmup: decay by `cosine` or `linear`; `wsd` decays over the last fifth; `step` drops at 80% and 90%; `constant`.",
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss in fewer steps."
+    )
     muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of the Muon part; `lr` is that of the AdamW part.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices and embeddings; never of norms and biases.")
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW's averaging of gradient and squared gradient.")
@@ -112,8 +133,12 @@ class HardwareConfig(Section):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="`auto`: cuda if present, else mps, else cpu.")
     devices: int = Field(1, gt=0, description="Processes on this machine, one a GPU.")
     num_nodes: int = Field(1, gt=0, description="Machines.")
-    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="With several devices: `ddp` (also `auto`) copies the model to each; `fsdp` shards it over them.")
-    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field("auto", description="`auto`: bf16-mixed on a GPU that has bf16, else float32. fp16 is not offered: it overflows.")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="With several devices: `ddp` (also `auto`) copies the model to each; `fsdp` shards it over them."
+    )
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
+        "auto", description="`auto`: bf16-mixed on a GPU that has bf16, else float32. fp16 is not offered: it overflows."
+    )
     num_workers: int = Field(0, ge=0, description="Processes that prepare batches ahead. A stream uses at most one.")
     deterministic: bool = Field(False, description="Only operations with repeatable results; slower on a GPU, an error where there is none.")
 
@@ -151,7 +176,9 @@ class Config(Section):
         if self.model.vocab_size:
             raise ValueError("model.vocab_size is not set here: it comes from the tokenizer; set tokenizer.vocab_size for bpe")
         if self.seq_len > self.model.max_seq_len:
-            raise ValueError(f"training.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; lower the one or raise the other")
+            raise ValueError(
+                f"training.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; lower the one or raise the other"
+            )
         if self.stride > self.seq_len:
             raise ValueError(f"data.stride={self.stride} is longer than training.seq_len={self.seq_len} and would skip tokens; lower it")
         if self.data.streaming and self.training.epochs is not None:
@@ -175,23 +202,68 @@ class Config(Section):
 
 # What other projects call our keys. Looked up by full name, then by the last part.
 FOREIGN_NAMES = {
-    "n_embd": "model.d_model", "hidden_size": "model.d_model", "n_layer": "model.n_layers", "num_hidden_layers": "model.n_layers",
-    "n_head": "model.n_heads", "num_heads": "model.n_heads", "num_attention_heads": "model.n_heads", "num_key_value_heads": "model.n_kv_heads",
-    "intermediate_size": "model.d_ff", "mlp_ratio": "model.d_ff", "context_length": "model.max_seq_len", "max_pos": "model.max_seq_len",
-    "qkv_bias": "model.bias", "rms_norm_eps": "model.norm_eps", "model.name": "model.norm, model.mlp and model.position",
-    "block_size": "training.seq_len", "batch_size": "training.micro_batch_size", "per_device_train_batch_size": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.grad_accum_steps", "learning_rate": "training.lr", "lr": "training.lr", "max_lr": "training.lr",
-    "warmup_iters": "training.warmup_steps", "warmup": "training.warmup_steps", "lr_decay_iters": "training.schedule_steps",
-    "lr_schedule": "training.schedule", "lr_scheduler_type": "training.schedule", "max_iters": "training.max_steps", "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs", "optim.optimizer": "training.optimizer", "beta1": "training.betas", "beta2": "training.betas",
-    "max_grad_norm": "training.grad_clip", "clip_grad": "training.grad_clip", "gradient_clip_val": "training.grad_clip",
-    "eval_interval": "training.val_every", "eval_every": "training.val_every", "eval_iters": "training.val_batches", "eval_subset": "training.val_batches",
-    "eval_subset_tokens": "training.val_batches", "log_interval": "training.log_every", "sample_n": "training.sample_prompts",
-    "dropout": "model.dropout", "device": "hardware.accelerator", "dtype": "hardware.precision", "amp": "hardware.precision",
-    "runtime.seed": "seed", "save_dir": "checkpoint.dir", "out_dir": "checkpoint.dir", "checkpoint_dir": "checkpoint.dir", "logdir": "checkpoint.dir",
-    "keep_last_k": "checkpoint.keep_last", "save_interval": "checkpoint.save_every", "best_by": "nothing: best.ckpt has the lowest val_loss",
-    "data_dir": "data.path", "train_path": "data.path", "input_file": "data.path", "val_frac": "data.val_fraction", "train_frac": "data.val_fraction",
-    "data.tokenizer": "tokenizer.kind", "doc_mask": "data.document_mask",
+    "n_embd": "model.d_model",
+    "hidden_size": "model.d_model",
+    "n_layer": "model.n_layers",
+    "num_hidden_layers": "model.n_layers",
+    "n_head": "model.n_heads",
+    "num_heads": "model.n_heads",
+    "num_attention_heads": "model.n_heads",
+    "num_key_value_heads": "model.n_kv_heads",
+    "intermediate_size": "model.d_ff",
+    "mlp_ratio": "model.d_ff",
+    "context_length": "model.max_seq_len",
+    "max_pos": "model.max_seq_len",
+    "qkv_bias": "model.bias",
+    "rms_norm_eps": "model.norm_eps",
+    "model.name": "model.norm, model.mlp and model.position",
+    "block_size": "training.seq_len",
+    "batch_size": "training.micro_batch_size",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.grad_accum_steps",
+    "learning_rate": "training.lr",
+    "lr": "training.lr",
+    "max_lr": "training.lr",
+    "warmup_iters": "training.warmup_steps",
+    "warmup": "training.warmup_steps",
+    "lr_decay_iters": "training.schedule_steps",
+    "lr_schedule": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "max_iters": "training.max_steps",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "optim.optimizer": "training.optimizer",
+    "beta1": "training.betas",
+    "beta2": "training.betas",
+    "max_grad_norm": "training.grad_clip",
+    "clip_grad": "training.grad_clip",
+    "gradient_clip_val": "training.grad_clip",
+    "eval_interval": "training.val_every",
+    "eval_every": "training.val_every",
+    "eval_iters": "training.val_batches",
+    "eval_subset": "training.val_batches",
+    "eval_subset_tokens": "training.val_batches",
+    "log_interval": "training.log_every",
+    "sample_n": "training.sample_prompts",
+    "dropout": "model.dropout",
+    "device": "hardware.accelerator",
+    "dtype": "hardware.precision",
+    "amp": "hardware.precision",
+    "runtime.seed": "seed",
+    "save_dir": "checkpoint.dir",
+    "out_dir": "checkpoint.dir",
+    "checkpoint_dir": "checkpoint.dir",
+    "logdir": "checkpoint.dir",
+    "keep_last_k": "checkpoint.keep_last",
+    "save_interval": "checkpoint.save_every",
+    "best_by": "nothing: best.ckpt has the lowest val_loss",
+    "data_dir": "data.path",
+    "train_path": "data.path",
+    "input_file": "data.path",
+    "val_frac": "data.val_fraction",
+    "train_frac": "data.val_fraction",
+    "data.tokenizer": "tokenizer.kind",
+    "doc_mask": "data.document_mask",
 }
 
 
@@ -310,9 +382,16 @@ def flag_overrides(args: Any) -> list[str]:
 
 def reference_markdown() -> str:
     """docs/CONFIG_REFERENCE.md, from the schema."""
-    lines = ["# Config reference", "", "Made from the schema by `python3 -m support.config`; every key, its default and its effect.",
-             "Any of them can be set on the command line: `--override training.lr=3e-4`.", ""]
-    sections = [("Top level", "", Config)] + [(f"`{name}`", name + ".", field.annotation) for name, field in Config.model_fields.items() if name != "seed"]
+    lines = [
+        "# Config reference",
+        "",
+        "Made from the schema by `python3 -m support.config`; every key, its default and its effect.",
+        "Any of them can be set on the command line: `--override training.lr=3e-4`.",
+        "",
+    ]
+    sections = [("Top level", "", Config)] + [
+        (f"`{name}`", name + ".", field.annotation) for name, field in Config.model_fields.items() if name != "seed"
+    ]
     for title, prefix, model in sections:
         lines += [f"## {title}", "", "| key | default | effect |", "|---|---|---|"]
         for name, field in model.model_fields.items():

@@ -36,13 +36,17 @@ def read_lines(file: Path, errors: str) -> Iterator[str]:
     with open(file, "rb") as stream:
         for raw in stream:
             if b"\0" in raw and errors == "strict":
-                raise UserError(f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
-                                "convert it, or read it as it is with --override data.errors=replace")
+                raise UserError(
+                    f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
+                    "convert it, or read it as it is with --override data.errors=replace"
+                )
             try:
                 line = raw.decode("utf-8-sig" if offset == 0 else "utf-8", errors=errors)
             except UnicodeDecodeError as error:
-                raise UserError(f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
-                                "convert the file, or put U+FFFD in its place with --override data.errors=replace") from None
+                raise UserError(
+                    f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
+                    "convert the file, or put U+FFFD in its place with --override data.errors=replace"
+                ) from None
             offset += len(raw)
             yield line[:-2] + "\n" if line.endswith("\r\n") else line
 
@@ -72,7 +76,7 @@ def parse_json_row(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object; write {{\"text\": \"...\"}}")
+        raise UserError(f'{where} is not a JSON object; write {{"text": "..."}}')
     return row
 
 
@@ -129,13 +133,15 @@ def text_documents(path: str, data: DataConfig) -> list[str]:
     files = find_files(path)
     documents = [d for file in files for d in read_documents(file, data.text_field, data.errors) if d.strip()]
     if not documents:
-        raise UserError(f"{path} holds no text ({len(files)} file{'s' * (len(files) > 1)}, {sum(f.stat().st_size for f in files)} bytes); "
-                        "give a file with some")
+        raise UserError(
+            f"{path} holds no text ({len(files)} file{'s' * (len(files) > 1)}, {sum(f.stat().st_size for f in files)} bytes); give a file with some"
+        )
     return documents
 
 
 def hf_documents(data: DataConfig, seed: int) -> tuple[list[str] | DocumentStream, list[str] | None]:
     """(training documents, validation documents or None if they are still to be cut off). Raises UserError."""
+
     def rows_of(split: str):
         return open_dataset(data.dataset, data.config, split, data.path, data.revision, data.streaming)
 
@@ -153,7 +159,7 @@ def hf_documents(data: DataConfig, seed: int) -> tuple[list[str] | DocumentStrea
     else:
         if val is None and data.val_docs:
             order = np.random.default_rng(seed).permutation(len(rows))
-            val, rows = texts(rows.select(np.sort(order[:data.val_docs]))), rows.select(np.sort(order[data.val_docs:]))
+            val, rows = texts(rows.select(np.sort(order[: data.val_docs]))), rows.select(np.sort(order[data.val_docs :]))
         train = texts(rows, data.train_docs)
         found = bool(train)
     if not found:

@@ -7,8 +7,19 @@ import torch
 from support.cli import UserError
 
 # Dense bf16 peak in FLOP/s, by a piece of the device name, from the vendors' datasheets; the first match counts.
-BF16_PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
-             "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+BF16_PEAK = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 def resolve_device(name: str) -> str:

@@ -42,8 +42,10 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
             raise UserError(f"data.path={path} goes with data.dataset=json, parquet or text, not with {name}")
         if os.environ.get("HF_HUB_OFFLINE") != "1" and not hub_reachable():
             if streaming:
-                raise UserError(f"data.dataset={name}: the Hugging Face hub cannot be reached; check the network or the proxy, or train on "
-                                "local text with --override data.source=text (docs/TROUBLESHOOTING.md, offline)")
+                raise UserError(
+                    f"data.dataset={name}: the Hugging Face hub cannot be reached; check the network or the proxy, or train on "
+                    "local text with --override data.source=text (docs/TROUBLESHOOTING.md, offline)"
+                )
             os.environ["HF_HUB_OFFLINE"] = "1"  # a dataset downloaded earlier still opens from the cache
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets

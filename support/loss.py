@@ -41,8 +41,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows_grad = torch.empty_like(rows) if need_rows else None
         weight_grad = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if need_weight else None
         for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start:start + CHUNK_ROWS].to(dtype)
-            target = targets[start:start + CHUNK_ROWS]
+            chunk = rows[start : start + CHUNK_ROWS].to(dtype)
+            target = targets[start : start + CHUNK_ROWS]
             scored = target != IGNORE
             label = target.clamp(min=0)[:, None]
             logits = (chunk @ head.T).float()  # (chunk, V)
@@ -53,7 +53,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=grad.dtype))
                 grad = grad.mul_(scored[:, None]).to(dtype)
                 if need_rows:
-                    rows_grad[start:start + CHUNK_ROWS] = grad @ head
+                    rows_grad[start : start + CHUNK_ROWS] = grad @ head
                 if need_weight:
                     weight_grad += grad.T @ chunk
         ctx.save_for_backward(rows_grad, weight_grad)
@@ -63,5 +63,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_grad, weight_grad = ctx.saved_tensors
-        return (None if rows_grad is None else rows_grad * grad_loss,
-                None if weight_grad is None else (weight_grad * grad_loss).to(ctx.weight_dtype), None)
+        return (
+            None if rows_grad is None else rows_grad * grad_loss,
+            None if weight_grad is None else (weight_grad * grad_loss).to(ctx.weight_dtype),
+            None,
+        )

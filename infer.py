@@ -1,0 +1,177 @@
+"""Continue a prompt with a trained checkpoint; the text appears token by token.
+
+python3 infer.py --ckpt checkpoints/final.ckpt --prompt "Attention is"
+python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --temperature 0.7 --top-k 40 --num-samples 3
+echo "The loss is" | python3 infer.py --ckpt checkpoints/final.ckpt
+python3 infer.py --ckpt checkpoints/final.ckpt --interactive
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.cli import UserError, add_model_flags, guarded, make_parser, warn
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the text to continue; without it, standard input is read")
+    source.add_argument("--prompt-file", metavar="FILE", help="a file that holds the prompt")
+    source.add_argument("--interactive", action="store_true", help="ask for prompts until end of input (Ctrl-D)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="stop after this many tokens, or at end of document (default 200)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: safer, above: wilder, 0: always the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens only")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P", help="draw among the fewest tokens that hold this probability (default 0.95; 1 is off)"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens already there become less likely")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of the prompt; sample i is drawn with seed + i")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args(sys.argv[1:])  # --help and wrong flags answer before torch is imported
+
+import torch
+from pydantic import ValidationError
+
+from model import GPTMini, SamplingConfig
+from support.checkpoint import load_model
+from support.hardware import resolve_device
+from tokenizer import TextStream, Tokenizer
+
+
+def make_sampling(args: argparse.Namespace) -> SamplingConfig:
+    """Raises UserError for values that make no sense."""
+    if args.max_new_tokens < 1 or args.num_samples < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1")
+    try:
+        return SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"{flag} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}; see --help") from None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError('the prompt is empty; give some text to continue, e.g. --prompt "Attention is"')
+    return ids
+
+
+def stream_text(
+    model: GPTMini, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingConfig | None = None, seed: int = 42
+) -> Iterator[str]:
+    """The continuation of `prompt`, piece by piece; whole characters only; ends before EOS. Raises UserError if the
+    prompt is empty or has characters the tokenizer does not know. A prompt beyond the context is read from its end."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    text = TextStream(tokenizer)
+    for token in model.stream(ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
+        if token.item() == tokenizer.eos_id:
+            break
+        yield text.push(token.item())
+    yield text.flush()
+
+
+def generate_text(
+    model: GPTMini,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 42,
+) -> str:
+    """The prompt's continuation as one string.
+
+    >>> model, tokenizer, _ = load_model("checkpoints/final.ckpt")            # doctest: +SKIP
+    >>> generate_text(model, tokenizer, "Attention is", max_new_tokens=20)    # doctest: +SKIP
+    """
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    return "".join(stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed))
+
+
+def warn_of_other_tokenizer(wanted: str, tokenizer: Tokenizer) -> None:
+    if wanted not in ("auto", tokenizer.kind):
+        warn(
+            f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size:,} tokens), since ids mean nothing under another vocabulary"
+        )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt from --prompt, --prompt-file or standard input, in this order."""
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        if not Path(args.prompt_file).is_file():
+            raise UserError(f"--prompt-file {args.prompt_file} does not exist; write the text directly with --prompt")
+        raw = Path(args.prompt_file).read_bytes()
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError('no prompt given; use --prompt "Attention is", --prompt-file, --interactive, or pipe text in')
+    else:
+        raw = sys.stdin.buffer.read()
+    try:
+        return raw.decode().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def print_continuation(model: GPTMini, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace, sampling: SamplingConfig, seed: int) -> None:
+    pieces = stream_text(model, tokenizer, prompt, args.max_new_tokens, sampling, seed)
+    first = next(pieces)  # so that a bad prompt is an error before anything is printed
+    print(prompt, end=first, flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def interact(model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sampling: SamplingConfig) -> None:
+    """Prompt by prompt, until end of input. A bad prompt is answered, not fatal."""
+    seed = args.seed
+    while True:
+        try:
+            prompt = input("prompt> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return
+        try:
+            print_continuation(model, tokenizer, prompt, args, sampling, seed)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        seed += 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    sampling, device = make_sampling(args), resolve_device(args.device)
+    prompt = None if args.interactive else read_prompt(args)
+    model, tokenizer, _ = load_model(args.ckpt, device)
+    warn_of_other_tokenizer(args.tokenizer, tokenizer)
+    if prompt is None:
+        interact(model, tokenizer, args, sampling)
+        return 0
+    n_prompt = len(encode_prompt(tokenizer, prompt))
+    if n_prompt > model.config.max_seq_len:
+        warn(f"the prompt has {n_prompt} tokens, the model sees {model.config.max_seq_len}: it reads the last {model.config.max_seq_len}")
+    for i in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"--- sample {i + 1} (seed {args.seed + i}) ---")
+        print_continuation(model, tokenizer, prompt, args, sampling, args.seed + i)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.stdin is not None and sys.stdin.isatty():
+        import readline  # noqa: F401 (gives the interactive prompt line editing and history)
+    sys.exit(guarded(main))

@@ -1,0 +1,259 @@
+"""What happens around a training step: rows of metrics, the console, checkpoints, signals, text samples.
+
+Lightning's own counterparts have traps for exact resume (best replaced by a worse one, metrics deleted, saves in the
+middle of a step); these few are small and do one thing each. A step's row is written before its checkpoint, so a run
+that is killed in between and resumed loses neither.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from model import SamplingConfig
+from support.checkpoint import atomic_write, link_or_copy, read_checkpoint, step_files
+from support.hardware import bf16_peak_flops, memory_used_mb
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's hook for files: whole or not at all, and opened by weights_only alone."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path, mmap=False)
+
+
+class StopRun(SystemExit):
+    """Raised between two steps after a signal; the checkpoint has been written. `code` is 128 + the signal's number."""
+
+
+class StopOnSignal(pl.Callback):
+    """Ctrl-C and SIGTERM let the step finish and be saved (CheckpointSaver asks `requested`); the run ends before the
+    next step begins. A second signal ends it at once."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):  # here, behind Lightning's own handlers
+            self.before[signum] = signal.signal(signum, self._remember)
+
+    def _remember(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def requested(self, trainer: pl.Trainer) -> bool:
+        """Whether any process has been told to stop; all get the same answer."""
+        mine = self.signum is not None
+        return trainer.strategy.reduce_boolean_decision(mine, all=False) if trainer.world_size > 1 else mine
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.requested(trainer):
+            raise StopRun(128 + (self.signum or signal.SIGTERM))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+class CheckpointSaver(pl.Callback):
+    """step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the end; `last`,
+    `best` and `final` are further names of such files. A step that validates is saved after its validation."""
+
+    def __init__(self, folder: Path, save_every: int, val_every: int, keep_last: int | None, n_steps: int, stop: StopOnSignal):
+        self.folder, self.save_every, self.val_every, self.keep_last = folder, save_every, val_every, keep_last
+        self.n_steps, self.stop = n_steps, stop
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        step = trainer.global_step
+        return step % self.save_every == 0 or step == self.n_steps or self.stop.requested(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self.n_steps:
+            trainer.should_stop = True  # lets the last step validate, whatever `val_every` is
+        if self._due(trainer) and step % self.val_every and step != self.n_steps:
+            self.save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        improved = pl_module.val_loss < pl_module.best_val_loss
+        if improved:
+            pl_module.best_val_loss = pl_module.val_loss
+        if improved or self._due(trainer):
+            self.save(trainer, pl_module, best=improved)
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, best: bool = False) -> None:
+        step = trainer.global_step
+        path = self.folder / f"step-{step:07d}.ckpt"
+        trainer.save_checkpoint(path)
+        if not trainer.is_global_zero:
+            return
+        for name, wanted in (("last", True), ("best", best), ("final", step == self.n_steps)):
+            if wanted:
+                link_or_copy(path, self.folder / f"{name}.ckpt")
+        older = [p for p in step_files(self.folder) if p != path]
+        for old in older[: len(older) + 1 - self.keep_last] if self.keep_last else []:
+            old.unlink(missing_ok=True)
+
+
+class Metrics(pl.Callback):
+    """One row for step 1 and every `log_every` steps, one for each validation; each goes to every sink.
+
+    step_ms and what follows from it cover the steps since the row before, without data loading, validation and saving.
+    """
+
+    def __init__(self, sinks: list[Any], log_every: int, n_steps: int, sequences_per_step: int, device: str):
+        self.sinks, self.log_every, self.n_steps, self.sequences_per_step, self.device = sinks, log_every, n_steps, sequences_per_step, device
+        self.seconds, self.steps, self.tokens_before = 0.0, 0, None
+        self.began = 0.0
+
+    def write(self, row: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(row)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.tokens_before is None:
+            self.tokens_before = pl_module.tokens_seen
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+        step = trainer.global_step
+        if step > 1 and step % self.log_every and step != self.n_steps:
+            return
+        tokens_per_sec = (pl_module.tokens_seen - self.tokens_before) / self.seconds
+        row = {
+            "step": step,
+            "tokens": pl_module.tokens_seen,
+            **pl_module.step_metrics,
+            "tokens_per_sec": round(tokens_per_sec, 1),
+            "examples_per_sec": round(self.sequences_per_step * self.steps / self.seconds, 2),
+            "step_ms": round(1000 * self.seconds / self.steps, 3),
+            "memory_mb": round(memory_used_mb(self.device), 1),
+        }
+        if peak := bf16_peak_flops(self.device):
+            row["mfu"] = round(pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size), 4)
+        self.seconds, self.steps, self.tokens_before = 0.0, 0, pl_module.tokens_seen
+        self.write(row)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.write(
+            {
+                "step": trainer.global_step,
+                "tokens": pl_module.tokens_seen,
+                "val_loss": pl_module.val_loss,
+                "perplexity": math.exp(min(pl_module.val_loss, 700.0)),
+            }
+        )
+
+
+class JsonlFile:
+    """metrics.jsonl, flushed row by row. On resume, rows of steps that will be run again are dropped first."""
+
+    def __init__(self, path: Path, resume_step: int):
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() and resume_step else []:
+            try:
+                if json.loads(line)["step"] <= resume_step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue  # a line cut off by a kill
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+        self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+class LoggerSink:
+    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases)."""
+
+    def __init__(self, logger: Any):
+        self.logger = logger
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        self.logger.save()
+
+
+class Console:
+    """The run on the screen: a live bar on a terminal, plain lines elsewhere (and in files)."""
+
+    def __init__(self, n_steps: int, start_step: int):
+        self.n_steps, self.start_step, self.began, self.bar = n_steps, start_step, time.monotonic(), None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+            )
+            self.task = self.bar.add_task("", total=n_steps, completed=start_step)
+            self.bar.start()
+
+    def print(self, text: str) -> None:
+        """A line that stays; above the bar, if there is one."""
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        if "val_loss" in row:
+            self.print(f"step {step:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity {row['perplexity']:,.1f}")
+            return
+        numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_sec']:,.0f} tok/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=numbers)
+            return
+        per_step = (time.monotonic() - self.began) / max(1, step - self.start_step)
+        eta = int(per_step * (self.n_steps - step))
+        self.print(f"step {step:>6}/{self.n_steps}  {numbers}  eta {eta // 60}:{eta % 60:02}")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+class TextSamples(pl.Callback):
+    """Every `every` steps, what the model makes of the prompts; drawn with a generator of its own, so that looking does
+    not change the run."""
+
+    NEW_TOKENS = 64
+
+    def __init__(self, tokenizer: Any, prompts: list[str], every: int, temperature: float, seed: int, console: Console | None):
+        self.tokenizer, self.prompts, self.every, self.seed, self.console = tokenizer, prompts, every, seed, console
+        self.sampling = SamplingConfig(temperature=temperature)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every:
+            return
+        pl_module.net.eval()
+        for prompt in self.prompts:
+            generator = torch.Generator(pl_module.device).manual_seed(self.seed + trainer.global_step)
+            ids = torch.tensor([self.tokenizer.encode(prompt)], device=pl_module.device)
+            out = pl_module.net.generate(ids, self.NEW_TOKENS, self.sampling, eos_id=self.tokenizer.eos_id, generator=generator)
+            if self.console:
+                self.console.print(f"step {trainer.global_step:>6} sample: {self.tokenizer.decode(out[0].tolist())!r}")
+        pl_module.net.train()

@@ -1,0 +1,269 @@
+"""`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and time. Writes nothing."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import Batch, make_dataloaders
+from model import GPTConfig, GPTMini, KVCache
+from optim import build_optimizer, lr_factor
+from support.cli import UserError
+from support.config import Config
+from support.hardware import device_label, memory_total
+from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB
+from support.run import Plan, plan_run, refuse_unfinished
+
+LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
+PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
+
+
+def estimate_memory(model_config: GPTConfig, config: Config, precision: str) -> dict[str, int]:
+    """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch, and their
+    total. The first three are exact; activations count the tensors our blocks keep for the backward pass."""
+    with torch.device("meta"):
+        n_params = GPTMini(model_config).n_params()
+    word = 2 if precision == "bf16-true" else 4
+    matmul = 4 if precision == "32-true" else 2  # what autocast keeps for matrix products
+    c, tokens = model_config, config.training.micro_batch_size * config.seq_len
+    attention, kv = c.n_heads * c.head_dim, c.n_heads * c.head_dim if c.n_kv_heads < c.n_heads else c.n_kv_heads * c.head_dim
+    mlp = c.d_ff * (4 if c.mlp == "swiglu" else 2)
+    block = tokens * (4 * c.d_model * word + (2 * c.d_model + 3 * attention + 2 * kv + mlp) * matmul)
+    blocks = c.n_layers * tokens * c.d_model * word + block if c.gradient_checkpointing else c.n_layers * block
+    if c.vocab_size >= CHUNKED_FROM_VOCAB:
+        head = min(tokens, CHUNK_ROWS) * c.vocab_size * (4 + matmul) + c.vocab_size * c.d_model * 4
+    else:
+        head = 3 * tokens * c.vocab_size * 4
+    hidden = sum(p.numel() for p in _muon_parameters(model_config)) if config.training.optimizer == "muon" else 0
+    parts = {
+        "parameters": n_params * word,
+        "gradients": n_params * word,
+        "optimizer": (2 * n_params - hidden) * word,
+        "activations": blocks + head + tokens * c.d_model * word,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _muon_parameters(model_config: GPTConfig) -> list[torch.Tensor]:
+    with torch.device("meta"):
+        return [p for p in GPTMini(model_config).layers.parameters() if p.dim() == 2]
+
+
+def tiny_copy(config: GPTConfig) -> GPTConfig:
+    """The same switches and head grouping, small enough for a probe of seconds."""
+    groups = min(4, config.n_heads // config.n_kv_heads)
+    return config.model_copy(
+        update={
+            "d_model": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 4 // groups if 4 % groups == 0 else 1,
+            "head_dim": 16,
+            "d_ff": 192,
+            "max_seq_len": min(64, config.max_seq_len),
+            "dropout": 0.0,
+        }
+    )
+
+
+@torch.no_grad()
+def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
+    """Change the last token: how far do the logits of earlier positions move? Anything but 0 means the model sees the future."""
+    length = min(length, model.config.max_seq_len)
+    ids = torch.arange(length, device=device)[None] % model.config.vocab_size
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % model.config.vocab_size
+    return (model(ids)[:, :-1] - model(changed)[:, :-1]).abs().max().item()
+
+
+@torch.no_grad()
+def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
+    """The largest difference between logits computed at once, and through the cache in two pieces and single tokens."""
+    length = min(length, model.config.max_seq_len)
+    ids = torch.arange(1, length + 1, device=device)[None] % model.config.vocab_size
+    cache = KVCache(model.config, 1, device, model.embed_tokens.weight.dtype)
+    cuts = [0, length // 3, 2 * length // 3, *range(2 * length // 3 + 1, length + 1)]
+    pieces = [model(ids[:, a:b], cache=cache) for a, b in itertools.pairwise(cuts)]
+    return (torch.cat(pieces, dim=1) - model(ids)).abs().max().item()
+
+
+def overfit_probe(model: GPTMini, batch: Batch, device: str, steps: int = 60) -> tuple[float, float]:
+    """(first, last) loss of training on one small batch again and again: a sound model learns it by heart."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        loss_sum, n_targets = model(**batch)
+        loss = loss_sum / n_targets
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+def first_batches(plan: Plan, start_step: int = 0) -> list[Batch]:
+    """The micro-batches of one step."""
+    quiet = plan.config.model_copy(update={"hardware": plan.config.hardware.model_copy(update={"num_workers": 0})})
+    train, _ = make_dataloaders(quiet, plan.data, plan.tokenizer, max(plan.n_steps, start_step + 1), start_step)
+    steps = iter(train)
+    for _ in range(start_step if plan.data.streaming else 0):
+        next(steps)
+    return next(steps)
+
+
+def show_step(plan: Plan, step: int) -> str:
+    """The text of every row that step 1, 2, ... trains on. Raises UserError for a step the run does not have."""
+    if not 1 <= step <= plan.n_steps:
+        raise UserError(f"--show-step {step}: this run has steps 1 to {plan.n_steps}")
+    lines = []
+    for micro, batch in enumerate(first_batches(plan, step - 1), 1):
+        for row, ids in enumerate(batch["input_ids"].tolist(), 1):
+            lines += [f"--- step {step}, micro-batch {micro}, row {row} ---", plan.tokenizer.decode(ids)]
+    return "\n".join(lines)
+
+
+def run_checks(args: Any) -> int:
+    """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config."""
+    failed = 0
+    checks: Iterator[tuple[str, Callable[[], str]]] = checklist(args)
+    for name, check in checks:
+        try:
+            print(f"ok    {name}: {check()}", flush=True)
+        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            print(f"FAIL  {name}: {error}", flush=True)
+            failed += 1
+            if name == "config, text and device":
+                break  # without them there is nothing to check
+    print("everything passed; nothing was written" if not failed else f"{failed} failed; nothing was written")
+    return 1 if failed else 0
+
+
+def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(name, check) pairs; a check returns what it found, or raises UserError."""
+    found: dict[str, Any] = {}
+
+    def plan_it() -> str:
+        found["plan"] = plan_run(args)
+        return f"{args.config or args.resume} is valid; {device_label(found['plan'].device)}, {found['plan'].precision}"
+
+    yield "config, text and device", plan_it
+    plan: Plan = found["plan"]
+    config, model_config = plan.config, plan.model_config
+    for line in plan.data.describe():
+        yield "text", lambda line=line: line
+    yield "blocks", lambda: f"seq_len {config.seq_len} of max_seq_len {model_config.max_seq_len}, stride {config.stride}"
+    yield "tokenizer", lambda: check_tokenizer(plan)
+    with torch.device("meta"):
+        n_params = GPTMini(model_config).n_params()
+    small = n_params > LARGE
+    yield "model", lambda: f"{n_params:,} parameters, head of {model_config.vocab_size:,} rows fits the tokenizer"
+    torch.manual_seed(config.seed)
+    probe = GPTMini(tiny_copy(model_config) if small else model_config.model_copy(update={"dropout": 0.0, "zero_init": False})).to(plan.device).eval()
+    which = " (on a small copy)" if small else ""
+    yield (
+        "no leak from the future",
+        lambda: bounded(leak_probe(probe, plan.device), 1e-6, f"earlier logits move by{{}}{which} when the last token changes"),
+    )
+    yield "cache", lambda: bounded(cache_probe(probe, plan.device), 1e-3, f"cached and uncached logits differ by{{}}{which} at most")
+    yield "learns one batch by heart", lambda: check_overfit(plan)
+    yield "optimizer", lambda: check_optimizer(plan, probe)
+    yield "memory", lambda: check_memory(plan)
+    yield "time", lambda: estimate_time(plan, probe, n_params)
+    yield "checkpoint folder", lambda: check_folder(plan, args)
+
+
+def bounded(value: float, limit: float, text: str) -> str:
+    text = text.format(f" {value:.1e}")
+    if not value <= limit:
+        raise UserError(f"{text}, more than {limit:.0e}; this device or PyTorch version computes attention wrongly: try --device cpu")
+    return text
+
+
+def check_tokenizer(plan: Plan) -> str:
+    tokenizer = plan.tokenizer
+    ids = next(iter(first_batches(plan)))["input_ids"][0].tolist()
+    text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
+    text = text.strip("\ufffd")  # a block may begin or end within a character
+    if tokenizer.decode(tokenizer.encode(text)) != text:
+        raise UserError(f"{tokenizer.kind} does not give back the text it was given; its tokenizer.json changes the text")
+    if max(ids) >= tokenizer.vocab_size:
+        raise UserError(f"token id {max(ids)} is outside the vocabulary of {tokenizer.vocab_size}")
+    return f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, gives text back unchanged; {len(text.encode()) / max(1, len(ids)):.2f} bytes a token"
+
+
+def check_overfit(plan: Plan) -> str:
+    torch.manual_seed(plan.config.seed)
+    model = GPTMini(tiny_copy(plan.model_config)).to(plan.device).train()
+    length = model.config.max_seq_len
+    batch = {name: tensor[:2, :length].to(plan.device) for name, tensor in first_batches(plan)[0].items() if isinstance(tensor, torch.Tensor)}
+    first, last = overfit_probe(model, batch, plan.device)
+    text = f"a small copy of the model goes from loss {first:.2f} to {last:.2f} on one batch"
+    if not last < first / 2:
+        raise UserError(f"{text}; it should at least halve: look at the text with --show-step 1")
+    return text
+
+
+def check_optimizer(plan: Plan, probe: GPTMini) -> str:
+    training = plan.config.training
+    groups = build_optimizer(probe, training).param_groups
+    if plan.n_steps == 0:
+        return f"{training.optimizer}; max_steps is 0, so nothing will be trained"
+    rates = [
+        training.lr * lr_factor(step, training.schedule, training.warmup_steps, training.schedule_steps, training.min_lr / training.lr)
+        for step in range(0, plan.n_steps, max(1, plan.n_steps // 1000))
+    ]
+    return (
+        f"{training.optimizer}, {len(groups)} groups; learning rate starts at {rates[0]:.1e}, peaks at {max(rates):.1e}, ends at {rates[-1]:.1e} "
+        f"({training.schedule})"
+    )
+
+
+def check_memory(plan: Plan) -> str:
+    parts, total = estimate_memory(plan.model_config, plan.config, plan.precision), memory_total(plan.device)
+    text = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in parts.items()) + f"; the machine has {total / 2**20:,.0f} MB"
+    if parts["total"] > total:
+        raise UserError(f"{text}; lower training.micro_batch_size (and raise grad_accum_steps), or set model.gradient_checkpointing=true")
+    return text
+
+
+def estimate_time(plan: Plan, probe: GPTMini, n_params: int) -> str:
+    """From the measured speed of one small forward and backward, scaled by the floating-point operations."""
+    rows, length = 4, min(128, plan.config.seq_len, probe.config.max_seq_len)
+    ids = torch.randint(probe.config.vocab_size, (rows, length), device=plan.device)
+    probe.train()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        probe(ids, ids)[0].backward()
+        if plan.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    flops_per_sec = probe.flops_per_token(length) * rows * length / min(seconds)
+    with torch.device("meta"):
+        flops = GPTMini(plan.model_config).flops_per_token(plan.config.seq_len) * plan.tokens_per_step
+    per_step = flops / flops_per_sec / plan.world
+    total = int(per_step * plan.n_steps)
+    return (
+        f"about {per_step:.2g} s a step, {total // 3600}:{total // 60 % 60:02}:{total % 60:02} for {plan.n_steps:,} steps "
+        f"(from a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; expect a factor of two either way)"
+    )
+
+
+def check_folder(plan: Plan, args: Any) -> str:
+    folder = plan.folder
+    if args.resume is None and not args.fresh:
+        refuse_unfinished(folder)
+    parent = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder} cannot be written; choose another by --override checkpoint.dir=PATH")
+    free, need = shutil.disk_usage(parent).free, 4 * estimate_memory(plan.model_config, plan.config, plan.precision)["parameters"] * 3
+    text = f"{Path(folder)} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
+    if free < need:
+        raise UserError(f"{text}; free some, or lower checkpoint.keep_last")
+    return text

@@ -1,0 +1,250 @@
+"""What a run needs before its first step: config, tokenizer, data, device, folder and, to resume, the checkpoint.
+
+No Lightning here. `plan_run` finds every mistake a user can make before the slow import of it begins.
+"""
+
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data import PackedData, load_corpus, pack_corpus, step_shape, tokenizer_documents
+from model import GPTConfig
+from support.checkpoint import atomic_write, find_latest_checkpoint, read_metadata
+from support.cli import UserError
+from support.config import Config, flag_overrides, load_config, validate_config
+from support.hardware import resolve_device, resolve_precision
+from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
+
+RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "loss.svg", "loss.png", "tensorboard", "run_config.yaml", "final.ckpt")
+
+# What may differ between a run and its resumption: how long it goes on, what it shows, and where it runs. The size of
+# the whole step is compared besides, and so is the text.
+RESUMABLE = (
+    "training.max_steps",
+    "training.epochs",
+    "training.schedule_steps",
+    "training.micro_batch_size",
+    "training.grad_accum_steps",
+    "training.compile",
+    "training.val_every",
+    "training.val_batches",
+    "training.log_every",
+    "training.sample_",
+    "data.path",
+    "data.val_path",
+    "model.gradient_checkpointing",
+    "hardware.",
+    "checkpoint.",
+    "logging.",
+)
+
+
+@dataclass
+class Plan:
+    """A run that can start: everything checked, nothing written yet."""
+
+    config: Config
+    tokenizer: Tokenizer
+    data: PackedData
+    model_config: GPTConfig
+    n_steps: int
+    device: str
+    precision: str
+    resume_from: Path | None
+    record: dict[str, Any]
+    command: str  # how this run was started, for the line that says how to go on
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.checkpoint.dir)
+
+    @property
+    def world(self) -> int:
+        return self.config.hardware.devices * self.config.hardware.num_nodes
+
+    @property
+    def sequences_per_step(self) -> int:
+        return step_shape(self.config, world=self.world).blocks
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.config.seq_len
+
+
+def is_main_process() -> bool:
+    """False in the further processes of a distributed run, whoever launched it."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def plan_run(args: Any) -> Plan:
+    """Check the command line (`--config --override --seed --device --resume --fresh`) against files, data and hardware.
+
+    Raises UserError; writes nothing.
+    """
+    metadata, resume_from = None, None
+    if args.resume not in (None, "auto"):
+        resume_from = Path(args.resume)
+        metadata = read_metadata(resume_from)
+    if args.config is None and metadata is None:
+        raise UserError("no config given; try --config config_smoke.yaml, or --resume CHECKPOINT to go on with a run's own")
+    config = load_config(args.config, flag_overrides(args), base=metadata and metadata["config"])
+    device = resolve_device(config.hardware.accelerator)
+    folder = Path(config.checkpoint.dir)
+    if args.resume == "auto":
+        resume_from = find_latest_checkpoint(folder)
+        metadata = read_metadata(resume_from) if resume_from else None
+        if resume_from is None and not (folder / "run_config.yaml").exists():
+            raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
+    if args.resume is None and is_main_process() and not (args.fresh or args.check or args.show_step):
+        refuse_unfinished(folder)
+    if metadata:
+        compare_configs(metadata["config"], config, resume_from)
+
+    corpus = load_corpus(config)
+    if metadata:
+        tokenizer = tokenizer_from_dict(metadata["tokenizer"])
+    else:
+        spec = config.tokenizer
+        tokenizer = build_tokenizer(spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path)
+    data = pack_corpus(corpus, tokenizer, config)
+    n_steps = resolve_steps(config, data, metadata)
+    plan = Plan(
+        config,
+        tokenizer,
+        data,
+        config.model.model_copy(update={"vocab_size": tokenizer.vocab_size}),
+        n_steps,
+        device,
+        resolve_precision(config.hardware.precision, device),
+        resume_from,
+        run_record(),
+        f"python3 {' '.join(sys.argv)}",
+    )
+    if metadata:
+        compare_data(metadata, plan)
+    return plan
+
+
+def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> int:
+    """The number of steps of the run; also fixes the schedule's length in the config, at first to the run's, on resume
+    to what it was."""
+    training, world = config.training, config.hardware.devices * config.hardware.num_nodes
+    n_steps = training.max_steps
+    if n_steps is None:
+        n_steps = math.ceil(training.epochs * len(data.train) / step_shape(config, world=world).blocks)
+    if training.schedule_steps is None:
+        training.schedule_steps = metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
+    if training.warmup_steps > training.schedule_steps:
+        raise UserError(f"training.warmup_steps={training.warmup_steps} is longer than the schedule of {training.schedule_steps} steps; lower it")
+    return n_steps
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def compare_configs(saved: dict, config: Config, source: Path) -> None:
+    """Refuse to resume under a config that would have made another run; names the key and both values."""
+    before, now = flatten(validate_config(saved, str(source)).to_dict()), flatten(config.to_dict())
+    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(RESUMABLE)]
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed[:5])
+        raise UserError(f"cannot resume {source} under another config: {listed}; change it back, or start a new run with --fresh")
+
+
+def compare_data(metadata: dict, plan: Plan) -> None:
+    """Refuse to resume with another text, or with steps of another size."""
+    if metadata["sequences_per_step"] != plan.sequences_per_step:
+        raise UserError(
+            f"cannot resume: a step had {metadata['sequences_per_step']} sequences and would now have {plan.sequences_per_step} "
+            "(micro_batch_size x grad_accum_steps x devices x num_nodes); keep the product"
+        )
+    if metadata["data_fingerprint"] != plan.data.fingerprint():
+        raise UserError("cannot resume: the training text has changed since this run began; restore it, or start a new run with --fresh")
+
+
+# ---- the folder ---------------------------------------------------------------------------------------------------
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What a run has written into its folder, `final.ckpt` last."""
+    return [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise UserError if `folder` holds a run that did not reach its end: it is never overwritten."""
+    if (folder / "final.ckpt").exists() or not any(path.suffix == ".ckpt" for path in run_files(folder)):
+        return
+    raise UserError(
+        f"{folder} holds an unfinished run; go on with it by --resume, move it aside by --fresh,\n"
+        f"       or write elsewhere by --override checkpoint.dir={folder}-2"
+    )
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Move an earlier run's files to the first free `old-<n>` in the same folder; returns that, or None if there are none."""
+    files = run_files(folder)
+    if not any(path.suffix == ".ckpt" for path in files):
+        return None
+    number = 1
+    while (folder / f"old-{number}").exists():
+        number += 1
+    target = folder / f"old-{number}"
+    target.mkdir()
+    for path in files:
+        path.rename(target / path.name)
+    return target
+
+
+def claim_folder(folder: Path):
+    """Make the folder and hold it for this process; returns the lock to keep. Raises UserError if another run holds it."""
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another run is writing to {folder}; wait for it, or write elsewhere by --override checkpoint.dir={folder}-2") from None
+    return lock
+
+
+def run_record() -> dict[str, Any]:
+    """What is needed to repeat a run besides its config: versions, git commit, command line."""
+    names = ("torch", "lightning", "numpy", "tokenizers", "tiktoken", "datasets")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).resolve().parent.parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"], capture_output=True, text=True, timeout=5
+        )
+        commit = answer.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"versions": versions, "git_commit": commit, "command": " ".join(sys.argv), "threads": torch.get_num_threads()}
+
+
+def write_run_config(plan: Plan) -> None:
+    """run_config.yaml: the whole config as it was understood, with the run's record as comments on top."""
+    header = [f"# {key}: {value}" for key, value in (plan.record["versions"] | {k: plan.record[k] for k in ("git_commit", "command")}).items()]
+    body = yaml.safe_dump(plan.config.to_dict(), sort_keys=False, allow_unicode=True)
+    with atomic_write(plan.folder / "run_config.yaml") as file:
+        file.write(("\n".join(header) + "\n" + body).encode())

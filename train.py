@@ -1,0 +1,377 @@
+"""Train a language model from a config file.
+
+python3 train.py --config config_smoke.yaml
+python3 train.py --config config_smoke.yaml --override data.path=my_book.txt --override training.max_steps=1000
+python3 train.py --config config.yaml --resume                  # go on where this config's run stopped
+python3 train.py --config config.yaml --check                   # test everything, change nothing
+python3 train.py --config config_smoke.yaml --show-step 3       # the exact text that step 3 trains on
+"""
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import math
+import sys
+import warnings
+from pathlib import Path
+
+from support.cli import UserError, add_config_flags, guarded, make_parser, warn
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_config_flags(parser)
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CKPT", help="go on with the run in checkpoint.dir, or with this checkpoint")
+    parser.add_argument("--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>")
+    parser.add_argument("--check", action="store_true", help="run the pre-training checklist and exit; nothing is written")
+    parser.add_argument("--show-step", type=int, metavar="N", help="print the text that step N trains on, and exit")
+    args = parser.parse_args(argv)
+    if args.resume and args.fresh:
+        parser.error("--resume and --fresh contradict each other")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args(sys.argv[1:])  # --help and wrong flags answer before torch is imported
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Batch, make_dataloaders, step_shape
+from model import GPTMini
+from optim import build_optimizer, lr_factor, set_learning_rate
+from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, model_weights, read_checkpoint, read_metadata
+from support.hardware import device_label, memory_total
+from support.loss import IGNORE
+from support.plots import draw_loss
+from support.preflight import estimate_memory, run_checks, show_step
+from support.run import Plan, claim_folder, is_main_process, move_aside, plan_run, write_run_config
+
+
+def prepare(argv: list[str] | None) -> Plan:
+    """The checked plan of the run; --check and --show-step answer and exit here. Raises UserError."""
+    args = parse_args(argv)
+    if args.check:
+        sys.exit(run_checks(args))
+    plan = plan_run(args)
+    if args.show_step is not None:
+        print(show_step(plan, args.show_step))
+        sys.exit(0)
+    return plan
+
+
+if __name__ == "__main__":
+    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
+    PLAN = guarded(prepare, sys.argv[1:])
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from support.callbacks import AtomicCheckpointIO, CheckpointSaver, Console, JsonlFile, LoggerSink, Metrics, StopOnSignal, StopRun, TextSamples
+
+
+class LitCausalLM(pl.LightningModule):
+    """The training of a GPTMini: loss, gradients, clipping, learning rate, step; in the open, not inside a trainer."""
+
+    def __init__(self, plan: Plan, net: GPTMini):
+        super().__init__()
+        self.automatic_optimization = False  # `training_step` does it all, in the order a textbook gives
+        self.plan, self.config, self.net = plan, plan.config, net
+        self.tokens_seen = 0
+        self.best_val_loss = self.val_loss = math.inf
+        self.stream_state: str | None = None
+        self.step_metrics: dict[str, float] = {}
+        self.flops_per_token = net.flops_per_token(plan.config.seq_len)
+
+    def configure_model(self) -> None:
+        """Under FSDP, cut every block's weights over the processes (called by Lightning on each of them)."""
+        if self.config.hardware.strategy == "fsdp" and self.plan.world > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for part in (*self.net.layers, self.net):
+                fully_shard(part, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW or Muon with their parameter groups. The learning rate is set at each step, from the step."""
+        return build_optimizer(self.net, self.config.training)
+
+    def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
+        """One optimizer step. The gradient is that of the mean loss over all targets of the step, over micro-batches
+        and processes, so how the step is cut up changes nothing but rounding."""
+        training, step = self.config.training, self.trainer.global_step
+        optimizer = self.optimizers()
+        n_targets = self.sum_over_processes(sum((batch["labels"] != IGNORE).sum() for batch in micro_batches)).clamp(min=1)
+        loss_total = torch.zeros((), device=self.device)
+        for micro, batch in enumerate(micro_batches):
+            self.stream_state = batch.pop("stream_state", self.stream_state)
+            self.seed_dropout(step, micro)
+            with self.gradients_stay_local() if micro + 1 < len(micro_batches) else contextlib.nullcontext():
+                loss_sum, _ = self.net(**batch)
+                # DDP and FSDP average gradients over processes; times world_size that is their sum.
+                self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
+            loss_total += loss_sum.detach()
+        loss = self.sum_over_processes(loss_total) / n_targets
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
+        self.refuse_bad_numbers(step, loss.item(), float(grad_norm))
+        factor = lr_factor(step, training.schedule, training.warmup_steps, training.schedule_steps, floor=training.min_lr / training.lr)
+        set_learning_rate(optimizer, factor)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.tokens_seen += int(n_targets)
+        self.step_metrics = {"loss": loss.item(), "lr": training.lr * factor, "grad_norm": float(grad_norm)}
+
+    def seed_dropout(self, step: int, micro: int) -> None:
+        """Random numbers are a function of (seed, step), not of what was drawn before: a resume needs no state."""
+        index = step_shape(self.config, self.global_rank, self.trainer.world_size).micro_index(step, micro)
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]))
+
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
+
+    def gradients_stay_local(self) -> contextlib.AbstractContextManager:
+        """Until the last micro-batch there is nothing to send to the other processes (DDP's no_sync)."""
+        return self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else contextlib.nullcontext()
+
+    def refuse_bad_numbers(self, step: int, loss: float, grad_norm: float) -> None:
+        """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold one."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        last = find_latest_checkpoint(self.plan.folder)
+        raise UserError(
+            f"step {step + 1}: loss={loss}, gradient norm={grad_norm}; the weights are as before this step\n"
+            f"       last good checkpoint: {last or 'none yet'}; look at the text by --show-step {step + 1}\n"
+            "       try a lower training.lr, a longer training.warmup_steps, grad_clip=1.0 or hardware.precision=32-true"
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_sums = torch.zeros(2, device=self.device)  # loss sum, number of targets
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss_sum, n_targets = self.net(**batch)
+        self.val_sums += torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
+
+    def on_validation_epoch_end(self) -> None:
+        """The loss over all validation targets, however they were batched."""
+        loss_sum, n_targets = self.sum_over_processes(self.val_sums).tolist()
+        self.val_loss = loss_sum / max(1.0, n_targets)
+
+    def train_dataloader(self):
+        return self._dataloaders()[0]
+
+    def val_dataloader(self):
+        return self._dataloaders()[1]
+
+    def _dataloaders(self):
+        """Made here because only now the process's rank, and the step to begin with, are known."""
+        return make_dataloaders(
+            self.config,
+            self.plan.data,
+            self.plan.tokenizer,
+            self.plan.n_steps,
+            self.trainer.global_step,
+            self.global_rank,
+            self.trainer.world_size,
+            self.stream_state,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Make the file complete: whoever has it needs nothing else to sample, evaluate or go on. Plain types only."""
+        step = self.trainer.global_step
+        epoch = None if self.plan.data.streaming else step * self.plan.sequences_per_step / len(self.plan.data.train)
+        finite = {
+            name: value if math.isfinite(value) else None for name, value in (("val_loss", self.val_loss), ("best_val_loss", self.best_val_loss))
+        }
+        checkpoint[KEY] = {
+            "format_version": FORMAT_VERSION,
+            "model": self.plan.model_config.model_dump(),
+            "tokenizer": self.plan.tokenizer.to_dict(),
+            "config": self.config.to_dict(),
+            "template": None,
+            "metrics": {
+                "step": step,
+                "epoch": epoch,
+                "tokens": self.tokens_seen,
+                "train_loss": self.step_metrics.get("loss"),
+                "lr": self.step_metrics.get("lr"),
+                **finite,
+            },
+            "stream_state": self.stream_state,
+            "data_fingerprint": self.plan.data.fingerprint(),
+            "sequences_per_step": self.plan.sequences_per_step,
+            "run": self.plan.record,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        metrics = checkpoint[KEY]["metrics"]
+        self.tokens_seen, self.stream_state = metrics["tokens"], checkpoint[KEY]["stream_state"]
+        self.best_val_loss = math.inf if metrics["best_val_loss"] is None else metrics["best_val_loss"]
+
+
+def make_loggers(plan: Plan) -> list:
+    """Lightning's loggers for those the config asks for. Raises UserError for one that is not installed."""
+    loggers = []
+    try:
+        if plan.config.logging.tensorboard:
+            loggers.append(pl.loggers.TensorBoardLogger(plan.folder, name="tensorboard", version=""))
+        if plan.config.logging.wandb:
+            loggers.append(pl.loggers.WandbLogger(project="tiny-transformer", name=plan.folder.name, save_dir=plan.folder))
+    except ModuleNotFoundError:
+        name = "tensorboard" if plan.config.logging.tensorboard and not loggers else "wandb"
+        raise UserError(f"logging.{name}=true needs a package that is not installed; pip install {name}") from None
+    return loggers
+
+
+def make_callbacks(plan: Plan, start_step: int, loggers: list, console: Console | None) -> list[pl.Callback]:
+    """Metrics before checkpoints, so that no row is lost between the two; files and console in the main process only."""
+    training, stop = plan.config.training, StopOnSignal()
+    sinks = [] if console is None else [JsonlFile(plan.folder / "metrics.jsonl", start_step), console, *map(LoggerSink, loggers)]
+    callbacks = [
+        Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device),
+        stop,
+        CheckpointSaver(plan.folder, plan.config.checkpoint.save_every, training.val_every, plan.config.checkpoint.keep_last, plan.n_steps, stop),
+    ]
+    if training.sample_every:
+        callbacks.append(
+            TextSamples(plan.tokenizer, training.sample_prompts, training.sample_every, training.sample_temperature, plan.config.seed, console)
+        )
+    return callbacks
+
+
+def build_trainer(plan: Plan, callbacks: list[pl.Callback], loggers: list) -> pl.Trainer:
+    """Lightning's engine: devices, processes, precision, the loop over steps. The rest of its offers is switched off."""
+    hardware = plan.config.hardware
+    strategy = "auto"
+    if plan.world > 1 and hardware.strategy == "fsdp":
+        strategy = ModelParallelStrategy(data_parallel_size=plan.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    elif plan.world > 1:
+        strategy = DDPStrategy()
+    return pl.Trainer(
+        accelerator={"cuda": "gpu"}.get(plan.device, plan.device),
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=strategy,
+        precision=plan.precision,
+        deterministic=hardware.deterministic,
+        max_steps=plan.n_steps,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=plan.config.training.val_every,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=loggers or False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def quiet_lightning() -> None:
+    """Its notices about loggers, devices and dataloaders do not help a reader of ours; errors still show."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
+def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
+    """What will run, before it runs."""
+    c, training, n = plan.model_config, plan.config.training, plan.n_steps
+    print(
+        f"model: {net.n_params():,} parameters, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, "
+        f"vocabulary {c.vocab_size:,} ({plan.tokenizer.kind})"
+    )
+    print("\n".join(plan.data.describe()))
+    per_epoch = "" if plan.data.streaming else f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
+    print(
+        f"steps: {n:,} of {plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x {training.grad_accum_steps} micro-batches"
+        f"{f' x {plan.world} processes' if plan.world > 1 else ''} x {plan.config.seq_len}), {n * plan.tokens_per_step:,} in all{per_epoch}"
+    )
+    need = estimate_memory(plan.model_config, plan.config, plan.precision)["total"]
+    has = memory_total(plan.device)
+    print(f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB needed of {has / 2**20:,.0f} MB")
+    if start_step:
+        print(f"resuming {plan.resume_from} behind step {start_step}")
+    else:
+        print(f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its logarithm): the first loss should be near it")
+
+
+def weights_sha256(checkpoint: Path) -> str:
+    """Of all weights in the order of their names: equal if and only if two runs ended with the same model, bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model_weights(read_checkpoint(checkpoint)).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.numpy())
+    return digest.hexdigest()
+
+
+def train(plan: Plan, start_step: int, console: Console | None) -> None:
+    """Build network, module and trainer, and run. Raises StopRun after a signal."""
+    quiet_lightning()
+    torch.manual_seed(plan.config.seed)
+    net = GPTMini(plan.model_config)
+    module, loggers = LitCausalLM(plan, net), make_loggers(plan)
+    if console:
+        print_header(plan, net, start_step)
+    if plan.config.training.compile:
+        net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
+    trainer = build_trainer(plan, make_callbacks(plan, start_step, loggers, console), loggers)
+    trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
+    if plan.n_steps == 0:  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
+        next(c for c in trainer.callbacks if isinstance(c, CheckpointSaver)).save(trainer, module)
+
+
+def finish(plan: Plan) -> None:
+    """Draw the curves; say where things are."""
+    drawn = draw_loss(plan.folder)
+    final = plan.folder / "final.ckpt"
+    metrics = read_metadata(final)["metrics"]
+    best = f", best val_loss {metrics['best_val_loss']:.4f}" if metrics["best_val_loss"] is not None else ""
+    print(f"done: {final} at step {metrics['step']}{best}" + (f"; curves in {drawn}" if drawn else ""))
+    print(f"weights sha256 {weights_sha256(final)}")
+
+
+def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
+    plan = plan or prepare(argv)
+    start_step = read_metadata(plan.resume_from)["metrics"]["step"] if plan.resume_from else 0
+    if start_step and start_step >= plan.n_steps:
+        print(f"{plan.resume_from} is at step {start_step} of {plan.n_steps}: nothing left to do; raise training.max_steps to go on")
+        return 0
+    lock = console = None
+    if is_main_process():
+        lock = claim_folder(plan.folder)
+        if plan.resume_from is None and (moved := move_aside(plan.folder)):
+            print(f"the earlier run in {plan.folder} has been moved to {moved}")
+        write_run_config(plan)
+        if plan.resume_from and plan.record["threads"] != read_metadata(plan.resume_from)["run"]["threads"]:
+            warn("the number of CPU threads differs from the run's before; sums round differently, so the resume is not bit for bit")
+        console = Console(plan.n_steps, start_step)
+    try:
+        train(plan, start_step, console)
+    except StopRun as stop:
+        if console:
+            console.close()
+            draw_loss(plan.folder)
+            print(f"stopped; saved {plan.folder / 'last.ckpt'}; go on with: {plan.command.removesuffix(' --fresh')} --resume")
+        return stop.code
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on {plan.device}: {str(error).splitlines()[0][:160]}\n       halve training.micro_batch_size (now "
+            f"{plan.config.training.micro_batch_size}) and double training.grad_accum_steps (now {plan.config.training.grad_accum_steps}); "
+            "or model.gradient_checkpointing=true"
+        ) from None
+    finally:
+        if console:
+            console.close()
+        if lock:
+            lock.release()
+    if console:
+        finish(plan)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, plan=PLAN))
