@@ -21,11 +21,7 @@ from support.loss import cross_entropy_sum
 
 
 class GPTConfig(BaseModel):
-    """Everything that decides the shape of the network: the contract between config, model and checkpoint.
-
-    >>> GPTConfig(vocab_size=512, d_model=128, n_layers=4, n_heads=4).head_dim
-    32
-    """
+    """Everything that decides the shape of the network: the contract between config, model and checkpoint."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -131,9 +127,8 @@ def sinusoidal_table(positions: Tensor, d_model: int) -> Tensor:
 class KVCache:
     """Keys and values of the positions already seen, so that generating a token costs one position, not all.
 
-    One pair of buffers a layer, allocated once, written in place; heads are stored unexpanded (K, not H), which is
-    what grouped-query attention saves. `length` counts the positions filled.
-    """
+    One pair of buffers a layer, allocated once, written in place; K heads, not H, is what grouped-query attention
+    saves. `length` counts the positions filled."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str, dtype: torch.dtype):
         shape = (batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
@@ -160,11 +155,8 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(hd)) v, written out: what the fused kernel computes. All are (B, H, ., hd).
-
-    It also is the path on MPS, where the fused kernel has leaked future positions and mishandled strides
-    (pytorch issues 195910 and 181133).
-    """
+    """softmax(q k^T / sqrt(hd)) v, written out; all (B, H, ., hd). Also the path on MPS, where the fused kernel has
+    leaked future positions and mishandled strides (pytorch issues 195910 and 181133)."""
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, T, S)
     if mask is None:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -327,14 +319,16 @@ class GPTMini(nn.Module):
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size={config.vocab_size} must be at least 1; take it from the tokenizer")
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        # Tables start empty: nn.Embedding's own drawing of numbers, on the meta device, imports half of torch's compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model)
+            self.embed_positions = nn.Embedding.from_pretrained(torch.empty(config.max_seq_len, config.d_model), freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.reset_parameters()
+        if not self.embed_tokens.weight.is_meta:
+            self.reset_parameters()
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -345,15 +339,15 @@ class GPTMini(nn.Module):
 
     def reset_parameters(self) -> None:
         """GPT-2's initialization: normal with std 0.02; what writes into the residual stream is smaller by
-        1/sqrt(2 n_layers), so that the stream's variance does not grow with depth (Radford et al., 2019)."""
+        1/sqrt(2 n_layers), so that the stream does not grow with depth (Radford et al., 2019)."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
-            std = 0.02
-            if name.endswith(("o_proj", "down_proj")):
-                std = 0.0 if self.config.zero_init else 0.02 / (2 * self.config.n_layers) ** 0.5
-            if name == "lm_head" and self.config.zero_init:
-                std = 0.0  # a tied head shares the embedding's tensor instead, see tie_weights
+            std, residual = 0.02, name.endswith(("o_proj", "down_proj"))
+            if self.config.zero_init and (residual or name == "lm_head"):  # a tied head takes the embedding's tensor later
+                std = 0.0
+            elif residual:
+                std /= (2 * self.config.n_layers) ** 0.5
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -431,8 +425,8 @@ class GPTMini(nn.Module):
         from there on nothing cached is valid, and each token costs a whole window.
         """
         sampling = sampling or SamplingConfig()
-        window = self.config.max_seq_len
-        ids, finished = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ids, window = input_ids, self.config.max_seq_len
+        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         cache = KVCache(self.config, len(ids), ids.device, self.embed_tokens.weight.dtype)
         for _ in range(max_new_tokens):
             if ids.shape[1] <= window:
