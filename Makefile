@@ -1,0 +1,40 @@
+# make smoke: install, train 50 steps, print a sample. make test: the fast suite. CONTRIBUTING.md tells the rest.
+VENV ?= .venv
+PY = $(VENV)/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -rs
+
+.PHONY: setup smoke test test-slow test-all test-oldest lint format
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	if command -v uv >/dev/null; then uv pip install -q --python $(PY) -r requirements.txt -r requirements-dev.txt; \
+	else $(PY) -m pip install -q -r requirements.txt -r requirements-dev.txt; fi
+	touch $@
+
+smoke: setup
+	$(PY) train.py --config config_smoke.yaml
+	$(PY) infer.py --ckpt checkpoints/final.ckpt --prompt "Attention is"
+
+test: setup
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: test test-slow
+
+# The oldest versions that requirements.txt allows, in an environment of their own.
+test-oldest:
+	test -x .venv-oldest/bin/python || uv venv --python 3.11 .venv-oldest
+	uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -r requirements.txt -r requirements-dev.txt
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -rs -m "not slow"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
