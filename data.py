@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -276,6 +277,7 @@ class PackedData:
     def streaming(self) -> bool:
         return isinstance(self.train, DocumentStream)
 
+    @cached_property
     def fingerprint(self) -> str | None:
         """sha256 of the training tokens, so that a resume on another text is noticed; None for a stream."""
         return None if self.streaming else hashlib.sha256(np.ascontiguousarray(self.train.tokens)).hexdigest()
@@ -335,7 +337,8 @@ def make_dataloaders(
     (B, T); it begins at `start_step`, or where `stream_state` says. One item of `val` is a batch."""
     shape, workers = step_shape(config, rank, world), config.hardware.num_workers
     mask_eos = tokenizer.eos_id if config.data.document_mask else None
-    options = {"batch_size": None, "generator": torch.Generator().manual_seed(0)}  # its own: the global one is for dropout
+    own_random = {"batch_size": None, "generator": torch.Generator().manual_seed(0)}  # the global generator is for dropout
+    options = dict(own_random)
     if workers:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizers library warns when workers fork
         options["persistent_workers"] = True
@@ -348,4 +351,4 @@ def make_dataloaders(
         steps = IndexedSteps(data.train, shape, config.seed, config.data.shuffle, n_steps)
         train = DataLoader(steps, sampler=StepSampler(start_step, n_steps), num_workers=workers, **options)
     val_batches = ValBatches(data.val, config.training.micro_batch_size, rank, world, config.training.val_batches)
-    return train, DataLoader(val_batches, batch_size=None)
+    return train, DataLoader(val_batches, **own_random)

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
 import torch
 from pydantic import ValidationError

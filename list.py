@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
 import torch
 
@@ -106,7 +106,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['tokenizer']} {row['vocab_size']}",
             *common,
         )
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)  # never fold a line that goes to a file
+    console = Console(width=10_000, highlight=False)  # never cut a name; a narrow terminal folds the line itself
     console.print(table)
     for row in rows:
         if "error" in row:

@@ -23,7 +23,7 @@ from support.loss import cross_entropy_sum
 class GPTConfig(BaseModel):
     """Everything that decides the shape of the network: the contract between config, model and checkpoint."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     vocab_size: int = Field(0, ge=0, description="Rows of the embedding table. Comes from the tokenizer, never from a config file.")
     d_model: int = Field(128, gt=0, description="Width of the residual stream. Parameters and time grow with its square.")
@@ -290,7 +290,7 @@ def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Ten
         score = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
         logits = logits.scatter(1, seen, score)
     if sampling.temperature > 0:
-        logits = logits / sampling.temperature
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # the largest stays 0: no overflow
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))  # ties with the k-th all stay

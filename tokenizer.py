@@ -123,7 +123,10 @@ class FileTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         try:
-            self.backend = Backend.from_str(tokenizer_json)
+            state = json.loads(tokenizer_json)
+            for token in state["added_tokens"]:
+                token["special"] = token["special"] or token["content"] == eos_text  # so that the line below covers it
+            self.backend = Backend.from_str(json.dumps(state))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"not a tokenizer.json of the tokenizers library: {error}") from None
         self.backend.encode_special_tokens = True  # text that spells a special token stays text
@@ -135,6 +138,8 @@ class FileTokenizer(Tokenizer):
                 f"end-of-document token {eos_text!r} is not in the vocabulary; name the right one as eos_token in a "
                 "tokenizer_config.json beside the file"
             )
+        if self.eos_id in self.encode(eos_text):
+            raise UserError(f"text that spells {eos_text!r} becomes the end-of-document token in this tokenizer.json; take another one")
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -165,8 +170,15 @@ class FileTokenizer(Tokenizer):
         except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError):
             raise UserError(f"{path} is not a tokenizer.json of the tokenizers library") from None
         settings = path.with_name("tokenizer_config.json")
-        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.exists() else None
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        try:
+            eos = json.loads(settings.read_text(encoding="utf-8"))["eos_token"] if settings.exists() else None
+            eos = eos["content"] if isinstance(eos, dict) else eos
+        except KeyError:
+            eos = None
+        except (ValueError, TypeError):
+            raise UserError(f"{settings} is not a JSON object; mend or remove it") from None
+        if not isinstance(eos, str | None):
+            raise UserError(f"{settings}: eos_token={eos!r} is not a text; mend or remove it")
         for usual in (EOS_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"):
             eos = eos or (usual if usual in added else None)
         if eos is None:

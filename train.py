@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args(sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
 import numpy as np
 import torch
@@ -113,15 +113,15 @@ class LitCausalLM(pl.LightningModule):
                 # DDP and FSDP average gradients over processes; times world_size that is their sum.
                 self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
             loss_total += loss_sum.detach()
-        loss = self.sum_over_processes(loss_total) / n_targets
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
-        self.refuse_bad_numbers(step, loss.item(), float(grad_norm))
+        loss = (self.sum_over_processes(loss_total) / n_targets).item()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf))
+        self.refuse_bad_numbers(step, loss, grad_norm)
         factor = lr_factor(step, training.schedule, training.warmup_steps, training.schedule_steps, floor=training.min_lr / training.lr)
         set_learning_rate(optimizer, factor)
         optimizer.step()
         optimizer.zero_grad()
         self.tokens_seen += int(n_targets)
-        self.step_metrics = {"loss": loss.item(), "lr": training.lr * factor, "grad_norm": float(grad_norm)}
+        self.step_metrics = {"loss": loss, "lr": training.lr * factor, "grad_norm": grad_norm}
 
     def seed_dropout(self, step: int, micro: int) -> None:
         """Random numbers are a function of (seed, step), not of what was drawn before: a resume needs no state."""
@@ -199,7 +199,7 @@ class LitCausalLM(pl.LightningModule):
                 **finite,
             },
             "stream_state": self.stream_state,
-            "data_fingerprint": self.plan.data.fingerprint(),
+            "data_fingerprint": self.plan.data.fingerprint,
             "sequences_per_step": self.plan.sequences_per_step,
             "run": self.plan.record,
         }
@@ -334,6 +334,16 @@ def finish(plan: Plan) -> None:
     print(f"weights sha256 {weights_sha256(final)}")
 
 
+def how_to_go_on(plan: Plan) -> str:
+    last = find_latest_checkpoint(plan.folder)
+    if last is None:
+        return "nothing had been saved yet"
+    command = plan.command.replace(" --fresh", "")
+    if "--resume" not in command:
+        command += " --resume"
+    return f"saved {last} at step {read_metadata(last)['metrics']['step']}; go on with: {command}"
+
+
 def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     plan = plan or prepare(argv)
     start_step = read_metadata(plan.resume_from)["metrics"]["step"] if plan.resume_from else 0
@@ -355,7 +365,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
         if console:
             console.close()
             draw_loss(plan.folder)
-            print(f"stopped; saved {plan.folder / 'last.ckpt'}; go on with: {plan.command.removesuffix(' --fresh')} --resume")
+            print(f"stopped; {how_to_go_on(plan)}")
         return stop.code
     except torch.OutOfMemoryError as error:
         raise UserError(

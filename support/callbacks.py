@@ -35,26 +35,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StopRun(SystemExit):
-    """Raised between two steps after a signal; the checkpoint has been written. `code` is 128 + the signal's number."""
+    """Ends a run after a signal; `code` is 128 + the signal's number."""
 
 
 class StopOnSignal(pl.Callback):
     """Ctrl-C and SIGTERM let the step finish and be saved (CheckpointSaver asks `requested`); the run ends before the
-    next step begins. A second signal ends it at once."""
+    next step begins. A second signal, or one before the first step, ends it at once."""
 
     def __init__(self):
         self.signum: int | None = None
+        self.stepping = False
         self.before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):  # here, behind Lightning's own handlers
-            self.before[signum] = signal.signal(signum, self._remember)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.before[signum] = signal.signal(signum, self._answer)
 
-    def _remember(self, signum: int, frame: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stepping = True
+        for signum in (signal.SIGINT, signal.SIGTERM):  # again, since Lightning has put its own handlers in between
+            signal.signal(signum, self._answer)
+
+    def _answer(self, signum: int, frame: Any) -> None:
+        if self.signum is not None or not self.stepping:
+            raise StopRun(128 + signum)
         self.signum = signum
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def requested(self, trainer: pl.Trainer) -> bool:
         """Whether any process has been told to stop; all get the same answer."""
@@ -77,6 +83,10 @@ class CheckpointSaver(pl.Callback):
     def __init__(self, folder: Path, save_every: int, val_every: int, keep_last: int | None, n_steps: int, stop: StopOnSignal):
         self.folder, self.save_every, self.val_every, self.keep_last = folder, save_every, val_every, keep_last
         self.n_steps, self.stop = n_steps, stop
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and (self.folder / "last.ckpt").exists():
+            (self.folder / "final.ckpt").unlink(missing_ok=True)  # a run that is extended is not finished any more
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
@@ -197,7 +207,8 @@ class Console:
     """The run on the screen: a live bar on a terminal, plain lines elsewhere (and in files)."""
 
     def __init__(self, n_steps: int, start_step: int):
-        self.n_steps, self.start_step, self.began, self.bar = n_steps, start_step, time.monotonic(), None
+        self.n_steps, self.bar = n_steps, None
+        self.first: tuple[int, float] | None = None  # step and time of the first row, from which the rest is estimated
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -227,9 +238,10 @@ class Console:
         if self.bar:
             self.bar.update(self.task, completed=step, description=numbers)
             return
-        per_step = (time.monotonic() - self.began) / max(1, step - self.start_step)
-        eta = int(per_step * (self.n_steps - step))
-        self.print(f"step {step:>6}/{self.n_steps}  {numbers}  eta {eta // 60}:{eta % 60:02}")
+        now = time.monotonic()
+        self.first = self.first or (step, now)
+        eta = int((now - self.first[1]) / max(1, step - self.first[0]) * (self.n_steps - step))
+        self.print(f"step {step:>6}/{self.n_steps}  {numbers}  eta {f'{eta // 60}:{eta % 60:02}' if step > self.first[0] else '-'}")
 
     def close(self) -> None:
         if self.bar:

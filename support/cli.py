@@ -13,8 +13,9 @@ class UserError(ValueError):
 def guarded(main: Callable, *args, **kwargs):
     """Call `main`; turn a user's mistake into one to three lines on stderr and exit status 2, without a traceback.
 
-    Anything else that is raised is a bug of ours and keeps its traceback.
+    Anything else that is raised is a bug of ours and keeps its traceback; Ctrl-C is none, also during later imports.
     """
+    sys.excepthook = _quiet_interrupt
     try:
         return main(*args, **kwargs)
     except UserError as error:
@@ -30,6 +31,13 @@ def guarded(main: Callable, *args, **kwargs):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     sys.exit(2)
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)  # Python itself then ends with status 130
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:

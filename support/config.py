@@ -3,6 +3,7 @@
 The descriptions below are the reference: `python3 -m support.config` prints docs/CONFIG_REFERENCE.md from them.
 """
 
+import copy
 import difflib
 import re
 from pathlib import Path
@@ -13,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model import GPTConfig
 from support.cli import UserError
+from support.hub import LOCAL_FORMATS
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TokenizerConfig(Section):
@@ -78,6 +80,10 @@ class DataConfig(Section):
             raise ValueError("source=text needs path: a .txt or .jsonl file, a folder or a glob")
         if self.source == "hf" and not self.dataset:
             raise ValueError("source=hf needs dataset: a name on the hub, or json, parquet or text with path")
+        if self.val_split == self.split:
+            raise ValueError(f"val_split={self.val_split} is the training split too; leave it out, and documents are cut off for validation")
+        if self.val_split and self.dataset in LOCAL_FORMATS:
+            raise ValueError(f"val_split={self.val_split}: local files (dataset={self.dataset}) have no splits; use val_docs or val_fraction")
         return self
 
 
@@ -162,7 +168,7 @@ class LoggingConfig(Section):
 
 
 class Config(Section):
-    seed: int = Field(42, ge=0, description="Decides initial weights, data order, validation cut, dropout and samples.")
+    seed: int = Field(42, ge=0, lt=2**63, description="Decides initial weights, data order, validation cut, dropout and samples.")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     model: GPTConfig = Field(default_factory=GPTConfig)
     data: DataConfig
@@ -280,7 +286,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -291,8 +302,13 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
         raise UserError(f"{where}: {getattr(error, 'problem', None) or error}; mend the YAML there") from None
-    except ValueError as error:  # e.g. an impossible date
-        raise UserError(f"{source}: {error}; mend the YAML there") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # an impossible date, a list as key, ...
+        raise UserError(f"{source}: no value of a config can be made of this ({error}); mend the YAML there") from None
+
+
+def dump_yaml(tree: dict) -> str:
+    """Text that `parse_yaml` reads back as it was: a string that looks like a number to our reader is quoted."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_config_file(path: str | Path) -> dict:
@@ -368,7 +384,7 @@ def validate_config(tree: dict, source: str = "config") -> Config:
 
 def load_config(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> Config:
     """File (or `base`, a checkpoint's own config), then overrides, then checks. Raises UserError."""
-    tree = read_config_file(path) if path is not None else base
+    tree = read_config_file(path) if path is not None else copy.deepcopy(base)
     for override in overrides:
         apply_override(tree, override)
     return validate_config(tree, str(path or "config"))

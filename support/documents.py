@@ -1,5 +1,6 @@
 """Where documents come from: text files, .jsonl files, and Hugging Face datasets, held in memory or streamed."""
 
+import codecs
 import glob
 import json
 import os
@@ -10,7 +11,7 @@ import numpy as np
 
 from support.cli import UserError
 from support.config import DataConfig
-from support.hub import open_dataset
+from support.hub import open_dataset, read_rows
 from tokenizer import EOS_TEXT
 
 STREAM_VAL_DOCS = 200
@@ -40,8 +41,10 @@ def read_lines(file: Path, errors: str) -> Iterator[str]:
                     f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
                     "convert it, or read it as it is with --override data.errors=replace"
                 )
+            if offset == 0 and raw.startswith(codecs.BOM_UTF8):
+                raw, offset = raw.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
             try:
-                line = raw.decode("utf-8-sig" if offset == 0 else "utf-8", errors=errors)
+                line = raw.decode(errors=errors)
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
@@ -84,6 +87,11 @@ def row_text(row: dict, text_field: str, where: str) -> str:
     text = row.get(text_field)
     if not isinstance(text, str):
         raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); set data.text_field")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} holds half a character ({text[error.start]!r}), which is no text; remove it") from None
     return text
 
 
@@ -110,7 +118,7 @@ class DocumentStream:
 
     def take(self, n: int) -> list[str]:
         """The next n documents; fewer, at last none, at the end."""
-        self.rows = iter(self.dataset) if self.rows is None else self.rows
+        self.rows = read_rows(self.dataset) if self.rows is None else self.rows
         documents: list[str] = []
         while len(documents) < n and (self.limit is None or self.rows_read < self.skip + self.limit):
             row = next(self.rows, None)
@@ -146,7 +154,7 @@ def hf_documents(data: DataConfig, seed: int) -> tuple[list[str] | DocumentStrea
         return open_dataset(data.dataset, data.config, split, data.path, data.revision, data.streaming)
 
     def texts(rows: Iterable[dict], limit: int | None = None) -> list[str]:
-        numbered = zip(range(2**63 if limit is None else limit), rows, strict=False)
+        numbered = zip(range(2**63 if limit is None else limit), read_rows(rows), strict=False)
         return [text for i, row in numbered if (text := row_text(row, data.text_field, f"row {i + 1}"))]
 
     val = texts(rows_of(data.val_split), data.val_docs) if data.val_split else None

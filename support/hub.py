@@ -4,6 +4,7 @@ import glob
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Iterator
 
 from support.cli import UserError
 
@@ -52,5 +53,14 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
 
     try:
         return datasets.load_dataset(name, **options)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise UserError(f"data.dataset={name} (config {config}, split {split}) cannot be opened: {' '.join(str(error).split())[:300]}") from None
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = error.__cause__ or error  # of a damaged file, the library wraps the reason
+        raise UserError(f"data.dataset={name} (config {config}, split {split}) cannot be opened: {' '.join(str(reason).split())[:300]}") from None
+
+
+def read_rows(dataset: Iterable[dict]) -> Iterator[dict]:
+    """The rows of a dataset; UserError where a file is damaged or the network goes away in the middle."""
+    try:
+        yield from dataset
+    except (OSError, ValueError) as error:
+        raise UserError(f"reading the dataset failed: {' '.join(str(error).split())[:300]}") from None

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from data import PackedData, load_corpus, pack_corpus, step_shape, tokenizer_documents
 from model import GPTConfig
 from support.checkpoint import atomic_write, find_latest_checkpoint, read_metadata
 from support.cli import UserError
-from support.config import Config, flag_overrides, load_config, validate_config
+from support.config import Config, dump_yaml, flag_overrides, load_config, validate_config
 from support.hardware import resolve_device, resolve_precision
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
 
@@ -127,7 +127,7 @@ def plan_run(args: Any) -> Plan:
         resolve_precision(config.hardware.precision, device),
         resume_from,
         run_record(),
-        f"python3 {' '.join(sys.argv)}",
+        f"python3 {shlex.join(sys.argv)}",
     )
     if metadata:
         compare_data(metadata, plan)
@@ -145,6 +145,11 @@ def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> in
         training.schedule_steps = metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
     if training.warmup_steps > training.schedule_steps:
         raise UserError(f"training.warmup_steps={training.warmup_steps} is longer than the schedule of {training.schedule_steps} steps; lower it")
+    if training.schedule in ("cosine", "linear", "wsd") and training.min_lr == 0 and training.schedule_steps < n_steps:
+        raise UserError(
+            f"the schedule ends at step {training.schedule_steps} with min_lr=0, so the steps after it, up to {n_steps}, would change nothing; "
+            f"set training.schedule_steps={n_steps}, or a training.min_lr"
+        )
     return n_steps
 
 
@@ -172,7 +177,7 @@ def compare_data(metadata: dict, plan: Plan) -> None:
             f"cannot resume: a step had {metadata['sequences_per_step']} sequences and would now have {plan.sequences_per_step} "
             "(micro_batch_size x grad_accum_steps x devices x num_nodes); keep the product"
         )
-    if metadata["data_fingerprint"] != plan.data.fingerprint():
+    if metadata["data_fingerprint"] != plan.data.fingerprint:
         raise UserError("cannot resume: the training text has changed since this run began; restore it, or start a new run with --fresh")
 
 
@@ -239,12 +244,14 @@ def run_record() -> dict[str, Any]:
         commit = answer.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    return {"versions": versions, "git_commit": commit, "command": " ".join(sys.argv), "threads": torch.get_num_threads()}
+    return {"versions": versions, "git_commit": commit, "command": shlex.join(sys.argv), "threads": torch.get_num_threads()}
 
 
 def write_run_config(plan: Plan) -> None:
     """run_config.yaml: the whole config as it was understood, with the run's record as comments on top."""
-    header = [f"# {key}: {value}" for key, value in (plan.record["versions"] | {k: plan.record[k] for k in ("git_commit", "command")}).items()]
-    body = yaml.safe_dump(plan.config.to_dict(), sort_keys=False, allow_unicode=True)
+    header = [
+        f"# {key}: {value}".replace("\n", " ")
+        for key, value in (plan.record["versions"] | {k: plan.record[k] for k in ("git_commit", "command")}).items()
+    ]
     with atomic_write(plan.folder / "run_config.yaml") as file:
-        file.write(("\n".join(header) + "\n" + body).encode())
+        file.write(("\n".join(header) + "\n" + dump_yaml(plan.config.to_dict())).encode())

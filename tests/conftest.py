@@ -1,0 +1,170 @@
+"""What the tests share: one thread, no network, the repository as working folder, and one small trained run.
+
+`run(folder, "training.max_steps=4", "--resume")` trains a tiny model in this process; `tiny_run` is such a run, made
+once for all tests. Read from it, never write into it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, here and in every process a test starts.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
+PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE)
+os.environ |= OFFLINE | PROXIES | {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""}
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = REPO.parent / "shared"
+
+TINY = (
+    f"data.path={REPO / 'data' / 'tiny_corpus.txt'}",
+    "data.val_fraction=0.03",
+    "tokenizer.vocab_size=400",
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.n_heads=4",
+    "model.n_kv_heads=2",
+    "model.max_seq_len=32",
+    "training.max_steps=12",
+    "training.schedule_steps=12",
+    "training.warmup_steps=2",
+    "training.micro_batch_size=4",
+    "training.grad_accum_steps=2",
+    "training.val_every=4",
+    "training.log_every=1",
+    "checkpoint.save_every=4",
+    "checkpoint.keep_last=null",
+)
+TIMES = ("tokens_per_sec", "examples_per_sec", "step_ms", "memory_mb", "mfu")  # columns that differ from run to run
+
+
+@dataclass
+class Run:
+    """A run that has ended: exit status, what it said, what it left in its folder."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def train_rows(self) -> list[dict]:
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def val_rows(self) -> list[dict]:
+        return [row for row in self.rows if "val_loss" in row]
+
+    @property
+    def timeless_rows(self) -> list[dict]:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in self.rows]
+
+    @property
+    def sha256(self) -> str:
+        return self.out.splitlines()[-1].removeprefix("weights sha256 ")
+
+    def checkpoint(self, name: str = "final") -> dict:
+        import torch
+
+        return torch.load(self.folder / f"{name}.ckpt", weights_only=True)
+
+
+def tiny_argv(folder: Path, *words: str) -> list[str]:
+    """The command line of a tiny run: words that begin with -- are flags (with a value behind =), others overrides."""
+    argv = ["--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"]
+    for override in (*TINY, f"checkpoint.dir={folder}", *(word for word in words if not word.startswith("--"))):
+        argv += ["--override", override]
+    return argv + [word for word in words if word.startswith("--")]
+
+
+def train_tiny(folder: Path, *words: str, pictures: bool = False) -> Run:
+    """Train in this process. Raises what `main` raises. Pictures are left out unless asked for: they take half the time."""
+    import train
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setattr(train, "draw_loss", lambda folder: None)
+        code = train.main(tiny_argv(folder, *words))
+    return Run(folder, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Run]:
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def argv_of() -> Callable[..., list[str]]:
+    return tiny_argv
+
+
+@pytest.fixture(scope="session")
+def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """shared_once(name, make): the folder that `make(folder)` filled, once for all worker processes."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shared_once: Callable[..., Path]) -> Run:
+    """A finished run of 12 steps: validated and saved at 4, 8 and 12, bpe, muon, two micro-batches a step."""
+
+    def make(folder: Path) -> None:
+        made = train_tiny(folder / "checkpoints", pictures=True)
+        (folder / "said.json").write_text(json.dumps([made.code, made.out, made.err]))
+
+    folder = shared_once("tiny-run", make)
+    return Run(folder / "checkpoints", *json.loads((folder / "said.json").read_text()))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> None:
+    """Connections of this process end at the loopback device; those of its children, at a proxy that is not there."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    socket.socket.connect = local_only
+    yield
+    socket.socket.connect = connect

@@ -1,0 +1,278 @@
+"""What counts as a document, in files of every kind, and how validation is cut off."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data import load_corpus, split_documents
+from support.cli import UserError
+from support.config import DataConfig, validate_config
+from support.documents import find_files, read_documents, text_documents
+
+EOS_LINE = b"<|endoftext|>\n"
+
+
+def documents(path: Path | str, **keys) -> list[str]:
+    return text_documents(str(path), DataConfig(path=str(path), **keys))
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---- which files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(tmp_path) -> Path:
+    """b.txt, a.txt, rows.jsonl, deep/er/c.txt, and three files that are no documents."""
+    for name in ("b.txt", "a.txt", "deep/er/c.txt"):
+        write(tmp_path / name, f"text of {name}")
+    write(tmp_path / "rows.jsonl", '{"text": "row"}\n')
+    for name in ("readme.md", "deep/picture.png", "noextension"):
+        write(tmp_path / name, b"\xff\x00")
+    (tmp_path / "folder.txt").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("a.txt", ["a.txt"]),
+        ("", ["a.txt", "b.txt", "deep/er/c.txt", "rows.jsonl"]),
+        ("deep", ["deep/er/c.txt"]),
+        ("*.txt", ["a.txt", "b.txt"]),
+        ("**/*.txt", ["a.txt", "b.txt", "deep/er/c.txt"]),
+        ("[ab].txt", ["a.txt", "b.txt"]),
+    ],
+    ids=["a file", "a folder", "a folder below", "a glob", "a recursive glob", "a class of characters"],
+)
+def test_a_path_is_a_file_a_folder_or_a_glob(library, path, found):
+    """In the order of their names, so that a corpus is the same on every machine."""
+    assert find_files(str(library / path)) == [library / name for name in found]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
+    path = write(tmp_path / "what[1]*.txt", "one")
+    write(tmp_path / "what1.txt", "another")
+    assert documents(path) == ["one"]
+
+
+def test_a_file_is_read_whatever_it_is_called(tmp_path):
+    assert documents(write(tmp_path / "README", "text")) == ["text"]
+
+
+@pytest.mark.parametrize("path", ["nothing.txt", "*.text", "empty", "empty/*"])
+def test_a_path_without_files_is_an_error_that_names_it(tmp_path, path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="file, a folder or a quoted glob") as caught:
+        find_files(str(tmp_path / path))
+    assert f"data.path={tmp_path / path}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.json"])
+def test_files_of_another_reader_are_answered_with_how_to_read_them(tmp_path, name):
+    with pytest.raises(UserError, match=rf"data\.source=hf --override data\.dataset={name.partition('.')[2]}"):
+        documents(write(tmp_path / name, "[]"))
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_without_separators_is_one_document_byte_for_byte(tmp_path):
+    text = "\n\n  first line \n\n\tsecond\u2028still second\x0b\x0c\x85\rthe same line \n\n\n"
+    assert documents(write(tmp_path / "a.txt", text)) == [text]
+
+
+def test_a_byte_order_mark_is_not_text_and_line_ends_become_one_character(tmp_path):
+    assert documents(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n\r\n\xef\xbb\xbfthree")) == ["one\ntwo\n\n\ufeffthree"]
+
+
+def test_lines_of_endoftext_separate_documents(tmp_path):
+    """With spaces or a carriage return at the line's end, at the file's ends, and several in a row."""
+    content = EOS_LINE + b"one\n\nstill one\n<|endoftext|>\r\n\n  two \n\n <|endoftext|> \n" + EOS_LINE + b"   \n" + EOS_LINE
+    content += b"three\n<|endoftext|>"
+    assert documents(write(tmp_path / "a.txt", content)) == ["one\n\nstill one", "  two ", "three"]
+
+
+@pytest.mark.parametrize("line", ["a <|endoftext|> b", "<|endoftext|><|endoftext|>", "<|endoftext|>.", "<| endoftext |>", "<|ENDOFTEXT|>"])
+def test_endoftext_within_a_line_is_text(tmp_path, line):
+    assert documents(write(tmp_path / "a.txt", f"x\n{line}\ny")) == [f"x\n{line}\ny"]
+
+
+def test_files_do_not_run_into_each_other(tmp_path):
+    write(tmp_path / "a.txt", "one" + "\n<|endoftext|>\n" + "two")
+    write(tmp_path / "b.txt", "three")
+    write(tmp_path / "c.jsonl", '{"text": "four"}')
+    assert documents(tmp_path) == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \t\r\n", EOS_LINE * 3, b"\xef\xbb\xbf", "\u3000\n".encode()], ids=repr)
+def test_a_corpus_without_text_is_an_error(tmp_path, content):
+    with pytest.raises(UserError, match=rf"a\.txt holds no text \(1 file, {len(content)} bytes\)"):
+        documents(write(tmp_path / "a.txt", content))
+
+
+# ---- what is no text ----------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "first byte": (b"\xff", 0),
+    "after ascii": (b"abc\xffdef", 3),
+    "second line": (b"abc\n\xe9tudes", 4),
+    "cut off at the end": ("été 🙂".encode()[:-1], 6),
+    "cut off by a line end": (b"ab\xe2\x82\ncd", 2),
+    "behind multi-byte characters": ("日本語".encode() + b"\x80", 9),
+    "behind a byte order mark": (b"\xef\xbb\xbfabc\xff", 6),
+    "second line behind a byte order mark": (b"\xef\xbb\xbfabc\n\xff", 7),
+    "behind carriage returns": (b"a\r\nb\r\n\xc0", 6),
+    "a surrogate in UTF-8": (b"ab\xed\xa0\x80", 2),
+    "an overlong form": (b"a\xc0\xaf", 1),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path, name):
+    content, offset = BROKEN[name]
+    path = write(tmp_path / "a.txt", content)
+    with pytest.raises(UserError) as caught:
+        documents(path)
+    assert str(path) in str(caught.value)
+    assert f"byte {content[offset]:#04x} at offset {offset} is not UTF-8" in str(caught.value)
+    assert "data.errors=replace" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_with_errors_replace_they_are_read_as_the_replacement_character(tmp_path, name):
+    """As Python itself reads the whole file."""
+    content, _ = BROKEN[name]
+    expected = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    assert "\ufffd" in expected
+    assert documents(write(tmp_path / "a.txt", content), errors="replace") == [expected]
+
+
+@pytest.mark.parametrize(("content", "offset"), [(b"ab\0c", 2), (b"line\nab\0", 7), ("text".encode("utf-16-le"), 1), (b"\xef\xbb\xbf\0", 3)])
+def test_a_nul_byte_is_binary_and_named_with_its_offset(tmp_path, content, offset):
+    with pytest.raises(UserError, match=rf"NUL byte at offset {offset}, .*UTF-16"):
+        documents(write(tmp_path / "a.txt", content))
+    assert "\0" in documents(tmp_path / "a.txt", errors="replace")[0]
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_jsonl_row_is_a_document_whatever_is_in_it(tmp_path):
+    texts = ["one\ntwo", "<|endoftext|>", "a\n<|endoftext|>\nb", "\u2028 é 👩‍👩‍👧", "  spaces  ", "\x00 control"]
+    rows = "\n".join(json.dumps({"text": t, "title": 3}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts))
+    assert documents(write(tmp_path / "a.jsonl", "\ufeff" + rows.replace("\n", "\r\n", 1))) == texts
+
+
+def test_empty_rows_and_lines_are_left_out_and_the_field_can_be_chosen(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"story": "one"}\n\n{"story": ""}\n{"story": "  \\n"}\n{"story": "two"}\n\n')
+    assert documents(path, text_field="story") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ('{"text": "cut', "line 3 is not JSON"),
+        ("plain text", "line 3 is not JSON"),
+        ('["text"]', "line 3 is not a JSON object"),
+        ('"text"', "line 3 is not a JSON object"),
+        ('{"title": "t", "body": "b"}', r"line 3 has no text in field 'text' \(fields: title, body\); set data\.text_field"),
+        ('{"text": 5}', r"line 3 has no text in field 'text' \(fields: text\)"),
+        ('{"text": null}', "line 3 has no text in field 'text'"),
+        ("{}", "line 3 has no text in field 'text'"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(tmp_path, bad, says):
+    """The empty second line is counted, so that an editor shows the right one."""
+    path = write(tmp_path / "a.jsonl", f'{{"text": "fine"}}\n\n{bad}\n{{"text": "fine"}}\n')
+    with pytest.raises(UserError, match=says) as caught:
+        documents(path)
+    assert str(path) in str(caught.value)
+
+
+def test_half_a_character_in_json_is_read_as_text_or_refused_with_its_line(tmp_path):
+    """JSON can spell one half of a surrogate pair, which no tokenizer can encode."""
+    path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n{"text": "half \\ud83d of it"}\n')
+    try:
+        found = documents(path)
+    except UserError as error:
+        assert f"{path}, line 2" in str(error)
+    else:
+        assert "".join(found).encode()
+
+
+def test_bytes_that_are_not_utf8_are_found_in_jsonl_too(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n')
+    with pytest.raises(UserError, match="byte 0xff at offset 25"):
+        documents(path)
+    assert documents(path, errors="replace") == ["ok", "\ufffd"]
+
+
+def test_documents_are_read_one_by_one(tmp_path):
+    """A bad row far down does not keep the ones before it from being used."""
+    rows = read_documents(write(tmp_path / "a.jsonl", '{"text": "one"}\nbroken'))
+    assert next(rows) == "one"
+    with pytest.raises(UserError):
+        next(rows)
+
+
+# ---- validation ---------------------------------------------------------------------------------------------------
+
+STORIES = [f"document {i} " + "x" * (37 * i % 101) for i in range(60)]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_validation_is_whole_documents_that_hold_about_the_fraction(fraction, seed):
+    train, val = split_documents(STORIES, fraction, seed)
+    assert sorted(train + val) == sorted(STORIES), "nothing is lost, nothing is in both"
+    assert train == [d for d in STORIES if d in set(train)], "training keeps its order"
+    size, wanted = sum(map(len, val)), fraction * sum(map(len, STORIES))
+    assert wanted <= size < wanted + max(map(len, STORIES)), "within one document of the share asked for"
+
+
+def test_the_cut_depends_on_the_seed_alone():
+    assert split_documents(STORIES, 0.2, 3) == split_documents(list(STORIES), 0.2, 3)
+    assert len({tuple(split_documents(STORIES, 0.2, seed)[1]) for seed in range(20)}) == 20
+
+
+def test_the_cut_is_no_run_of_neighbours():
+    """Documents of a file are often sorted; validation must not be one end of it."""
+    _, val = split_documents(STORIES, 0.2, 0)
+    numbers = sorted(STORIES.index(d) for d in val)
+    assert numbers[-1] - numbers[0] > 2 * len(numbers)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_something_is_left_on_both_sides_of_the_cut(fraction):
+    for documents_ in (["a", "b"], ["short", "long" * 100], ["long" * 100, "short"]):
+        for seed in range(10):
+            train, val = split_documents(documents_, fraction, seed)
+            assert len(train) == len(val) == 1
+
+
+def test_a_single_document_is_cut_at_its_end():
+    text = "".join(chr(0x4E00 + i) for i in range(1000))
+    assert split_documents([text], 0.1, 42) == ([text[:900]], [text[900:]])
+
+
+def corpus_of(folder: Path, **data):
+    return load_corpus(validate_config({"data": data, "training": {"max_steps": 1}, "checkpoint": {"dir": str(folder)}}))
+
+
+def test_validation_text_of_its_own_is_taken_whole(tmp_path):
+    write(tmp_path / "a.txt", "one\n<|endoftext|>\ntwo")
+    write(tmp_path / "v.txt", "three")
+    corpus = corpus_of(tmp_path, path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "v.txt"))
+    assert (corpus.train, corpus.val) == (["one", "two"], ["three"])
+
+
+def test_the_corpus_is_cut_by_the_seed_of_the_config(tmp_path):
+    path = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(STORIES))
+    corpus = corpus_of(tmp_path, path=str(path), val_fraction=0.2)
+    assert (corpus.train, corpus.val) == split_documents(STORIES, 0.2, 42)

@@ -1,0 +1,225 @@
+"""The rules of the layout: which file may import which, how long a file and a function may be, what is never done."""
+
+import ast
+import functools
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+FILES = sorted([*REPO.glob("*.py"), *(REPO / "support").rglob("*.py")])
+BY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
+
+LINES_PER_FILE, LINES_PER_FUNCTION = 450, 60
+
+# What each file may import of ours. Scripts are run and import anything below them; nouns (data, model, optim,
+# tokenizer) are imported; support/ is plumbing. A new arrow is a decision: argue for it where the change is reviewed.
+ARROWS = {
+    "train": "data model optim support.callbacks support.checkpoint support.cli support.hardware support.loss support.plots "
+    "support.preflight support.run",
+    "infer": "model support.checkpoint support.cli support.hardware tokenizer",
+    "list": "model support.checkpoint support.cli",
+    "data": "support.cli support.config support.documents support.loss tokenizer",
+    "model": "support.loss",
+    "optim": "support.config",
+    "tokenizer": "support.cli",
+    "support.callbacks": "model support.checkpoint support.hardware",
+    "support.checkpoint": "model support.cli tokenizer",
+    "support.cli": "",
+    "support.config": "model support.cli",
+    "support.documents": "support.cli support.config support.hub tokenizer",
+    "support.hardware": "support.cli",
+    "support.hub": "support.cli",
+    "support.loss": "",
+    "support.plots": "support.checkpoint",
+    "support.preflight": "data model optim support.cli support.config support.hardware support.loss support.run",
+    "support.run": "data model support.checkpoint support.cli support.config support.hardware tokenizer",
+}
+SCRIPTS = {"train", "infer", "list"}
+KNOW_LIGHTNING = {"train", "support.callbacks"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPO).with_suffix("").parts)
+
+
+OURS = {module_name(path) for path in FILES}
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module the file imports anywhere, also inside functions: `from support import cli` is support.cli."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import; scripts are run from the folder, write the name"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in OURS else node.module
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """(the function as written, the call), e.g. ("torch.load", ...)."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+@BY_FILE
+def test_a_file_is_named_for_a_thing_or_a_job(path):
+    assert path.stem not in {"utils", "util", "common", "helpers", "misc"}, "code without an owner: the design is missing a noun"
+
+
+def test_no_top_level_name_shadows_what_we_or_our_dependencies_import():
+    """`python3 train.py` puts this folder first on the path: a tokenizers.py here would replace the library everywhere."""
+    here = {path.stem for path in REPO.glob("*.py")} | {"support"}
+    assert not here & set(sys.stdlib_module_names)
+    assert not here & set(importlib.metadata.packages_distributions())
+
+
+def test_data_the_folder_does_not_shadow_data_the_module():
+    """With an __init__.py, `import data` would find the folder of texts, and data.py would vanish."""
+    assert (REPO / "data").is_dir() and (REPO / "data.py").is_file()
+    assert not (REPO / "data" / "__init__.py").exists()
+
+
+# ---- budgets ------------------------------------------------------------------------------------------------------
+
+
+@BY_FILE
+def test_a_file_fits_its_budget(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_PER_FILE, "two ideas live together: find the second one a file"
+
+
+@BY_FILE
+def test_a_function_fits_a_screen(path):
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > LINES_PER_FUNCTION] == []
+
+
+# ---- arrows -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_arrows_names_exactly_the_files_there_are():
+    assert set(ARROWS) == OURS, "a new file needs a row in ARROWS, a removed one gives its row back"
+
+
+@BY_FILE
+def test_a_file_imports_only_what_its_row_allows(path):
+    """Equal, not only allowed: an arrow that is no longer used leaves the table, so the table is the picture."""
+    assert {name for name in imports(path) if name in OURS} == set(ARROWS[module_name(path)].split())
+
+
+def test_the_arrows_form_no_circle():
+    left = {name: set(row.split()) for name, row in ARROWS.items()}
+    while ready := {name for name, row in left.items() if not row}:
+        left = {name: row - ready for name, row in left.items() if name not in ready}
+    assert left == {}, "these import each other"
+
+
+def test_nothing_imports_a_script():
+    assert {name: row for name, row in ARROWS.items() if SCRIPTS & set(row.split())} == {}
+
+
+@BY_FILE
+def test_lightning_is_known_to_the_training_script_and_its_callbacks_alone(path):
+    if module_name(path) not in KNOW_LIGHTNING:
+        assert not roots(path) & {"lightning", "pytorch_lightning"}
+
+
+@BY_FILE
+def test_what_only_some_runs_need_is_imported_where_it_is_needed(path):
+    """Seconds each: a run on local text needs no datasets, a sample no pictures."""
+    at_top = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
+    at_top |= {node.module for node in tree(path).body if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in at_top} & {"datasets", "transformers", "matplotlib", "tiktoken", "tokenizers"}
+
+
+# ---- what a process loads -----------------------------------------------------------------------------------------
+
+
+def loaded(code: str, *suspects: str) -> list[str]:
+    """Which of the suspects a fresh process has imported after `code`."""
+    code = f"import sys\n{code}\nprint(*sorted(set(sys.modules) & set({suspects!r})), file=sys.stderr)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stderr.splitlines()[-1].split()  # the last line: warnings may stand before it
+
+
+def test_sampling_and_listing_start_without_lightning_transformers_and_datasets():
+    """Each takes seconds to import. `import infer` brings everything that it imports at the top of a file."""
+    code = "import infer\nimport importlib; importlib.import_module('list')"
+    assert loaded(code, "torch", "model", "lightning", "transformers", "datasets") == ["model", "torch"]
+
+
+def test_help_imports_nothing_heavy():
+    """Every script, run as `python3 SCRIPT.py --help`, in one fresh process."""
+    code = f"""
+import runpy
+for script in {sorted(SCRIPTS)}:
+    sys.argv = [script + ".py", "--help"]
+    try:
+        runpy.run_path(script + ".py", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0, end.code
+    else:
+        raise AssertionError(script + " did not exit")
+"""
+    heavy = ("torch", "lightning", "numpy", "pydantic", "transformers", "datasets", "tokenizers", "rich", "matplotlib", "yaml")
+    assert loaded(code, "argparse", *heavy) == ["argparse"]
+
+
+# ---- safety -------------------------------------------------------------------------------------------------------
+
+
+@BY_FILE
+def test_files_are_unpickled_in_one_place_and_as_plain_tensors_only(path):
+    """torch.load is a pickle; weights_only=True keeps a downloaded checkpoint from running code."""
+    assert not roots(path) & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    assert not any(name in ("torch.serialization", "torch.jit") for name in imports(path))
+    loads = [call for name, call in calls(path) if name in ("torch.load", "load") or name.endswith((".serialization.load", "jit.load"))]
+    if module_name(path) != "support.checkpoint":
+        assert not loads
+    for call in loads:
+        flags = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert flags.get("weights_only") == "True", f"line {call.lineno}"
+
+
+@BY_FILE
+def test_numpy_never_unpickles(path):
+    assert not any(keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False" for _, call in calls(path) for keyword in call.keywords)
+
+
+@BY_FILE
+def test_yaml_is_read_with_a_safe_loader(path):
+    """yaml.load with any other loader builds arbitrary Python objects from a config file."""
+    import yaml
+
+    for name, call in calls(path):
+        assert name not in ("yaml.unsafe_load", "yaml.full_load", "yaml.load_all"), f"line {call.lineno}"
+        if name == "yaml.load":
+            loader = next((ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"), None)
+            module = __import__(module_name(path), fromlist=["_"])
+            assert loader is not None and issubclass(getattr(module, loader.split(".")[-1], yaml.Loader), yaml.SafeLoader), f"line {call.lineno}"
+
+
+@BY_FILE
+def test_no_code_is_built_from_strings(path):
+    assert not any(name in ("eval", "exec", "os.system", "__import__") for name, _ in calls(path))
+    assert not any(keyword.arg == "shell" and ast.unparse(keyword.value) != "False" for _, call in calls(path) for keyword in call.keywords)

@@ -1,0 +1,130 @@
+"""list.py: a row for each checkpoint, whatever its state."""
+
+import importlib
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+from support.checkpoint import load_model
+from support.cli import UserError
+
+listing = importlib.import_module("list")
+
+
+@pytest.fixture
+def show(capsys):
+    def call(*argv: object) -> str:
+        capsys.readouterr()
+        assert listing.main([str(word) for word in argv]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def row_of(out: str, name: str) -> str:
+    [line] = [line for line in out.splitlines() if name in line]
+    return line
+
+
+def test_every_file_is_named_with_its_step_and_losses(show, tiny_run):
+    out = show(tiny_run.folder)
+    for path in tiny_run.folder.glob("*.ckpt"):
+        metrics = load_model(path)[2]["metrics"]
+        cells = row_of(out, str(path)).split()
+        assert cells[:2] == [str(path), str(metrics["step"])]
+        assert f"{metrics['train_loss']:.4f}" in cells
+        assert f"{metrics['val_loss']:.4f}" in cells
+        assert f"{metrics['tokens']:,}" in cells
+    assert f"{load_model(tiny_run.folder / 'final.ckpt')[0].n_params():,}" in row_of(out, "final.ckpt")
+    assert "bpe 400" in row_of(out, "final.ckpt")
+
+
+def test_rows_are_in_order_of_steps(show, tiny_run):
+    files = [line.split()[0].rsplit("/", 1)[1] for line in show(tiny_run.folder).splitlines()[1:]]
+    steps = [load_model(tiny_run.folder / name)[2]["metrics"]["step"] for name in files]
+    assert steps == sorted(steps)
+    assert len(files) == 6
+
+
+def test_json_rows_parse_and_say_the_same(show, tiny_run):
+    rows = [json.loads(line) for line in show(tiny_run.folder, "--json").splitlines()]
+    assert {row["file"] for row in rows} == {str(path) for path in tiny_run.folder.glob("*.ckpt")}
+    [final] = [row for row in rows if row["file"].endswith("final.ckpt")]
+    metrics = load_model(final["file"])[2]["metrics"]
+    assert {name: final[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")} == {
+        name: metrics[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")
+    }
+    assert final["size_mb"] == pytest.approx((tiny_run.folder / "final.ckpt").stat().st_size / 2**20, abs=0.1)
+
+
+def test_a_damaged_file_is_a_row_that_says_so(show, tiny_run, tmp_path):
+    shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "whole.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:-500])
+    (tmp_path / "empty.ckpt").touch()
+    out = show(tmp_path)
+    assert row_of(out, "whole.ckpt").split()[1] == "12"
+    for name, reason in (("cut.ckpt", "truncated or damaged"), ("empty.ckpt", "an empty file")):
+        lines = [line for line in out.splitlines() if name in line]
+        assert lines[0].split()[1] == "-"
+        assert reason in lines[1]
+    errors = {row["file"]: row.get("error") for row in map(json.loads, show(tmp_path, "--json").splitlines())}
+    assert [errors[str(tmp_path / f"{name}.ckpt")] is None for name in ("whole", "cut", "empty")] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "damage", [{"metrics": {}}, {"metrics": None}, {"tokenizer": {}}, {"model": {"d_model": 32, "n_heads": 5}}, {"model": None}], ids=str
+)
+def test_damaged_fields_are_a_row_too(show, tiny_run, tmp_path, damage):
+    import torch
+
+    checkpoint = tiny_run.checkpoint()
+    checkpoint["tiny_transformer"] |= damage
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    assert "odd.ckpt" in show(tmp_path)
+
+
+def test_nothing_there_is_an_error_that_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint \(\.ckpt\) there; python3 train\.py --config config_smoke\.yaml"):
+        listing.main([str(tmp_path)])
+    with pytest.raises(UserError, match=r"nowhere\.ckpt"):
+        listing.main([str(tmp_path / "nowhere.ckpt")])
+
+
+def test_without_arguments_the_checkpoints_folder_is_shown(show, tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "old-1").mkdir(parents=True)
+    shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "checkpoints" / "old-1" / "final.ckpt")
+    monkeypatch.chdir(tmp_path)
+    assert "checkpoints/old-1/final.ckpt" in show()
+
+
+def test_files_folders_and_globs_may_be_named(show, tiny_run):
+    one = show(tiny_run.folder / "final.ckpt").splitlines()
+    some = show(tiny_run.folder / "step-*.ckpt", tiny_run.folder / "step-0000004.ckpt").splitlines()
+    assert (len(one), len(some)) == (2, 4)  # a header and the rows; a file named twice is shown once
+
+
+@pytest.mark.parametrize("name", ["a" * 200, "run [bold]7 :smile:", "mit Leerzeichen ü"], ids=["long", "markup", "spaces"])
+def test_piped_output_shows_names_as_they_are_and_folds_no_line(show, tiny_run, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copyfile(tiny_run.folder / "final.ckpt", folder / "final.ckpt")
+    out = show(folder)
+    assert len(out.splitlines()) == 2
+    assert out.splitlines()[1].startswith(str(folder / "final.ckpt"))
+
+
+def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "dumb")
+    assert listing.main([str(tiny_run.folder)]) == 0
+    for path in tiny_run.folder.glob("*.ckpt"):
+        assert path.name in screen.getvalue()
