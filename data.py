@@ -63,7 +63,8 @@ def load_corpus(config: Config) -> Corpus:
     if data.source == "hf":
         train, val = hf_documents(data, config.seed)
     else:
-        train, val = text_documents(data.path, data), text_documents(data.val_path, data) if data.val_path else None
+        train = text_documents(data.path, data)
+        val = text_documents(data.val_path, data, "data.val_path") if data.val_path else None
     return Corpus(train, val) if val is not None else Corpus(*split_documents(train, data.val_fraction, config.seed))
 
 
@@ -272,6 +273,7 @@ class PackedData:
     val: PackedLMDataset
     n_train_docs: int | None
     n_val_docs: int
+    sample_text: str = ""  # the beginning of a document, to try the tokenizer on
 
     @property
     def streaming(self) -> bool:
@@ -306,17 +308,17 @@ def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedD
     """Tokenize and cut into blocks. Raises UserError if the text is too short for one block."""
     seq_len, mask_eos = config.seq_len, tokenizer.eos_id if config.data.document_mask else None
     val = PackedLMDataset(tokenize(corpus.val, tokenizer), seq_len, pad_last=True, mask_eos=mask_eos)
+    if len(val) == 0:
+        raise UserError("the validation text is empty; raise data.val_fraction, or give it a text of its own")
     if isinstance(corpus.train, DocumentStream):
-        return PackedData(corpus.train, val, None, len(corpus.val))
+        return PackedData(corpus.train, val, None, len(corpus.val), corpus.val[0][:2000])
     train = PackedLMDataset(tokenize(corpus.train, tokenizer), seq_len, config.stride, mask_eos=mask_eos)
     if len(train) == 0:
         raise UserError(
             f"the training text has {len(train.tokens)} tokens, fewer than one block of seq_len + 1 = {seq_len + 1}; "
             f"give more text, or lower it with --override training.seq_len={max(2, len(train.tokens) // 2)}"
         )
-    if len(val) == 0:
-        raise UserError("the validation text is empty; raise data.val_fraction, or give data.val_path")
-    return PackedData(train, val, len(corpus.train), len(corpus.val))
+    return PackedData(train, val, len(corpus.train), len(corpus.val), corpus.train[0][:2000])
 
 
 def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:

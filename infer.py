@@ -50,6 +50,8 @@ def make_sampling(args: argparse.Namespace) -> SamplingConfig:
     """Raises UserError for values that make no sense."""
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
     try:
         return SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty)
     except ValidationError as error:

@@ -106,7 +106,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['tokenizer']} {row['vocab_size']}",
             *common,
         )
-    console = Console(width=10_000, highlight=False)  # never cut a name; a narrow terminal folds the line itself
+    # Wide, so that no name is ever cut: a narrow terminal folds the line itself. Names are shown as they are, brackets too.
+    console = Console(width=10_000, height=100, highlight=False, markup=False, emoji=False)
     console.print(table)
     for row in rows:
         if "error" in row:

@@ -277,9 +277,7 @@ class SamplingConfig(BaseModel):
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="Divides the logits: below 1 safer, above 1 wilder, 0 greedy.")
     top_k: int | None = Field(None, ge=1, description="Draw among the k likeliest tokens only.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the fewest tokens that together hold this probability (Holtzman et al., 2019).")
-    repetition_penalty: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Above 1: tokens already there get less likely (Keskar et al., 2019)."
-    )
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="Above 1: tokens already there get less likely (Keskar et al., 2019).")
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Tensor:
@@ -290,7 +288,7 @@ def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Ten
         score = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
         logits = logits.scatter(1, seen, score)
     if sampling.temperature > 0:
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # the largest stays 0: no overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, 1e-30)  # the largest stays 0: no overflow
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))  # ties with the k-th all stay

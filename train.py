@@ -211,22 +211,18 @@ class LitCausalLM(pl.LightningModule):
 
 
 def make_loggers(plan: Plan) -> list:
-    """Lightning's loggers for those the config asks for. Raises UserError for one that is not installed."""
+    """Lightning's loggers for those the config asks for."""
     loggers = []
-    try:
-        if plan.config.logging.tensorboard:
-            loggers.append(pl.loggers.TensorBoardLogger(plan.folder, name="tensorboard", version=""))
-        if plan.config.logging.wandb:
-            loggers.append(pl.loggers.WandbLogger(project="tiny-transformer", name=plan.folder.name, save_dir=plan.folder))
-    except ModuleNotFoundError:
-        name = "tensorboard" if plan.config.logging.tensorboard and not loggers else "wandb"
-        raise UserError(f"logging.{name}=true needs a package that is not installed; pip install {name}") from None
+    if plan.config.logging.tensorboard:
+        loggers.append(pl.loggers.TensorBoardLogger(plan.folder, name="tensorboard", version=""))
+    if plan.config.logging.wandb:
+        loggers.append(pl.loggers.WandbLogger(project="tiny-transformer", name=plan.folder.name, save_dir=plan.folder))
     return loggers
 
 
-def make_callbacks(plan: Plan, start_step: int, loggers: list, console: Console | None) -> list[pl.Callback]:
+def make_callbacks(plan: Plan, start_step: int, loggers: list, console: Console | None, stop: StopOnSignal) -> list[pl.Callback]:
     """Metrics before checkpoints, so that no row is lost between the two; files and console in the main process only."""
-    training, stop = plan.config.training, StopOnSignal()
+    training = plan.config.training
     sinks = [] if console is None else [JsonlFile(plan.folder / "metrics.jsonl", start_step), console, *map(LoggerSink, loggers)]
     callbacks = [
         Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device),
@@ -290,7 +286,7 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
         f"steps: {n:,} of {plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x {training.grad_accum_steps} micro-batches"
         f"{f' x {plan.world} processes' if plan.world > 1 else ''} x {plan.config.seq_len}), {n * plan.tokens_per_step:,} in all{per_epoch}"
     )
-    need = estimate_memory(plan.model_config, plan.config, plan.precision)["total"]
+    need = estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["total"]
     has = memory_total(plan.device)
     print(f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB needed of {has / 2**20:,.0f} MB")
     if start_step:
@@ -318,8 +314,10 @@ def train(plan: Plan, start_step: int, console: Console | None) -> None:
         print_header(plan, net, start_step)
     if plan.config.training.compile:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
-    trainer = build_trainer(plan, make_callbacks(plan, start_step, loggers, console), loggers)
-    trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
+    stop = StopOnSignal()
+    trainer = build_trainer(plan, make_callbacks(plan, start_step, loggers, console, stop), loggers)
+    with stop:
+        trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
     if plan.n_steps == 0:  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
         next(c for c in trainer.callbacks if isinstance(c, CheckpointSaver)).save(trainer, module)
 
@@ -353,7 +351,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     lock = console = None
     if is_main_process():
         lock = claim_folder(plan.folder)
-        if plan.resume_from is None and (moved := move_aside(plan.folder)):
+        if not plan.goes_on and (moved := move_aside(plan.folder)):
             print(f"the earlier run in {plan.folder} has been moved to {moved}")
         write_run_config(plan)
         if plan.resume_from and plan.record["threads"] != read_metadata(plan.resume_from)["run"]["threads"]:

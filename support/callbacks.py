@@ -39,22 +39,22 @@ class StopRun(SystemExit):
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C and SIGTERM let the step finish and be saved (CheckpointSaver asks `requested`); the run ends before the
-    next step begins. A second signal, or one before the first step, ends it at once."""
+    """Ctrl-C and SIGTERM let the step finish and be saved (CheckpointSaver looks at `leaving`); the run ends before the
+    next step begins. A second signal, or one before the first step, ends it at once. Used as `with stop: trainer.fit(...)`.
+    """
 
     def __init__(self):
         self.signum: int | None = None
-        self.stepping = False
+        self.stepping = self.leaving = False
         self.before: dict[int, Any] = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.before[signum] = signal.signal(signum, self._answer)
+    def __enter__(self) -> "StopOnSignal":
+        self.before = {signum: signal.signal(signum, self._answer) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stepping = True
-        for signum in (signal.SIGINT, signal.SIGTERM):  # again, since Lightning has put its own handlers in between
-            signal.signal(signum, self._answer)
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def _answer(self, signum: int, frame: Any) -> None:
         if self.signum is not None or not self.stepping:
@@ -62,18 +62,18 @@ class StopOnSignal(pl.Callback):
         self.signum = signum
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
-    def requested(self, trainer: pl.Trainer) -> bool:
-        """Whether any process has been told to stop; all get the same answer."""
-        mine = self.signum is not None
-        return trainer.strategy.reduce_boolean_decision(mine, all=False) if trainer.world_size > 1 else mine
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stepping = True
+        for signum in self.before:  # again, since Lightning has put its own handlers in between
+            signal.signal(signum, self._answer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        told = self.signum is not None  # any process that has been told stops all, behind the same step
+        self.leaving = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.requested(trainer):
+        if self.leaving:
             raise StopRun(128 + (self.signum or signal.SIGTERM))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
 
 
 class CheckpointSaver(pl.Callback):
@@ -90,7 +90,7 @@ class CheckpointSaver(pl.Callback):
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
-        return step % self.save_every == 0 or step == self.n_steps or self.stop.requested(trainer)
+        return step % self.save_every == 0 or step == self.n_steps or self.stop.leaving
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -116,7 +116,8 @@ class CheckpointSaver(pl.Callback):
             if wanted:
                 link_or_copy(path, self.folder / f"{name}.ckpt")
         older = [p for p in step_files(self.folder) if p != path]
-        for old in older[: len(older) + 1 - self.keep_last] if self.keep_last else []:
+        n_old = max(0, len(older) + 1 - self.keep_last) if self.keep_last else 0
+        for old in older[:n_old]:
             old.unlink(missing_ok=True)
 
 

@@ -85,11 +85,17 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be opened ({reason}); take another one") from None
     if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path} is a PyTorch file but not a Tiny Transformer checkpoint (no {KEY!r} in it)")
+    if not isinstance(checkpoint[KEY], dict) or not isinstance(checkpoint["state_dict"], dict):
+        raise UserError(f"checkpoint {path} is damaged: {KEY!r} and 'state_dict' should both be mappings")
     version = checkpoint[KEY].get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"checkpoint {path} has format_version {version}, this code reads {FORMAT_VERSION}; use the version of the code that wrote it"
         )
+    damaged = [name for name in ("model", "tokenizer", "metrics") if not isinstance(checkpoint[KEY].get(name), dict)]
+    damaged += [name for name, weight in checkpoint["state_dict"].items() if not isinstance(weight, torch.Tensor)]
+    if damaged:
+        raise UserError(f"checkpoint {path} is damaged: {', '.join(map(str, damaged[:3]))} missing or of the wrong type; take another one")
     return checkpoint
 
 

@@ -17,14 +17,14 @@ from tokenizer import EOS_TEXT
 STREAM_VAL_DOCS = 200
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str, key: str = "data.path") -> list[Path]:
     """The .txt and .jsonl files a path means: itself, those in a folder (at any depth), or those of a glob."""
     if os.path.isdir(path):
         files = [p for p in Path(path).rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file()]
     else:
         files = [Path(path)] if os.path.isfile(path) else [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
     if not files:
-        raise UserError(f"data.path={path}: no .txt or .jsonl file there; give a file, a folder or a quoted glob")
+        raise UserError(f"{key}={path}: no .txt or .jsonl file there; give a file, a folder or a quoted glob")
     for file in files:
         if file.suffix in (".parquet", ".json"):
             raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}")
@@ -137,8 +137,9 @@ class DocumentStream:
         return documents
 
 
-def text_documents(path: str, data: DataConfig) -> list[str]:
-    files = find_files(path)
+def text_documents(path: str, data: DataConfig, key: str = "data.path") -> list[str]:
+    """The documents under `path` that hold any text; `key` names it in errors. Raises UserError if there is none."""
+    files = find_files(path, key)
     documents = [d for file in files for d in read_documents(file, data.text_field, data.errors) if d.strip()]
     if not documents:
         raise UserError(

@@ -1,7 +1,6 @@
 """`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and time. Writes nothing."""
 
 import itertools
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +16,13 @@ from support.cli import UserError
 from support.config import Config
 from support.hardware import device_label, memory_total
 from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB
-from support.run import Plan, plan_run, refuse_unfinished
+from support.run import Plan, plan_run, refuse_unfinished, refuse_unwritable
 
 LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
 PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
 
 
-def estimate_memory(model_config: GPTConfig, config: Config, precision: str) -> dict[str, int]:
+def estimate_memory(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> dict[str, int]:
     """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch, and their
     total. The first three are exact; activations count the tensors our blocks keep for the backward pass."""
     with torch.device("meta"):
@@ -34,17 +33,20 @@ def estimate_memory(model_config: GPTConfig, config: Config, precision: str) -> 
     attention, kv = c.n_heads * c.head_dim, c.n_heads * c.head_dim if c.n_kv_heads < c.n_heads else c.n_kv_heads * c.head_dim
     mlp = c.d_ff * (4 if c.mlp == "swiglu" else 2)
     block = tokens * (4 * c.d_model * word + (2 * c.d_model + 3 * attention + 2 * kv + mlp) * matmul)
-    blocks = c.n_layers * tokens * c.d_model * word + block if c.gradient_checkpointing else c.n_layers * block
     if c.vocab_size >= CHUNKED_FROM_VOCAB:
         head = min(tokens, CHUNK_ROWS) * c.vocab_size * (4 + matmul) + c.vocab_size * c.d_model * 4
     else:
         head = 3 * tokens * c.vocab_size * 4
+    if c.dropout and device == "cpu":  # there, dropout makes the fused kernel keep the attention weights, their mask and product
+        block += tokens * config.seq_len * c.n_heads * 12
+    stream = tokens * c.d_model * word
+    activations = c.n_layers * stream + max(block, head) if c.gradient_checkpointing else c.n_layers * block + head
     hidden = sum(p.numel() for p in _muon_parameters(model_config)) if config.training.optimizer == "muon" else 0
     parts = {
         "parameters": n_params * word,
         "gradients": n_params * word,
         "optimizer": (2 * n_params - hidden) * word,
-        "activations": blocks + head + tokens * c.d_model * word,
+        "activations": activations + stream,
     }
     return parts | {"total": sum(parts.values())}
 
@@ -107,10 +109,12 @@ def overfit_probe(model: GPTMini, batch: Batch, device: str, steps: int = 60) ->
     return losses[0], losses[-1]
 
 
-def first_batches(plan: Plan, start_step: int = 0) -> list[Batch]:
-    """The micro-batches of one step."""
-    quiet = plan.config.model_copy(update={"hardware": plan.config.hardware.model_copy(update={"num_workers": 0})})
-    train, _ = make_dataloaders(quiet, plan.data, plan.tokenizer, max(plan.n_steps, start_step + 1), start_step)
+def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]:
+    """The micro-batches of one step, 0, 1, ...; `training` changes keys of that section."""
+    config = plan.config.model_copy(
+        update={"hardware": plan.config.hardware.model_copy(update={"num_workers": 0}), "training": plan.config.training.model_copy(update=training)}
+    )
+    train, _ = make_dataloaders(config, plan.data, plan.tokenizer, max(plan.n_steps, start_step + 1), start_step)
     steps = iter(train)
     for _ in range(start_step if plan.data.streaming else 0):
         next(steps)
@@ -122,7 +126,7 @@ def show_step(plan: Plan, step: int) -> str:
     if not 1 <= step <= plan.n_steps:
         raise UserError(f"--show-step {step}: this run has steps 1 to {plan.n_steps}")
     lines = []
-    for micro, batch in enumerate(first_batches(plan, step - 1), 1):
+    for micro, batch in enumerate(batches_of_step(plan, step - 1), 1):
         for row, ids in enumerate(batch["input_ids"].tolist(), 1):
             lines += [f"--- step {step}, micro-batch {micro}, row {row} ---", plan.tokenizer.decode(ids)]
     return "\n".join(lines)
@@ -187,10 +191,9 @@ def bounded(value: float, limit: float, text: str) -> str:
 
 def check_tokenizer(plan: Plan) -> str:
     tokenizer = plan.tokenizer
-    ids = next(iter(first_batches(plan)))["input_ids"][0].tolist()
-    text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
-    text = text.strip("\ufffd")  # a block may begin or end within a character
-    if tokenizer.decode(tokenizer.encode(text)) != text:
+    text = plan.data.sample_text
+    ids = tokenizer.encode(text)
+    if tokenizer.decode(ids) != text:
         raise UserError(f"{tokenizer.kind} does not give back the text it was given; its tokenizer.json changes the text")
     if max(ids) >= tokenizer.vocab_size:
         raise UserError(f"token id {max(ids)} is outside the vocabulary of {tokenizer.vocab_size}")
@@ -201,7 +204,11 @@ def check_overfit(plan: Plan) -> str:
     torch.manual_seed(plan.config.seed)
     model = GPTMini(tiny_copy(plan.model_config)).to(plan.device).train()
     length = model.config.max_seq_len
-    batch = {name: tensor[:2, :length].to(plan.device) for name, tensor in first_batches(plan)[0].items() if isinstance(tensor, torch.Tensor)}
+    batch = {
+        name: tensor[:, :length].to(plan.device)
+        for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items()
+        if isinstance(tensor, torch.Tensor)
+    }
     first, last = overfit_probe(model, batch, plan.device)
     text = f"a small copy of the model goes from loss {first:.2f} to {last:.2f} on one batch"
     if not last < first / 2:
@@ -225,7 +232,7 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
 
 
 def check_memory(plan: Plan) -> str:
-    parts, total = estimate_memory(plan.model_config, plan.config, plan.precision), memory_total(plan.device)
+    parts, total = estimate_memory(plan.model_config, plan.config, plan.precision, plan.device), memory_total(plan.device)
     text = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in parts.items()) + f"; the machine has {total / 2**20:,.0f} MB"
     if parts["total"] > total:
         raise UserError(f"{text}; lower training.micro_batch_size (and raise grad_accum_steps), or set model.gradient_checkpointing=true")
@@ -259,10 +266,9 @@ def check_folder(plan: Plan, args: Any) -> str:
     folder = plan.folder
     if args.resume is None and not args.fresh:
         refuse_unfinished(folder)
+    refuse_unwritable(folder)
     parent = next(p for p in (folder, *folder.resolve().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} cannot be written; choose another by --override checkpoint.dir=PATH")
-    free, need = shutil.disk_usage(parent).free, 4 * estimate_memory(plan.model_config, plan.config, plan.precision)["parameters"] * 3
+    free, need = shutil.disk_usage(parent).free, 4 * estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["parameters"] * 3
     text = f"{Path(folder)} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
     if free < need:
         raise UserError(f"{text}; free some, or lower checkpoint.keep_last")

@@ -4,6 +4,7 @@ No Lightning here. `plan_run` finds every mistake a user can make before the slo
 """
 
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -68,6 +69,11 @@ class Plan:
         return Path(self.config.checkpoint.dir)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether this run continues the one in its folder."""
+        return in_folder(self.resume_from, self.folder)
+
+    @property
     def world(self) -> int:
         return self.config.hardware.devices * self.config.hardware.num_nodes
 
@@ -93,19 +99,22 @@ def plan_run(args: Any) -> Plan:
     metadata, resume_from = None, None
     if args.resume not in (None, "auto"):
         resume_from = Path(args.resume)
-        metadata = read_metadata(resume_from)
+        metadata = read_run(resume_from)
     if args.config is None and metadata is None:
         raise UserError("no config given; try --config config_smoke.yaml, or --resume CHECKPOINT to go on with a run's own")
     config = load_config(args.config, flag_overrides(args), base=metadata and metadata["config"])
     device = resolve_device(config.hardware.accelerator)
+    check_loggers(config)
     folder = Path(config.checkpoint.dir)
     if args.resume == "auto":
         resume_from = find_latest_checkpoint(folder)
-        metadata = read_metadata(resume_from) if resume_from else None
+        metadata = read_run(resume_from) if resume_from else None
         if resume_from is None and not (folder / "run_config.yaml").exists():
             raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
-    if args.resume is None and is_main_process() and not (args.fresh or args.check or args.show_step):
-        refuse_unfinished(folder)
+    if is_main_process() and not (args.check or args.show_step):
+        refuse_unwritable(folder)
+        if not args.fresh and not in_folder(resume_from, folder) and args.resume != "auto":
+            refuse_unfinished(folder)
     if metadata:
         compare_configs(metadata["config"], config, resume_from)
 
@@ -115,6 +124,7 @@ def plan_run(args: Any) -> Plan:
     else:
         spec = config.tokenizer
         tokenizer = build_tokenizer(spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path)
+    check_sample_prompts(config, tokenizer)
     data = pack_corpus(corpus, tokenizer, config)
     n_steps = resolve_steps(config, data, metadata)
     plan = Plan(
@@ -134,6 +144,23 @@ def plan_run(args: Any) -> Plan:
     return plan
 
 
+def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """A prompt that cannot be encoded would end the run hours later, at the first sample."""
+    for prompt in config.training.sample_prompts:
+        try:
+            if not tokenizer.encode(prompt):
+                raise UserError("it is empty")
+        except UserError as error:
+            raise UserError(f"training.sample_prompts: {prompt!r} cannot be continued: {error}") from None
+
+
+def check_loggers(config: Config) -> None:
+    """Raise UserError for a logger that is asked for and not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(config.logging, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"logging.{name}=true needs a package that is not installed; pip install {name}")
+
+
 def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> int:
     """The number of steps of the run; also fixes the schedule's length in the config, at first to the run's, on resume
     to what it was."""
@@ -143,7 +170,7 @@ def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> in
         n_steps = math.ceil(training.epochs * len(data.train) / step_shape(config, world=world).blocks)
     if training.schedule_steps is None:
         training.schedule_steps = metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
-    if training.warmup_steps > training.schedule_steps:
+    if n_steps and training.warmup_steps > training.schedule_steps:
         raise UserError(f"training.warmup_steps={training.warmup_steps} is longer than the schedule of {training.schedule_steps} steps; lower it")
     if training.schedule in ("cosine", "linear", "wsd") and training.min_lr == 0 and training.schedule_steps < n_steps:
         raise UserError(
@@ -159,6 +186,20 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Our fields of a checkpoint that a run can go on from. Raises UserError if it does not hold the run's config."""
+    metadata = read_metadata(path)
+    missing = {"config", "sequences_per_step", "data_fingerprint", "run"} - metadata.keys()
+    if missing or not isinstance(metadata["config"], dict):
+        raise UserError(f"checkpoint {path} holds a model but no run to go on with ({', '.join(sorted(missing)) or 'config'} missing)")
+    return metadata
+
+
+def in_folder(checkpoint: Path | None, folder: Path) -> bool:
+    """Whether a run that resumes from `checkpoint` and writes to `folder` goes on with the run that is there."""
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
 def compare_configs(saved: dict, config: Config, source: Path) -> None:
@@ -187,6 +228,15 @@ def compare_data(metadata: dict, plan: Plan) -> None:
 def run_files(folder: Path) -> list[Path]:
     """What a run has written into its folder, `final.ckpt` last."""
     return [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UserError if no run could write to `folder`; it need not exist yet."""
+    nearest = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"checkpoint.dir={folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"checkpoint.dir={folder}: {nearest} cannot be written; choose another by --override checkpoint.dir=PATH")
 
 
 def refuse_unfinished(folder: Path) -> None:

@@ -474,6 +474,8 @@ def test_a_stream_is_shuffled_by_the_seed_within_its_groups(library):
     for start in range(0, len(train) - 8, 8):
         assert sorted(read[start : start + 8]) == sorted(train[start : start + 8])
         assert read[start : start + 8] != train[start : start + 8]
+    orders = {tuple(train.index(story) - start for story in read[start : start + 8]) for start in range(0, len(train) - 8, 8)}
+    assert len(orders) > 1, "each group has an order of its own"
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -551,6 +553,7 @@ def test_making_a_tokenizer_of_a_stream_does_not_move_it(library, monkeypatch):
     config = stream_config(library)
     corpus = load_corpus(config)
     assert list(tokenizer_documents(corpus, "bpe")) == STORIES[N_VAL : N_VAL + 9]
+    assert corpus.train.take(2) == STORIES[N_VAL : N_VAL + 2]
     train, _ = make_dataloaders(config, pack_corpus(corpus, BYTE, config), BYTE, 1000)
     assert same_steps(list(itertools.islice(train, 9)), stream_steps(library, 9))
 

@@ -30,7 +30,7 @@ ARROWS = {
     "support.callbacks": "model support.checkpoint support.hardware",
     "support.checkpoint": "model support.cli tokenizer",
     "support.cli": "",
-    "support.config": "model support.cli",
+    "support.config": "model support.cli support.hub",
     "support.documents": "support.cli support.config support.hub tokenizer",
     "support.hardware": "support.cli",
     "support.hub": "support.cli",

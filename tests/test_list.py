@@ -116,7 +116,8 @@ def test_piped_output_shows_names_as_they_are_and_folds_no_line(show, tiny_run, 
     assert out.splitlines()[1].startswith(str(folder / "final.ckpt"))
 
 
-def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch):
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch, terminal):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -124,7 +125,7 @@ def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TERM", terminal)
     assert listing.main([str(tiny_run.folder)]) == 0
     for path in tiny_run.folder.glob("*.ckpt"):
         assert path.name in screen.getvalue()

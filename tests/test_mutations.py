@@ -3,14 +3,15 @@
 The checks are those of the other tests, so a row here proves that the named test would notice the mistake. The text to
 replace must occur exactly once: a lesson whose line has moved on fails instead of passing for nothing.
 
-To try one by hand, make the same edit in the file and run the test in the last column.
+To try one by hand, make the edit of a row in LESSONS in the file, and run tests/test_model.py or tests/test_data.py.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
+import test_data
 from test_model import (
     check_cached_equals_uncached,
     check_causality,
@@ -24,29 +25,20 @@ from test_model import (
 
 import data
 import model
-from tokenizer import ByteTokenizer
 
 REAL = {"model": model, "data": data}
 
 
-def check_every_document_ends_with_eos(m: ModuleType) -> None:
-    """Without it the model would learn that one document goes on in the next."""
-    tokenizer = ByteTokenizer()
-    ids = m.tokenize(["ab", "", "c"], tokenizer).tolist()
-    assert ids == [97, 98, tokenizer.eos_id, tokenizer.eos_id, 99, tokenizer.eos_id]
+def in_test_data(name: str, *args: object) -> Callable[[ModuleType], None]:
+    """A test of test_data.py as a check: it runs with every name it imports from data.py taken from the module given."""
 
+    def check(m: ModuleType) -> None:
+        test = getattr(test_data, name)
+        taken = [key for key, value in test.__globals__.items() if not key.startswith("_") and key in vars(data) and value is vars(data)[key]]
+        names = {key: getattr(m, key) for key in taken}
+        FunctionType(test.__code__, {**test.__globals__, **names})(*args)
 
-def check_labels_are_the_next_tokens(m: ModuleType) -> None:
-    """Labels that are the input itself can be copied: the loss falls to zero and nothing is learned."""
-    batch = m.PackedLMDataset(m.tokenize(["abcdefg"], ByteTokenizer()), seq_len=4).batch([0])
-    assert batch["labels"][0].tolist() == [ord(c) for c in "bcde"]
-
-
-def check_every_token_is_predicted_once(m: ModuleType) -> None:
-    """Blocks share one token: the last label of a block is the first input of the next."""
-    blocks = m.PackedLMDataset(m.tokenize(["abcdefghijkl"], ByteTokenizer()), seq_len=4)  # 13 tokens: 3 blocks
-    predicted = [token for i in range(len(blocks)) for token in blocks[i]["labels"].tolist()]
-    assert predicted == [*b"bcdefghijkl", ByteTokenizer().eos_id]
+    return check
 
 
 def mutant(name: str, old: str, new: str) -> ModuleType:
@@ -95,7 +87,7 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
     ),
     ("a cache that never grows", "model", "cache.length += T", "pass", lambda m: check_cached_equals_uncached(m, (4, 3))),
     (
-        "values cached before keys were",
+        "values stored at the wrong place of the cache",
         "model",
         "self.values[layer][:, :, self.length : end] = v",
         "self.values[layer][:, :, : k.shape[2]] = v",
@@ -103,14 +95,26 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
     ),
     ("residual projections of full size", "model", "std /= (2 * self.config.n_layers) ** 0.5", "pass", check_initial_std),
     ("attention across documents", "model", "return same & causal_mask(", "return causal_mask(", check_segments_isolate),
-    ("no EOS between documents", "data", "np.array([*ids, tokenizer.eos_id], dtype)", "np.array(ids, dtype)", check_every_document_ends_with_eos),
-    ("labels that are not shifted", "data", "rows[:, 1:], IGNORE)", "rows[:, :-1], IGNORE)", check_labels_are_the_next_tokens),
+    (
+        "no EOS between documents",
+        "data",
+        "np.array([*ids, tokenizer.eos_id], dtype)",
+        "np.array(ids, dtype)",
+        in_test_data("test_eos_stands_behind_every_document_and_nowhere_else"),
+    ),
+    (
+        "labels that are not shifted",
+        "data",
+        "rows[:, 1:], IGNORE)",
+        "rows[:, :-1], IGNORE)",
+        in_test_data("test_labels_are_the_input_shifted_by_one", False),
+    ),
     (
         "blocks that do not overlap by one",
         "data",
         "stride or seq_len, mask_eos",
         "stride or seq_len + 1, mask_eos",
-        check_every_token_is_predicted_once,
+        in_test_data("test_each_token_is_predicted_exactly_once_in_an_epoch", 30),
     ),
 ]
 

@@ -163,10 +163,25 @@ def test_a_stop_leaves_the_curves_and_the_command_to_go_on(run, tmp_path):
     assert not (made.folder / "final.ckpt").exists()
 
 
-def test_ctrl_c_in_process_exits_130_and_gives_the_signals_back(run, tmp_path):
-    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+@pytest.fixture
+def usual_handlers():
+    """Those of a fresh Python process, whatever an earlier test has left."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
+    yield usual
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("words", [(), ("training.max_steps=0", "training.warmup_steps=0")], ids=["trained", "nothing to train"])
+def test_a_run_gives_the_signals_back(run, tmp_path, usual_handlers, words):
+    run(tmp_path / "run", *BYTE, "training.max_steps=2", *words)
+    assert {signum: signal.getsignal(signum) for signum in usual_handlers} == usual_handlers
+
+
+def test_ctrl_c_in_process_exits_130_and_gives_the_signals_back(run, tmp_path, usual_handlers):
     stopped_run(run, tmp_path / "run", *BYTE, at=3, signum=signal.SIGINT)
-    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+    assert {signum: signal.getsignal(signum) for signum in usual_handlers} == usual_handlers
 
 
 def test_a_signal_between_two_steps_loses_nothing(run, tmp_path, monkeypatch):
@@ -196,7 +211,7 @@ def test_a_signal_before_the_first_step_does_not_claim_a_checkpoint_that_is_not_
     monkeypatch.setattr(CheckpointSaver, "on_train_start", stop)
     made = run(tmp_path / "run", *BYTE)
     assert made.code == 143
-    assert ("saved" in made.out) == (made.folder / "last.ckpt").exists()
+    assert ("go on with" in made.out) == (made.folder / "last.ckpt").exists()
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(run, tmp_path, monkeypatch):
@@ -248,7 +263,7 @@ def test_ctrl_c_of_a_real_process_exits_130_and_the_run_goes_on(run, tmp_path, a
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "go on with: python3 train.py --config " in out.splitlines()[-1]
+    assert "go on with: python3 train.py " in out.splitlines()[-1]
     stopped_at = load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"]
     resumed = run(tmp_path / "run", *BYTE, "training.schedule_steps=1000000", f"training.max_steps={stopped_at + 1}", "--resume")
     assert [row["step"] for row in resumed.train_rows] == list(range(1, stopped_at + 2))
