@@ -61,6 +61,10 @@ def make_sampling(args: argparse.Namespace) -> SamplingConfig:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text (character {error.start}); convert it first") from None
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError('the prompt is empty; give some text to continue, e.g. --prompt "Attention is"')

@@ -1,6 +1,7 @@
 """Opening Hugging Face datasets: from local files, or from the hub with an answer in seconds when there is no network."""
 
 import glob
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ def hub_reachable() -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # any answer is an answer
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # no network, no URL, no web server
         return False
     return True
 

@@ -280,13 +280,13 @@ def test_activations_are_estimated_within_a_third(vocab_size, changes):
 # ---- --show-step --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 7, 12])
-def test_show_step_prints_exactly_the_text_that_step_trains_on(argv_of, tmp_path, monkeypatch, capsys, step):
-    folder = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        train.main([*argv_of(folder, *BYTE), "--show-step", str(step)])
-    assert (stop.value.code, folder.exists()) == (0, False)
-    shown = capsys.readouterr().out
+def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp_path, monkeypatch, capsys):
+    folder, shown = tmp_path / "run", {}
+    for step in (1, 7, 12):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*argv_of(folder, *BYTE), "--show-step", str(step)])
+        assert (stop.value.code, folder.exists()) == (0, False)
+        shown[step] = capsys.readouterr().out
 
     trained_on, compute = [], train.LitCausalLM.training_step
 
@@ -295,14 +295,15 @@ def test_show_step_prints_exactly_the_text_that_step_trains_on(argv_of, tmp_path
         return compute(self, micro_batches, index)
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", watch)
-    train.main(argv_of(folder, *BYTE))
-    expected = [
-        f"--- step {step}, micro-batch {micro}, row {row} ---\n{bytes(i for i in ids if i < 256).decode(errors='replace')}"
-        for micro, rows in enumerate(trained_on[step - 1], 1)
-        for row, ids in enumerate(rows, 1)
-    ]
-    assert len(expected) == 8
-    assert shown.replace("<|endoftext|>", "") == "\n".join(expected) + "\n"
+    run(folder, *BYTE)
+    for step, text in shown.items():
+        expected = [
+            f"--- step {step}, micro-batch {micro}, row {row} ---\n{bytes(i for i in ids if i < 256).decode(errors='replace')}"
+            for micro, rows in enumerate(trained_on[step - 1], 1)
+            for row, ids in enumerate(rows, 1)
+        ]
+        assert len(expected) == 8
+        assert text.replace("<|endoftext|>", "") == "\n".join(expected) + "\n"
 
 
 def test_show_step_of_a_stream_is_what_the_loader_yields(argv_of, tmp_path, capsys):

@@ -224,7 +224,6 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(run, tmp_path, monkeypatc
 COMMANDS = {
     "plain": lambda argv, last: argv,
     "fresh": lambda argv, last: ["--fresh", *argv],
-    "resumed": lambda argv, last: [*argv, "--resume"],
     "resumed from a file": lambda argv, last: [*argv[:2], "--resume", last, *argv[2:]],
     "resumed from a file alone": lambda argv, last: ["--resume", last],
 }
@@ -238,6 +237,7 @@ def test_the_command_to_go_on_works_when_pasted(run, tmp_path, argv_of, monkeypa
         stopped_run(run, folder, *BYTE, at=2)
     argv = COMMANDS[how](argv_of(folder, *BYTE), str(folder / "last.ckpt"))
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    monkeypatch.setattr(train, "draw_loss", lambda folder: None)
     with monkeypatch.context() as patch:
         stop_before(patch, 5)
         assert train.main(argv) == 143
@@ -413,11 +413,12 @@ def test_resume_and_fresh_contradict_each_other(run, tmp_path, capsys):
     assert stop.value.code == 2
 
 
-def test_a_checkpoint_file_alone_is_enough_to_go_on(run, tmp_path, capsys):
+def test_a_checkpoint_file_alone_is_enough_to_go_on(run, tmp_path, monkeypatch, capsys):
     """Its own config is used, and the run goes on in the folder that config names."""
     folder = tmp_path / "run"
     straight = run(tmp_path / "straight", *BYTE)
     stopped_run(run, folder, *BYTE, at=6)
+    monkeypatch.setattr(train, "draw_loss", lambda folder: None)
     assert train.main(["--resume", str(folder / "step-0000004.ckpt")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"weights sha256 {straight.sha256}"
 
