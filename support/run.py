@@ -111,7 +111,7 @@ def plan_run(args: Any) -> Plan:
         metadata = read_run(resume_from) if resume_from else None
         if resume_from is None and not (folder / "run_config.yaml").exists():
             raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
-    if is_main_process() and not (args.check or args.show_step):
+    if is_main_process() and not args.check and args.show_step is None:
         refuse_unwritable(folder)
         if not args.fresh and not in_folder(resume_from, folder) and args.resume != "auto":
             refuse_unfinished(folder)

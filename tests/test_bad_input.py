@@ -233,7 +233,8 @@ def test_local_data_files_that_are_not_there(refusal, name):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda", "gpu", ""])
 @pytest.mark.parametrize("flag", ["--device", "--override"])
-def test_a_device_that_is_not_there(refusal, name, flag):
+def test_a_device_that_is_not_there(refusal, monkeypatch, name, flag):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     value = name if flag == "--device" else f"hardware.accelerator={name}"
     message = refusal(["--config", "good.yaml", flag, value])
     assert "accelerator" in message or "device" in message

@@ -212,7 +212,8 @@ def char_ckpt(tmp_path) -> str:
     ],
     ids=lambda value: " ".join(value)[:50],
 )
-def test_mistakes_name_the_value_in_one_to_three_lines(char_ckpt, capsys, flags, words):
+def test_mistakes_name_the_value_in_one_to_three_lines(char_ckpt, capsys, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as error:
         infer.main(["--ckpt", char_ckpt, *flags])
     message = str(error.value)

@@ -139,6 +139,18 @@ def test_a_longer_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path
     assert_same_run(longer, straight)
 
 
+def test_the_best_before_a_stop_is_still_the_best_after_it(run, tmp_path, monkeypatch):
+    """What is validated after the resume is worse, and must not take best.ckpt."""
+    losses = {4: 1.0, 8: 3.0, 12: 2.0}
+    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
+    folder = tmp_path / "run"
+    stopped_run(run, folder, *BYTE, at=6)
+    resumed = run(folder, *BYTE, "--resume")
+    assert [row["val_loss"] for row in resumed.val_rows] == [1.0, 3.0, 2.0]
+    assert resumed.checkpoint("best")["tiny_transformer"]["metrics"]["step"] == 4
+    assert resumed.checkpoint("final")["tiny_transformer"]["metrics"]["best_val_loss"] == 1.0
+
+
 def test_resume_at_another_val_every_validates_at_its_steps(run, tmp_path):
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=6)

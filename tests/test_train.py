@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import train
 from data import load_corpus, make_dataloaders, pack_corpus
-from model import GPTMini
+from model import GPTMini, SamplingConfig
+from support.callbacks import CheckpointSaver
 from support.checkpoint import load_model
 from support.cli import UserError
 from support.config import load_config
@@ -138,19 +139,43 @@ def test_dropout_is_drawn_anew_at_each_step_from_the_seed(run, tmp_path, monkeyp
     assert dropped.sha256 != run(tmp_path / "plain", *SHORT).sha256
 
 
-def test_gradient_clipping_bounds_the_step(run, tmp_path):
-    sgd_like = ("training.optimizer=adamw", "training.eps=1000.0", "training.lr=1.0", "training.weight_decay=0.0", "training.schedule=constant")
-    one_step = ("training.max_steps=1", "training.warmup_steps=0", "tokenizer.kind=byte")
-    start = run(tmp_path / "start", *one_step, "training.max_steps=0")
-    moved = {}
-    for clip in ("null", "0.1"):
-        made = run(tmp_path / clip, *one_step, *sgd_like, f"training.grad_clip={clip}")
-        moved[clip] = torch.cat([(weights(made)[name] - weights(start)[name]).flatten() for name in sorted(weights(made)) if "lm_head" not in name])
-        norm = made.train_rows[0]["grad_norm"]
-    # With a huge eps AdamW's step is the gradient over eps: its length shows what clipping left of it.
-    assert norm > 0.2
-    assert moved["null"].norm().item() == pytest.approx(norm / 1000, rel=0.01)
-    assert moved["0.1"].norm().item() == pytest.approx(0.1 / 1000, rel=0.01)
+def test_three_steps_equal_a_plain_training_loop(run, tmp_path):
+    """The witness: torch's AdamW, the step's micro-batches as one batch, the mean loss, a clip that always bites, the
+    learning rate set by hand. Only the model, the data and the first weights are shared."""
+    words = (*SHORT, *ADAMW, "training.schedule=constant", "training.weight_decay=0.3", "training.grad_clip=0.1")
+    trained = run(tmp_path / "trained", *words)
+    start = run(tmp_path / "start", *words, "training.max_steps=0", "training.warmup_steps=0")
+    net, tokenizer, _ = load_model(start.folder / "final.ckpt")
+    config = load_config(trained.folder / "run_config.yaml")
+    loader, _ = make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 3)
+    matrices, vectors = ([p for p in net.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms = [], []
+    for step, rate in zip(loader, (0.0015, 0.003, 0.003), strict=True):
+        ids, labels = (torch.cat([batch[name] for batch in step]) for name in ("input_ids", "labels"))
+        loss = F.cross_entropy(net(ids).flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
+        for p in net.parameters():
+            p.grad *= min(1.0, 0.1 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    assert min(norms) > 0.2
+    assert [row["loss"] for row in trained.train_rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["grad_norm"] for row in trained.train_rows] == pytest.approx(norms, rel=1e-4)
+    assert [row["lr"] for row in trained.train_rows] == pytest.approx([0.0015, 0.003, 0.003])
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(weights(trained)[f"net.{name}"], tensor, rtol=0, atol=2e-5)
+
+
+def test_no_clip_is_a_clip_that_never_bites(run, tmp_path):
+    shas = [run(tmp_path / clip, *SHORT, *ADAMW, f"training.grad_clip={clip}").sha256 for clip in ("null", "1000.0", "0.01")]
+    assert shas[0] == shas[1] != shas[2]
 
 
 def test_document_mask_trains_and_makes_a_difference(run, tmp_path):
@@ -268,17 +293,10 @@ def test_checkpoints_last_best_and_final_are_names_of_step_files(tiny_run):
     assert not list(tiny_run.folder.glob("*.tmp*"))
 
 
-def rising_validation(monkeypatch) -> None:
-    """Every validation is worse than the one before: the first is the best."""
-
-    def rise(self) -> None:
-        self.val_loss = float(self.trainer.global_step)
-
-    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", rise)
-
-
 def test_keep_last_removes_older_step_files_and_keeps_best(run, tmp_path, monkeypatch):
-    rising_validation(monkeypatch)
+    """The first validation is the best, the last better than the one before it only."""
+    losses = {2: 1.0, 4: 3.0, 6: 2.0}
+    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
     made = run(tmp_path / "run", "training.max_steps=6", "training.val_every=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
     assert [path.name for path in sorted(made.folder.glob("step-*"))] == ["step-0000005.ckpt", "step-0000006.ckpt"]
     steps = {name: made.checkpoint(name)["tiny_transformer"]["metrics"]["step"] for name in ("best", "last", "final")}
@@ -289,6 +307,20 @@ def test_keep_last_removes_older_step_files_and_keeps_best(run, tmp_path, monkey
 def test_keep_last_keeps_as_many_as_it_says(run, tmp_path, keep):
     made = run(tmp_path / "run", *SHORT, "training.max_steps=7", "checkpoint.save_every=1", f"checkpoint.keep_last={keep}")
     assert [int(path.stem[5:]) for path in sorted(made.folder.glob("step-*"))] == list(range(8 - keep, 8))
+
+
+def test_a_step_that_validates_is_saved_once_and_after_its_row(run, tmp_path, monkeypatch):
+    """Saved before, a run that is killed in between would never validate this step."""
+    saved, save = [], CheckpointSaver.save
+
+    def look(self, trainer, *args, **options):
+        rows = (self.folder / "metrics.jsonl").read_text().splitlines()
+        saved.append((trainer.global_step, '"val_loss"' in rows[-1]))
+        save(self, trainer, *args, **options)
+
+    monkeypatch.setattr(CheckpointSaver, "save", look)
+    run(tmp_path / "run", "tokenizer.kind=byte", "training.max_steps=7", "training.val_every=4", "checkpoint.save_every=2")
+    assert saved == [(2, False), (4, True), (6, False), (7, True)]
 
 
 def test_a_new_best_is_saved_even_between_saves(run, tmp_path):
@@ -354,10 +386,15 @@ def test_text_samples_are_printed_and_do_not_change_the_run(run, tiny_run, tmp_p
     assert made.timeless_rows == tiny_run.timeless_rows
 
 
-def test_samples_with_dropout_do_not_change_the_run(run, tmp_path):
+def test_samples_under_dropout_are_the_saved_models_and_do_not_change_the_run(run, tmp_path):
     dropout = (*SHORT, "model.dropout=0.2")
-    samples = ("training.sample_every=1", "training.sample_prompts=[Attention is]")
-    assert run(tmp_path / "with", *dropout, *samples).sha256 == run(tmp_path / "without", *dropout).sha256
+    samples = ("training.sample_every=3", "training.sample_prompts=[Attention is]")
+    made = run(tmp_path / "with", *dropout, *samples)
+    assert made.sha256 == run(tmp_path / "without", *dropout).sha256
+    model, tokenizer, _ = load_model(made.folder / "final.ckpt")
+    ids, sampling = torch.tensor([tokenizer.encode("Attention is")]), SamplingConfig(temperature=0.8)
+    text = tokenizer.decode(model.generate(ids, 64, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(42 + 3))[0].tolist())
+    assert f"step      3 sample: {text!r}" in made.out.splitlines()
 
 
 @pytest.mark.parametrize("prompts", ['[""]', "[Attention ∑]"])
