@@ -105,6 +105,7 @@ def plan_run(args: Any) -> Plan:
     config = load_config(args.config, flag_overrides(args), base=metadata and metadata["config"])
     device = resolve_device(config.hardware.accelerator)
     check_loggers(config)
+    check_strategy(config)
     folder = Path(config.checkpoint.dir)
     if args.resume == "auto":
         resume_from = find_latest_checkpoint(folder)
@@ -152,6 +153,15 @@ def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
                 raise UserError("it is empty")
         except UserError as error:
             raise UserError(f"training.sample_prompts: {prompt!r} cannot be continued: {error}") from None
+
+
+def check_strategy(config: Config) -> None:
+    """Raise UserError where the installed PyTorch cannot shard."""
+    if config.hardware.strategy == "fsdp":
+        from torch.distributed import fsdp
+
+        if not hasattr(fsdp, "fully_shard"):
+            raise UserError(f"hardware.strategy=fsdp needs PyTorch 2.6 or newer (this is {torch.__version__}); use ddp, or upgrade")
 
 
 def check_loggers(config: Config) -> None:
