@@ -355,7 +355,9 @@ def _unknown_key(key: str) -> str:
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     ours = FOREIGN_NAMES.get(key) or (same_leaf[0] if same_leaf else FOREIGN_NAMES.get(leaf))
     nearest = [ours] if ours else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "; see docs/CONFIG_REFERENCE.md")
+    if not nearest:
+        return f"unknown key {key}; see docs/CONFIG_REFERENCE.md"
+    return f"unknown key {key}; it takes {nearest[0]}" if nearest[0].startswith("nothing") else f"unknown key {key}; did you mean {nearest[0]}?"
 
 
 def _explain(error: dict) -> str:
