@@ -344,7 +344,8 @@ def how_to_go_on(plan: Plan) -> str:
 
 def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     plan = plan or prepare(argv)
-    start_step = read_metadata(plan.resume_from)["metrics"]["step"] if plan.resume_from else 0
+    resumed = read_metadata(plan.resume_from) if plan.resume_from else None
+    start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
         print(f"{plan.resume_from} is at step {start_step} of {plan.n_steps}: nothing left to do; raise training.max_steps to go on")
         return 0
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
         if not plan.goes_on and (moved := move_aside(plan.folder)):
             print(f"the earlier run in {plan.folder} has been moved to {moved}")
         write_run_config(plan)
-        if plan.resume_from and plan.record["threads"] != read_metadata(plan.resume_from)["run"]["threads"]:
+        if resumed and plan.record["threads"] != resumed["run"]["threads"]:
             warn("the number of CPU threads differs from the run's before; sums round differently, so the resume is not bit for bit")
         console = Console(plan.n_steps, start_step)
     try:

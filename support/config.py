@@ -148,6 +148,11 @@ class HardwareConfig(Section):
     num_workers: int = Field(0, ge=0, description="Processes that prepare batches ahead. A stream uses at most one.")
     deterministic: bool = Field(False, description="Only operations with repeatable results; slower on a GPU, an error where there is none.")
 
+    @property
+    def world(self) -> int:
+        """Processes of the run, over all machines."""
+        return self.devices * self.num_nodes
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_fp16(cls, data: Any) -> Any:

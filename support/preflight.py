@@ -4,7 +4,6 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
     return (torch.cat(pieces, dim=1) - model(ids)).abs().max().item()
 
 
-def overfit_probe(model: GPTMini, batch: Batch, device: str, steps: int = 60) -> tuple[float, float]:
+def overfit_probe(model: GPTMini, batch: Batch, steps: int = 60) -> tuple[float, float]:
     """(first, last) loss of training on one small batch again and again: a sound model learns it by heart."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -178,7 +177,7 @@ def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "learns one batch by heart", lambda: check_overfit(plan)
     yield "optimizer", lambda: check_optimizer(plan, probe)
     yield "memory", lambda: check_memory(plan)
-    yield "time", lambda: estimate_time(plan, probe, n_params)
+    yield "time", lambda: estimate_time(plan, probe)
     yield "checkpoint folder", lambda: check_folder(plan, args)
 
 
@@ -209,7 +208,7 @@ def check_overfit(plan: Plan) -> str:
         for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items()
         if isinstance(tensor, torch.Tensor)
     }
-    first, last = overfit_probe(model, batch, plan.device)
+    first, last = overfit_probe(model, batch)
     text = f"a small copy of the model goes from loss {first:.2f} to {last:.2f} on one batch"
     if not last < first / 2:
         raise UserError(f"{text}; it should at least halve: look at the text with --show-step 1")
@@ -239,7 +238,7 @@ def check_memory(plan: Plan) -> str:
     return text
 
 
-def estimate_time(plan: Plan, probe: GPTMini, n_params: int) -> str:
+def estimate_time(plan: Plan, probe: GPTMini) -> str:
     """From the measured speed of one small forward and backward, scaled by the floating-point operations."""
     rows, length = 4, min(128, plan.config.seq_len, probe.config.max_seq_len)
     ids = torch.randint(probe.config.vocab_size, (rows, length), device=plan.device)
@@ -266,10 +265,9 @@ def check_folder(plan: Plan, args: Any) -> str:
     folder = plan.folder
     if args.resume is None and not args.fresh:
         refuse_unfinished(folder)
-    refuse_unwritable(folder)
-    parent = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    parent = refuse_unwritable(folder)
     free, need = shutil.disk_usage(parent).free, 4 * estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["parameters"] * 3
-    text = f"{Path(folder)} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
+    text = f"{folder} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
     if free < need:
         raise UserError(f"{text}; free some, or lower checkpoint.keep_last")
     return text

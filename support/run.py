@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def world(self) -> int:
-        return self.config.hardware.devices * self.config.hardware.num_nodes
+        return self.config.hardware.world
 
     @property
     def sequences_per_step(self) -> int:
@@ -174,10 +174,10 @@ def check_loggers(config: Config) -> None:
 def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> int:
     """The number of steps of the run; also fixes the schedule's length in the config, at first to the run's, on resume
     to what it was."""
-    training, world = config.training, config.hardware.devices * config.hardware.num_nodes
+    training = config.training
     n_steps = training.max_steps
     if n_steps is None:
-        n_steps = math.ceil(training.epochs * len(data.train) / step_shape(config, world=world).blocks)
+        n_steps = math.ceil(training.epochs * len(data.train) / step_shape(config, world=config.hardware.world).blocks)
     if training.schedule_steps is None:
         training.schedule_steps = metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
     if n_steps and training.warmup_steps > training.schedule_steps:
@@ -240,13 +240,14 @@ def run_files(folder: Path) -> list[Path]:
     return [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raise UserError if no run could write to `folder`; it need not exist yet."""
+def refuse_unwritable(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists; UserError if no run could write there."""
     nearest = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     if not nearest.is_dir():
         raise UserError(f"checkpoint.dir={folder}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"checkpoint.dir={folder}: {nearest} cannot be written; choose another by --override checkpoint.dir=PATH")
+    return nearest
 
 
 def refuse_unfinished(folder: Path) -> None:
