@@ -99,6 +99,27 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
+def first_not_finite(tree: Any, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts and lists that holds a NaN or an infinity, None if there is none.
+
+    Reads each tensor once and copies nothing.
+
+    >>> first_not_finite({"net": [torch.zeros(2), torch.tensor([1.0, float("nan")])]})
+    'net.1'
+    """
+    todo, seen = [(name, tree)], set()
+    while todo:  # a loop, with the names still to visit: a tree of any depth, or one that holds itself, ends
+        name, value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.numel() and not all(edge.isfinite() for edge in value.detach().aminmax()):
+                return name
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(inner))]
+    return None
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Our fields of a checkpoint; weights are mapped, not read, so this takes milliseconds."""
     return read_checkpoint(path)[KEY]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import atomic_write, link_or_copy, load_model, model_weights, read_checkpoint, read_metadata
+from support.checkpoint import atomic_write, first_not_finite, link_or_copy, load_model, model_weights, read_checkpoint, read_metadata
 from support.cli import UserError
 from tokenizer import ByteTokenizer
 
@@ -168,6 +168,36 @@ def test_head_and_tokenizer_of_different_sizes_are_refused(saved):
     message = refusal(saved(checkpoint))
     assert "300" in message
     assert "257" in message
+
+
+# ---- numbers that are none ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 4099])  # below and above the width of a vector instruction
+def test_a_number_that_is_none_is_found_wherever_it_stands(bad, dtype, size):
+    """The largest finite number is no infinity, though a sum of two of them would be."""
+    for place in {0, size // 2, size - 1}:
+        tensor = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
+        tree = {"state_dict": {"net.a": torch.ones(2)}, "optimizer_states": [{"state": {3: {"step": torch.tensor(4), "exp_avg": tensor}}}]}
+        assert first_not_finite(tree) is None
+        tensor[place] = bad
+        assert first_not_finite(tree) == "optimizer_states.0.state.3.exp_avg"
+        assert first_not_finite(tensor, "grad") == "grad"
+
+
+def test_the_first_of_several_is_named_and_what_holds_no_float_is_passed_over():
+    nan = torch.tensor([float("nan")], requires_grad=True)
+    tree = {"empty": torch.empty(0, 3), "ids": torch.tensor([2**62]), "mask": torch.tensor([True]), "text": "nan", "loss": float("nan"), "none": None}
+    assert first_not_finite(tree) is None
+    assert first_not_finite(tree | {"b": (torch.ones(2), nan), "a": nan}) == "b.1"
+    assert first_not_finite({"outer": nan, "z": {"deep": nan}}, "checkpoint") == "checkpoint.outer"
+    deep = loop = []
+    for _ in range(5000):
+        deep = [deep]
+    loop.append(loop)
+    assert first_not_finite({"deep": deep, "loop": loop}) is None
 
 
 # ---- files that are no checkpoint ---------------------------------------------------------------------------------
