@@ -278,8 +278,27 @@ FOREIGN_NAMES = {
 }
 
 
+MAX_BYTES, MAX_VALUES, MAX_DIGITS = 2**18, 10_000, 100  # of a file, values with aliases written out, digits of a number
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, less two surprises: `3e-4` is a number, and a key given twice is an error."""
+    """Safe YAML, less three surprises: `3e-4` is a number; a key given twice is an error, as are ten aliases of ten of ten of ten ..."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        todo, count = [root] if root else [], 0
+        while todo:
+            node, count = todo.pop(), count + 1
+            problem = f"more than {MAX_VALUES} values, each alias counted in full" if count > MAX_VALUES else None
+            if isinstance(node, yaml.CollectionNode):
+                todo += [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            elif len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float")):
+                problem = f"a number of more than {MAX_DIGITS} digits"
+            elif re.search("[\ud800-\udfff]", node.value):
+                problem = "half of a surrogate pair, which is no character"
+            if problem:
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -306,7 +325,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
-        raise UserError(f"{where}: {getattr(error, 'problem', None) or error}; mend the YAML there") from None
+        raise UserError(f"{where}: {' '.join(str(getattr(error, 'problem', None) or error).split())[:200]}; mend the YAML there") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # an impossible date, a list as key, ...
         raise UserError(f"{source}: no value of a config can be made of this ({error}); mend the YAML there") from None
 
@@ -321,6 +340,8 @@ def read_config_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file {path} does not exist; try --config config_smoke.yaml")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"config file {path} has {size:,} bytes, a config {MAX_BYTES:,} at most; is it another file?")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
