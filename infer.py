@@ -41,7 +41,7 @@ import torch
 from pydantic import ValidationError
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import load_model
+from support.checkpoint import load_model, printable
 from support.hardware import resolve_device
 from tokenizer import TextStream, Tokenizer
 
@@ -133,12 +133,17 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it first") from None
 
 
+def shown(text: str) -> str:
+    """On a terminal, what it would obey rather than show (a model can have learned `\\x1b[2J`) as an escape; else as it is."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text) if sys.stdout.isatty() else text
+
+
 def print_continuation(model: GPTMini, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace, sampling: SamplingConfig, seed: int) -> None:
     pieces = stream_text(model, tokenizer, prompt, args.max_new_tokens, sampling, seed)
     first = next(pieces)  # so that a bad prompt is an error before anything is printed
-    print(prompt, end=first, flush=True)
+    print(prompt, end=shown(first), flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print(flush=True)
 
 

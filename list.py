@@ -29,10 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
-import torch
-
-from model import GPTConfig, GPTMini
-from support.checkpoint import read_metadata
+from support.checkpoint import KEY, empty_model, printable, read_checkpoint
 
 
 def find_checkpoints(paths: list[str]) -> list[Path]:
@@ -51,21 +48,22 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
 
 def describe(path: Path) -> dict[str, Any]:
     """One row: what the file says about itself. A damaged file is a row with an `error`."""
-    status = path.stat()
-    row: dict[str, Any] = {"file": str(path), "size_mb": round(status.st_size / 2**20, 1), "age_s": round(time.time() - status.st_mtime)}
+    row: dict[str, Any] = {"file": str(path), "size_mb": 0.0, "age_s": 0}
     try:
-        metadata = read_metadata(path)
-        with torch.device("meta"):
-            n_params = GPTMini(GPTConfig(**metadata["model"])).n_params()
-        metrics = metadata["metrics"]
+        status = path.stat()
+        row |= {"size_mb": round(status.st_size / 2**20, 1), "age_s": max(0, round(time.time() - status.st_mtime))}
+        checkpoint = read_checkpoint(path)
+        metadata, model = checkpoint[KEY], empty_model(checkpoint, str(path))
         return (
             row
-            | {key: metrics.get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")}
-            | {"n_params": n_params, "tokenizer": metadata["tokenizer"]["kind"], "vocab_size": metadata["model"]["vocab_size"]}
+            | {key: metadata["metrics"].get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")}
+            | {"n_params": model.n_params(), "tokenizer": str(metadata["tokenizer"]["kind"]), "vocab_size": model.config.vocab_size}
         )
     except UserError as error:
-        return row | {"error": str(error)}
-    except (KeyError, TypeError, ValueError) as error:
+        return row | {"error": printable(error)}
+    except OSError as error:  # a link to nothing, a file that has just been removed
+        return row | {"error": f"cannot be read ({error.strerror})"}
+    except KeyError as error:
         return row | {"error": f"damaged metadata: {error!r}"}
 
 
@@ -93,17 +91,17 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         common = [f"{row['size_mb']:.1f}", age(row["age_s"])]
         if "error" in row:
-            table.add_row(row["file"], *["-"] * 7, *common)
+            table.add_row(printable(row["file"]), *["-"] * 7, *common)
             continue
         table.add_row(
-            row["file"],
-            str(row["step"]),
+            printable(row["file"]),
+            number(row["step"], ""),
             number(row["epoch"], ".2f"),
             number(row["tokens"], ","),
             number(row["train_loss"], ".4f"),
             number(row["val_loss"], ".4f"),
             number(row["n_params"], ","),
-            f"{row['tokenizer']} {row['vocab_size']}",
+            printable(f"{row['tokenizer'][:20]} {row['vocab_size']}"),
             *common,
         )
     # Wide, so that no name is ever cut: a narrow terminal folds the line itself. Names are shown as they are, brackets too.
@@ -111,12 +109,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     console.print(table)
     for row in rows:
         if "error" in row:
-            print(f"{row['file']}: {row['error']}")
+            print(f"{printable(row['file'])}: {row['error']}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    rows = sorted(map(describe, find_checkpoints(args.paths)), key=lambda row: (row.get("step", -1), row["file"]))
+    rows = sorted(map(describe, find_checkpoints(args.paths)), key=lambda row: (-1 if row.get("step") is None else row["step"], row["file"]))
     if args.json:
         for row in rows:
             print(json.dumps(row))

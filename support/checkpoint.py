@@ -9,7 +9,10 @@ fields under one key, `tiny_transformer`:
 
 import contextlib
 import os
+import pickletools
+import reprlib
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +25,17 @@ from tokenizer import Tokenizer, tokenizer_from_dict
 
 KEY = "tiny_transformer"
 FORMAT_VERSION = 1
+
+# What a file that torch.save wrote of our checkpoints names. torch.load(weights_only=True) lets more pass, and some of
+# that can be made to fill the memory: bytearray(10**11), a tensor out of nested lists.
+SAFE_NAMES = {"collections OrderedDict", "torch Size", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"} | {
+    f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+}
+GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # pickle's instructions that change the value they find
+UNDER_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}  # those that take all values back to a mark, and how many under it
+MAX_SIZE = 10**8  # of a description, in characters and values, everything that stands in it twice counted twice
+MAX_DEPTH = 100
+MAX_CONTEXT = 2**22  # tokens: the one size of a model that no weight need bear out
 
 
 @contextlib.contextmanager
@@ -65,6 +79,121 @@ def link_or_copy(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)  # rename leaves it where both names already were one file
 
 
+def printable(text: object) -> str:
+    """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`, `\\ud800`."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+class Damage(ValueError):
+    """What one of the checks below found, in words for the user."""
+
+
+def check_archive(path: Path) -> None:
+    """Raise Damage, in words, for a file that asks for more than it holds, or would call what no checkpoint needs.
+
+    torch.load believes what an archive says of itself: a few kilobytes can unfold into gigabytes. What torch.save
+    writes is plain: entries as they are, one behind the other. Nothing is unpickled here.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+        for entry, end in zip(entries, ends, strict=True):
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise Damage("an entry of it is compressed")
+            if entry.header_offset + entry.file_size > end:
+                raise Damage("its entries lie over each other")
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]  # torch ignores case
+        if len(pickles) != 1 or entries[0].header_offset or pickles[0].file_size > MAX_SIZE:
+            raise Damage("truncated or damaged")
+        check_pickle(archive.read(pickles[0]))
+
+
+def check_pickle(data: bytes) -> None:
+    """Raise Damage for a pickle that names anything but SAFE_NAMES, or of which more than MAX_SIZE comes.
+
+    A tuple of ten times a tuple of ten times ... is a few bytes to write, and hours to hash. So each value's size is
+    kept on a stack in place of the value: one cell, which grows as its list or dict does.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, value, _ in pickletools.genops(data):
+        name = opcode.name
+        if name == "GLOBAL" and value not in SAFE_NAMES:
+            raise Damage(f"it would run code when opened, {printable(value)[:100]}")
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif not opcode.stack_before:
+            stack.append([len(value) + 1 if type(value) is str else 1])
+        else:
+            start = marks.pop() - UNDER_MARK[name] if name in UNDER_MARK else len(stack) - len(opcode.stack_before)
+            taken = stack[start:]
+            del stack[start:]
+            cell = taken.pop(0) if name in GROWS else [1]
+            cell[0] += sum([inner[0] for inner in taken])
+            if cell[0] > MAX_SIZE:
+                raise Damage("a few bytes of it unfold without end")
+            stack.append(cell)
+
+
+def check_plain(tree: Any) -> None:
+    """Raise Damage unless `tree` is plain dicts, lists, text and numbers, that end: no list that holds itself."""
+    todo, size = [(tree, 0)], 0
+    while todo:
+        value, depth = todo.pop()
+        size += 1 + (len(value) if type(value) is str else 0)
+        if size > MAX_SIZE or depth > MAX_DEPTH:
+            raise Damage("its description of itself is nested without end")
+        if type(value) in (dict, list, tuple):
+            todo += [(inner, depth + 1) for inner in (*value, *value.values())] if type(value) is dict else [(inner, depth + 1) for inner in value]
+        elif value is not None and type(value) not in (str, int, float, bool):
+            raise Damage(f"its description of itself holds a {type(value).__name__}")
+
+
+def check_tensors(tree: Any) -> None:
+    """Raise Damage for a tensor of more elements than the file holds of it: one number can pose as a terabyte."""
+    for name, tensor in named_tensors(tree):
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise Damage(f"{printable(name)[:100]} claims more elements than the file holds")
+
+
+def odd_fields(checkpoint: dict[str, Any]) -> list[str]:
+    """Names of what is missing or of a type that the rest of the code does not expect."""
+    ours, weights = checkpoint[KEY], checkpoint["state_dict"]
+    odd = [name for name in ("model", "tokenizer", "metrics") if not isinstance(ours.get(name), dict)]
+    odd += [repr(name)[:100] for name, weight in weights.items() if not isinstance(weight, torch.Tensor) or not isinstance(name, str)]
+    metrics = {} if "metrics" in odd else ours["metrics"]
+    for name in ("step", "tokens", "epoch", "lr", "train_loss", "val_loss", "best_val_loss"):
+        value = metrics.get(name, 0)
+        count = type(value) is int and 0 <= value < 2**63
+        measured = name not in ("step", "tokens") and (value is None or type(value) is float)
+        if not (count or measured):
+            odd.append(f"metrics.{name}={reprlib.repr(value)}")
+    return odd
+
+
+def open_archive(path: Path, mmap: bool) -> Any:
+    """What torch.save put into the file at `path`, after every check that can be made without knowing what it is."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise UserError(f"{path} is not a checkpoint ({'an empty file' if path.stat().st_size == 0 else 'not a .ckpt archive'})")
+        check_archive(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        check_tensors(checkpoint)
+        return checkpoint
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror or 'truncated or damaged'}); take another one") from None
+    except Exception as error:  # a damaged file can fail anywhere, in a dozen ways; only our own checks know how
+        unsafe = "WeightsUnpickler" in str(error) or "weights_only" in str(error)
+        reason = str(error) if isinstance(error, Damage) else "truncated or damaged"
+        raise UserError(f"checkpoint {path} cannot be opened ({'it would run code when opened' if unsafe else reason}); take another one") from None
+
+
 def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     """The dictionary in a checkpoint of ours, on the CPU. Only tensors and plain types are ever unpickled.
 
@@ -75,28 +204,39 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist; python3 list.py shows those there are")
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a folder; name a file in it, e.g. {path / 'final.ckpt'}")
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise UserError(f"{path} is not a checkpoint ({'an empty file' if path.stat().st_size == 0 else 'not a .ckpt archive'})")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged file can fail anywhere in torch.load, in a dozen ways
-        reason = "it would run code when opened" if "WeightsUnpickler" in str(error) or "weights_only" in str(error) else "truncated or damaged"
-        raise UserError(f"checkpoint {path} cannot be opened ({reason}); take another one") from None
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
+    if not path.is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"checkpoint {path} is a pipe, a socket or a device; name a file")
+    checkpoint = open_archive(path, mmap)
+    if type(checkpoint) is not dict or KEY not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path} is a PyTorch file but not a Tiny Transformer checkpoint (no {KEY!r} in it)")
-    if not isinstance(checkpoint[KEY], dict) or not isinstance(checkpoint["state_dict"], dict):
+    weights = checkpoint["state_dict"]
+    if not isinstance(checkpoint[KEY], dict) or not isinstance(weights, dict) or getattr(weights, "__dict__", {}).keys() - {"_metadata"}:
         raise UserError(f"checkpoint {path} is damaged: {KEY!r} and 'state_dict' should both be mappings")
+    try:
+        check_plain(checkpoint[KEY])
+    except Damage as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}; take another one") from None
     version = checkpoint[KEY].get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {path} has format_version {version}, this code reads {FORMAT_VERSION}; use the version of the code that wrote it"
-        )
-    damaged = [name for name in ("model", "tokenizer", "metrics") if not isinstance(checkpoint[KEY].get(name), dict)]
-    damaged += [name for name, weight in checkpoint["state_dict"].items() if not isinstance(weight, torch.Tensor)]
-    if damaged:
-        raise UserError(f"checkpoint {path} is damaged: {', '.join(map(str, damaged[:3]))} missing or of the wrong type; take another one")
+    if type(version) is not int or version != FORMAT_VERSION:
+        found = reprlib.repr(version)
+        raise UserError(f"checkpoint {path} has format_version {found}, this code reads {FORMAT_VERSION}; use the version of the code that wrote it")
+    if odd := odd_fields(checkpoint):
+        raise UserError(f"checkpoint {path} is damaged: {', '.join(odd[:3])} missing or of the wrong type; take another one")
     return checkpoint
+
+
+def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and lists, in order, with its path: `state_dict.net.norm.weight`."""
+    todo, seen = [(name, tree)], set()
+    while todo:  # a loop, with the names still to visit: a tree of any depth, or one that holds itself, ends
+        name, value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            inner = dict.items(value) if isinstance(value, dict) else enumerate(value)
+            above = f"{name[:300]}." if name else ""  # a million lists in each other have no name of a million parts
+            todo += [(f"{above}{key}", item) for key, item in reversed(list(inner))]
 
 
 def first_not_finite(tree: Any, name: str = "") -> str | None:
@@ -107,16 +247,9 @@ def first_not_finite(tree: Any, name: str = "") -> str | None:
     >>> first_not_finite({"net": [torch.zeros(2), torch.tensor([1.0, float("nan")])]})
     'net.1'
     """
-    todo, seen = [(name, tree)], set()
-    while todo:  # a loop, with the names still to visit: a tree of any depth, or one that holds itself, ends
-        name, value = todo.pop()
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point() and value.numel() and not all(edge.isfinite() for edge in value.detach().aminmax()):
-                return name
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            inner = value.items() if isinstance(value, dict) else enumerate(value)
-            todo += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(list(inner))]
+    for path, tensor in named_tensors(tree, name):
+        if tensor.is_floating_point() and tensor.numel() and not all(edge.isfinite() for edge in tensor.detach().aminmax()):
+            return path
     return None
 
 
@@ -135,6 +268,41 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {plain(name): tensor for name, tensor in checkpoint["state_dict"].items()}
 
 
+def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:
+    """The tokenizer in a checkpoint. Raises UserError, also where the `tokenizers` library panics."""
+    try:
+        chars = state.get("chars", "")
+        if not isinstance(chars, str) or len(set(chars)) < len(chars):
+            raise ValueError("its characters should be a text in which none comes twice")
+        chars.encode()  # half of a surrogate pair could not be printed
+        return tokenizer_from_dict(state)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        raise UserError(f"checkpoint {source} has a damaged tokenizer: {printable(' '.join(str(error).split())[:200])}; take another one") from None
+
+
+def empty_model(checkpoint: dict[str, Any], source: str) -> GPTMini:
+    """The model that a checkpoint describes, without memory for its weights (the meta device). Raises UserError.
+
+    A size that no weight bears out is refused first: a million layers take hours and gigabytes even when empty.
+    """
+    sizes, weights = checkpoint[KEY]["model"], checkpoint["state_dict"].values()
+    widths = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
+    limits = dict.fromkeys(widths, max((weight.numel() for weight in weights), default=0)) | {"n_layers": len(weights), "max_seq_len": MAX_CONTEXT}
+    for name, limit in limits.items():
+        if isinstance(sizes.get(name), int) and sizes[name] > limit:
+            raise UserError(
+                f"checkpoint {source} is damaged: {name}={reprlib.repr(sizes[name])}, but its weights allow {limit} at most; take another one"
+            )
+    try:
+        with torch.device("meta"):
+            return GPTMini(GPTConfig(**sizes))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        what = printable(" ".join(str(error).split())[:200])
+        raise UserError(f"checkpoint {source} has a damaged description of its model: {what}; take another one") from None
+
+
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GPTMini, Tokenizer, dict[str, Any]]:
     """(model in eval mode, tokenizer, metadata) from one checkpoint file; nothing else is needed.
 
@@ -142,18 +310,12 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPTMini, Tokenize
     """
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[KEY]
-    try:
-        tokenizer = tokenizer_from_dict(metadata["tokenizer"])
-        config = GPTConfig(**metadata["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} has a damaged description of its model or tokenizer: {' '.join(str(error).split())[:200]}") from None
-    if config.vocab_size != tokenizer.vocab_size:
+    tokenizer, model = saved_tokenizer(metadata["tokenizer"], str(path)), empty_model(checkpoint, str(path))
+    if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"checkpoint {path}: the model's head has {config.vocab_size} rows but its tokenizer {tokenizer.vocab_size} tokens; "
+            f"checkpoint {path}: the model's head has {model.config.vocab_size} rows but its tokenizer {tokenizer.vocab_size} tokens; "
             "they do not belong together"
         )
-    with torch.device("meta"):  # shapes only: the weights come from the file
-        model = GPTMini(config)
     load_weights(model, model_weights(checkpoint), str(path))
     return model.to(device).eval(), tokenizer, metadata
 
@@ -163,10 +325,16 @@ def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) 
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or extra:
-        raise UserError(f"{source}: weights do not fit the model; missing {missing[:3] or 'none'}, not expected {extra[:3] or 'none'}")
+        names = f"missing {str(missing[:3])[:150] if missing else 'none'}, not expected {str(extra[:3])[:150] if extra else 'none'}"
+        raise UserError(f"{source}: weights do not fit the model; {names}")
     for name, shape in wanted.items():
         if weights[name].shape != shape:
             raise UserError(f"{source}: {name} has shape {tuple(weights[name].shape)}, the model expects {tuple(shape)}")
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    if len(dtypes) > 1 or "float" not in dtypes[0]:
+        raise UserError(f"{source}: weights of {', '.join(dtypes)}; all should be of one kind of float, so take another checkpoint")
+    if bad := first_not_finite(weights):
+        raise UserError(f"{source}: {bad} holds a NaN or an infinity, so the model can say nothing; take an earlier checkpoint")
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
 
@@ -178,7 +346,7 @@ def step_of(path: Path) -> int:
 
 def step_files(folder: str | Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
-    return sorted((p for p in Path(folder).glob("step-*.ckpt") if p.stem.removeprefix("step-").isdigit()), key=step_of)
+    return sorted((p for p in Path(folder).glob("step-*.ckpt") if p.stem.removeprefix("step-").isdecimal()), key=step_of)
 
 
 def find_latest_checkpoint(folder: str | Path) -> Path | None:
@@ -189,7 +357,7 @@ def find_latest_checkpoint(folder: str | Path) -> Path | None:
         try:
             read_metadata(path)
         except UserError as error:
-            warn(f"{error}; skipped")
+            warn(f"{printable(error)}; skipped")
             continue
         return path
     return None

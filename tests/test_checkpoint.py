@@ -60,7 +60,7 @@ def test_a_checkpoint_opens_with_weights_only_and_holds_the_documented_fields(ti
     ours = checkpoint["tiny_transformer"]
     assert ours.keys() == FIELDS
     assert (checkpoint["global_step"], ours["format_version"], ours["sequences_per_step"], ours["stream_state"]) == (12, 1, 8, None)
-    assert ours["metrics"].keys() == {"step", "epoch", "tokens", "train_loss", "lr", "val_loss", "best_val_loss"}
+    assert ours["metrics"].keys() == {"step", "epoch", "tokens", "train_loss", "lr", "val_loss", "best_val_loss", "best_step"}
     last, val = tiny_run.train_rows[-1], tiny_run.val_rows[-1]
     expected = {"step": 12, "tokens": last["tokens"], "train_loss": last["loss"], "lr": last["lr"], "val_loss": val["val_loss"]}
     assert {name: ours["metrics"][name] for name in expected} == expected
@@ -304,7 +304,7 @@ def test_another_format_version_is_refused_with_both_numbers(saved, version):
     checkpoint = checkpoint_of(byte_model())
     checkpoint["tiny_transformer"]["format_version"] = version
     message = refusal(saved(checkpoint))
-    assert f"format_version {version}" in message
+    assert f"format_version {version!r}" in message
     assert "reads 1" in message
 
 

@@ -22,7 +22,7 @@ ARROWS = {
     "train": "data model optim support.callbacks support.checkpoint support.cli support.hardware support.loss support.plots "
     "support.preflight support.run",
     "infer": "model support.checkpoint support.cli support.hardware tokenizer",
-    "list": "model support.checkpoint support.cli",
+    "list": "support.checkpoint support.cli",
     "data": "support.cli support.config support.documents support.loss tokenizer",
     "model": "support.loss",
     "optim": "support.config",
