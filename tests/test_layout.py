@@ -212,14 +212,53 @@ def test_yaml_is_read_with_a_safe_loader(path):
     import yaml
 
     for name, call in calls(path):
-        assert name not in ("yaml.unsafe_load", "yaml.full_load", "yaml.load_all"), f"line {call.lineno}"
+        assert not name.endswith(("unsafe_load", "full_load", "load_all")), f"line {call.lineno}"
         if name == "yaml.load":
             loader = next((ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"), None)
             module = __import__(module_name(path), fromlist=["_"])
             assert loader is not None and issubclass(getattr(module, loader.split(".")[-1], yaml.Loader), yaml.SafeLoader), f"line {call.lineno}"
 
 
+RUN_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+RUN_CODE |= {"importlib.import_module", "runpy.run_path", "torch.hub.load"}
+
+
 @BY_FILE
 def test_no_code_is_built_from_strings(path):
-    assert not any(name in ("eval", "exec", "os.system", "__import__") for name, _ in calls(path))
-    assert not any(keyword.arg == "shell" and ast.unparse(keyword.value) != "False" for _, call in calls(path) for keyword in call.keywords)
+    assert not RUN_CODE & {name for name, _ in calls(path)}
+    for flag in ("shell", "trust_remote_code"):
+        assert not any(k.arg == flag and ast.unparse(k.value) != "False" for _, call in calls(path) for k in call.keywords), flag
+    assert not any(name.endswith(".load_from_checkpoint") for name, _ in calls(path)), "Lightning's own reader unpickles; ours is read_checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("import pickle", "unpickled"),
+        ("from torch.serialization import load", "unpickled"),
+        ("torch.load(f)", "unpickled"),
+        ("torch.load(f, weights_only=False)", "unpickled"),
+        ("np.load(f, allow_pickle=True)", "numpy"),
+        ("yaml.unsafe_load(f)", "yaml"),
+        ("yaml.full_load_all(f)", "yaml"),
+        ("yaml.load(f)", "yaml"),
+        ("yaml.load(f, Loader=yaml.UnsafeLoader)", "yaml"),
+        ("eval('1')", "code"),
+        ("subprocess.run('ls', shell=True)", "code"),
+        ("load_dataset('x', trust_remote_code=True)", "code"),
+        ("Module.load_from_checkpoint(f)", "code"),
+    ],
+)
+def test_these_rules_notice(monkeypatch, line, rule):
+    """Each line, put into support/checkpoint.py, where torch.load is allowed, would be refused."""
+    rules = {
+        "unpickled": test_files_are_unpickled_in_one_place_and_as_plain_tensors_only,
+        "numpy": test_numpy_never_unpickles,
+        "yaml": test_yaml_is_read_with_a_safe_loader,
+        "code": test_no_code_is_built_from_strings,
+    }
+    path = REPO / "support" / "checkpoint.py"
+    changed = ast.parse(path.read_text(encoding="utf-8") + "\n" + line)
+    monkeypatch.setitem(globals(), "tree", lambda path: changed)
+    with pytest.raises(AssertionError):
+        rules[rule](path)
