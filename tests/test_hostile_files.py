@@ -289,6 +289,19 @@ def test_fields_that_are_no_plain_tree_are_refused(saved, value, field):
     refusal(saved(checkpoint_of(**{field: value})))
 
 
+def test_lists_that_are_filled_only_after_they_were_shared_are_refused(tmp_path):
+    """Written by hand, a pickle may put ten of an empty list into the one above, and fill it later: no part of it is large."""
+
+    def text(word: str) -> bytes:
+        return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+    lists = b"".join(b"]q" + bytes([i]) for i in range(12))
+    filled = b"".join(b"h" + bytes([i]) + b"(" + (b"h" + bytes([i + 1])) * 10 + b"e" for i in range(11))
+    data = b"\x80\x02}(" + text("state_dict") + b"}" + text(KEY) + b"}" + text("extra") + b"(" + lists + filled + b"tsu."
+    check_pickle(data)
+    assert "nested without end" in refusal(with_pickle(tmp_path / "above.ckpt", data))
+
+
 class Covered(dict):
     """Pickled, it is an OrderedDict with an attribute `items`, which hides the method from the next loop over it."""
 
