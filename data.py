@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,8 @@ from tokenizer import Tokenizer
 Batch = dict[str, Tensor]
 SHUFFLE_GROUP = 1000  # documents of a stream that are shuffled among themselves
 STREAM_TOKENIZER_DOCS = 2000  # documents of a stream that a bpe tokenizer is trained on
+TAKE_CHARS = 2**26  # characters after which such a group is full, however few its documents are
+BATCH_CHARS, BATCH_PIECES = 2**20, 1000  # what is encoded at once
 
 
 @dataclass
@@ -71,14 +74,39 @@ def load_corpus(config: Config) -> Corpus:
 # ---- blocks -------------------------------------------------------------------------------------------------------
 
 
+def document_pieces(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """(piece, whether its document ends with it): what is encoded at once is short, however long a document is."""
+    for document in documents:
+        pieces = tokenizer.pieces(document)
+        piece = next(pieces)
+        for following in pieces:
+            yield piece, False
+            piece = following
+        yield piece, True
+
+
+def batched(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces in batches of about BATCH_CHARS characters: counting documents would let a batch grow with their length."""
+    batch, n_chars = [], 0
+    for piece, ends in pieces:
+        batch.append((piece, ends))
+        n_chars += len(piece)
+        if n_chars >= BATCH_CHARS or len(batch) == BATCH_PIECES:
+            yield batch
+            batch, n_chars = [], 0
+    yield batch
+
+
 def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one row of ids, EOS behind each; uint16 where the vocabulary allows."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    documents, pieces = list(documents), [np.empty(0, dtype)]
-    for start in range(0, len(documents), 1000):
-        for ids in tokenizer.encode_batch(documents[start : start + 1000]):
-            pieces.append(np.array([*ids, tokenizer.eos_id], dtype))
-    return np.concatenate(pieces)
+    """All documents as one row of ids, EOS behind each; uint16 where the vocabulary allows.
+
+    A Python list would take 36 bytes a token: only one batch is ever held as lists, and the row grows in place.
+    """
+    dtype, row = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, bytearray()
+    for batch in batched(document_pieces(documents, tokenizer)):
+        for ids, (_, ends) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
+            row += np.array(ids + [tokenizer.eos_id] * ends, dtype).tobytes()
+    return np.frombuffer(row, dtype)
 
 
 def document_segments(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
@@ -191,7 +219,8 @@ class StreamingPackedLMDataset(IterableDataset):
 
     Documents are shuffled within groups of SHUFFLE_GROUP. Every process reads the whole stream and keeps its share of
     the blocks. Each step carries, as JSON under "stream_state" of its first micro-batch, the position behind it: the
-    epoch, the group and where it starts in the source, the documents of it already used, and the tokens left over.
+    epoch, the group and where it starts in the source, the documents of it already used, and in the document that
+    follows the pieces already used, the tokens left over from them, and how many tokens of the next piece are taken.
     """
 
     def __init__(
@@ -208,17 +237,23 @@ class StreamingPackedLMDataset(IterableDataset):
     ):
         self.documents, self.tokenizer, self.shape = documents, tokenizer, shape
         self.seq_len, self.stride, self.seed, self.shuffle, self.mask_eos = seq_len, stride, seed, shuffle, mask_eos
-        self.state = json.loads(state) if state else {"epoch": 0, "group": 0, "source": None, "used": 0, "tokens": []}
+        start = {"epoch": 0, "group": 0, "source": None, "used": 0, "piece": 0, "tokens": [], "taken": 0}
+        self.state = start | (json.loads(state) if state else {})  # older states lack piece and taken
 
     def __iter__(self) -> Iterator[list[Batch]]:
         buffer: list[int] = list(self.state["tokens"])
+        taken = self.state["taken"]  # tokens of the buffer that are trained on
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
-        for document, position in self._documents(self.state):
-            buffer += [*self.tokenizer.encode(document), self.tokenizer.eos_id]
-            while len(buffer) >= needed:
-                rows = np.array([buffer[i * self.stride : i * self.stride + self.seq_len + 1] for i in range(self.shape.blocks)])
-                buffer = buffer[self.shape.blocks * self.stride :]
-                yield self._step(rows, json.dumps({**position, "tokens": buffer}))
+        for piece, ends, position in self._pieces(self.state):
+            left_over = len(buffer)
+            buffer += self.tokenizer.encode(piece) + [self.tokenizer.eos_id] * ends
+            while len(buffer) - taken >= needed:
+                starts = range(taken, taken + self.shape.blocks * self.stride, self.stride)
+                rows = np.array([buffer[i : i + self.seq_len + 1] for i in starts])  # (blocks, T + 1)
+                taken += self.shape.blocks * self.stride
+                yield self._step(rows, json.dumps({**position, "tokens": buffer[taken:left_over], "taken": max(0, taken - left_over)}))
+            del buffer[:taken]
+            taken = 0
 
     def _step(self, rows: np.ndarray, state: str) -> list[Batch]:
         """Blocks (blocks, T + 1) to this process's micro-batches."""
@@ -228,15 +263,24 @@ class StreamingPackedLMDataset(IterableDataset):
             batches.append(make_batch(rows[first : first + B], rows[first : first + B, 1:], self.mask_eos))
         return [{**batches[0], "stream_state": state}, *batches[1:]]
 
+    def _pieces(self, state: dict) -> Iterator[tuple[str, bool, dict]]:
+        """(piece, whether its document ends with it, the position before it): shuffled documents for ever."""
+        skipped = state["piece"]
+        for document, position in self._documents(state):
+            for n, (piece, ends) in enumerate(document_pieces([document], self.tokenizer)):
+                if n >= skipped:
+                    yield piece, ends, {**position, "piece": n}
+            skipped = 0
+
     def _documents(self, state: dict) -> Iterator[tuple[str, dict]]:
-        """Shuffled documents for ever, each with the position behind it."""
+        """Shuffled documents for ever, each with the position before it."""
         epoch, group, source, used = state["epoch"], state["group"], state["source"], state["used"]
         while True:
             self.documents.seek(source)
-            while documents := self.documents.take(SHUFFLE_GROUP):
+            while documents := self.documents.take(SHUFFLE_GROUP, TAKE_CHARS):
                 order = np.random.default_rng((self.seed, epoch, group)).permutation(len(documents)) if self.shuffle else range(len(documents))
                 for n in range(used, len(documents)):
-                    yield documents[order[n]], {"epoch": epoch, "group": group, "source": source, "used": n + 1}
+                    yield documents[order[n]], {"epoch": epoch, "group": group, "source": source, "used": n}
                 source, group, used = self.documents.position(), group + 1, 0
             epoch, group, source, used = epoch + 1, 0, None, 0
 
@@ -300,7 +344,7 @@ def tokenizer_documents(corpus: Corpus, kind: str) -> Iterable[str]:
     """What a tokenizer is trained on: training documents only; for `char` the validation text's characters count too,
     or it could not be read at all; of a stream, its beginning."""
     if isinstance(corpus.train, DocumentStream):
-        return corpus.train.head(STREAM_TOKENIZER_DOCS)
+        return corpus.train.head(STREAM_TOKENIZER_DOCS, TAKE_CHARS)
     return corpus.train + corpus.val if kind == "char" else corpus.train
 
 
@@ -325,6 +369,12 @@ def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:
     return StepShape(config.training.micro_batch_size, config.training.grad_accum_steps, rank, world)
 
 
+def leave_signals_alone(worker: int) -> None:
+    """Ctrl-C, or a scheduler's SIGTERM, reaches data workers too; they work on, since the step in hand is to be finished."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def make_dataloaders(
     config: Config,
     data: PackedData,
@@ -343,7 +393,7 @@ def make_dataloaders(
     options = dict(own_random)
     if workers:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizers library warns when workers fork
-        options["persistent_workers"] = True
+        options |= {"persistent_workers": True, "worker_init_fn": leave_signals_alone}
     if data.streaming:
         steps = StreamingPackedLMDataset(
             data.train, tokenizer, config.seq_len, config.stride, shape, config.seed, config.data.shuffle, mask_eos, stream_state

@@ -10,12 +10,46 @@ To add a kind: subclass `Tokenizer`, and name the class in `KINDS`.
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from support.cli import UserError
 
 EOS_TEXT = "<|endoftext|>"
+PIECE_CHARS = 2**16  # characters that are encoded at once
+TRAIN_CHARS = 2**26  # characters a bpe tokenizer is trained on
+WHOLE_CHARS = 2**22  # characters of a document that kind `file` finds no place to cut in
+WORD_ENDS = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)  # up to the last place where a blank follows a character
+
+
+def last_word_end(text: str, start: int, end: int) -> int | None:
+    """The last place between start and end where a word ends; the blank behind it stays with what follows."""
+    found = WORD_ENDS.match(text, start, end + 1)
+    return found.end() if found else None
+
+
+def cut_at_word(text: str, start: int, end: int) -> int:
+    """Where to cut for GPT-2's pattern. It splits text into words before any merge, each with the space before it, and
+    every one of its branches ends where a blank follows a character: so no token reaches over that place. A stretch
+    without one (base64, a page of Chinese) is cut at `end`, and may have other ids there than in one piece."""
+    return last_word_end(text, start, end) or end
+
+
+def cut_pieces(text: str, cut: Callable[[str, int, int], int], limit: int = PIECE_CHARS) -> Iterator[str]:
+    """`text` in pieces that end where `cut(text, start, start + limit)` says. An empty text is one empty piece.
+
+    >>> list(cut_pieces("one two three", cut_at_word, 8))
+    ['one two', ' three']
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = cut(text, start, start + limit)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 class Tokenizer:
@@ -31,6 +65,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def pieces(self, text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
+        """`text` in pieces of about `limit` characters whose ids, one after another, are the ids of the whole: so a
+        document of any length is encoded in little memory."""
+        return cut_pieces(text, self.cut, limit)
+
+    def cut(self, text: str, start: int, end: int) -> int:
+        """Where the piece that begins at `start` ends, at `end` if possible. Where every character is encoded on its
+        own, as here, that is anywhere."""
+        return end
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, EOS becomes `<|endoftext|>`."""
@@ -148,6 +192,29 @@ class FileTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def cut(self, text: str, start: int, end: int) -> int:
+        """At the end of a word where this file, whatever its rules, gives the text around the place the same ids in two
+        parts as in one; further on if need be. A file may have no such place (one that puts a space before every text,
+        say); then the document stays whole. Raises UserError for one that is too long for that."""
+        while True:
+            place: int | None = min(end, len(text))
+            for _ in range(8):  # places looked at
+                place = last_word_end(text, start, place)
+                if place is None:
+                    break
+                before, behind = text[max(start, place - 100) : place], text[place : place + 100]
+                if self.encode(before) + self.encode(behind) == self.encode(before + behind):
+                    return place
+                place -= 1
+            if end >= len(text):
+                return len(text)
+            if end - start >= WHOLE_CHARS:
+                raise UserError(
+                    f"a document of {len(text):,} characters is too long for this tokenizer.json, which gives other ids to parts of it; divide it "
+                    f"by lines that are {EOS_TEXT}, into documents of at most {WHOLE_CHARS:,}, or train with tokenizer.kind=bpe"
+                )
+            end += 7 * (end - start)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
@@ -194,8 +261,13 @@ class BPETokenizer(FileTokenizer):
 
     kind = "bpe"
 
+    def cut(self, text: str, start: int, end: int) -> int:
+        return cut_at_word(text, start, end)
+
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = 1024) -> "BPETokenizer":
+        """Of a corpus longer than TRAIN_CHARS, every second (third, ...) piece is left out: what training keeps in memory
+        grows with the different words it meets, and the most frequent pairs are the same in a part of the text."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -208,7 +280,10 @@ class BPETokenizer(FileTokenizer):
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         )
-        backend.train_from_iterator(documents, trainer)
+        documents = list(documents)
+        every = max(1, math.ceil(sum(map(len, documents)) / TRAIN_CHARS))
+        pieces = (piece for document in documents for piece in cut_pieces(document, cut_at_word))
+        backend.train_from_iterator(islice(pieces, 0, None, every), trainer)
         return cls(backend.to_str(), EOS_TEXT)
 
 
@@ -246,6 +321,9 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.backend.encode_ordinary_batch(list(texts), num_threads=2)
+
+    def cut(self, text: str, start: int, end: int) -> int:
+        return cut_at_word(text, start, end)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), errors="replace")

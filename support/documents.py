@@ -3,6 +3,7 @@
 import codecs
 import glob
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -116,23 +117,24 @@ class DocumentStream:
         """Where reading stands, as plain values."""
         return {"rows_read": self.rows_read, "dataset": self.dataset.state_dict()}
 
-    def take(self, n: int) -> list[str]:
-        """The next n documents; fewer, at last none, at the end."""
+    def take(self, n: int, n_chars: float = math.inf) -> list[str]:
+        """The next n documents, or fewer where these hold `n_chars` characters; at last none, at the end."""
         self.rows = read_rows(self.dataset) if self.rows is None else self.rows
         documents: list[str] = []
-        while len(documents) < n and (self.limit is None or self.rows_read < self.skip + self.limit):
+        while len(documents) < n and n_chars > 0 and (self.limit is None or self.rows_read < self.skip + self.limit):
             row = next(self.rows, None)
             if row is None:
                 break
             self.rows_read += 1
             if self.rows_read > self.skip and (text := row_text(row, self.text_field, f"row {self.rows_read}")):
                 documents.append(text)
+                n_chars -= len(text)
         return documents
 
-    def head(self, n: int) -> list[str]:
-        """The first n documents, wherever reading stands; reading then stands at the start."""
+    def head(self, n: int, n_chars: float = math.inf) -> list[str]:
+        """The first n documents, as by `take`, wherever reading stands; reading then stands at the start."""
         self.seek(None)
-        documents = self.take(n)
+        documents = self.take(n, n_chars)
         self.seek(None)
         return documents
 

@@ -98,7 +98,7 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
     (
         "no EOS between documents",
         "data",
-        "np.array([*ids, tokenizer.eos_id], dtype)",
+        "np.array(ids + [tokenizer.eos_id] * ends, dtype)",
         "np.array(ids, dtype)",
         in_test_data("test_eos_stands_behind_every_document_and_nowhere_else"),
     ),
