@@ -10,13 +10,14 @@ python3 train.py --config config_smoke.yaml --show-step 3       # the exact text
 import argparse
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import sys
 import warnings
 from pathlib import Path
 
-from support.cli import UserError, add_config_flags, guarded, make_parser, warn
+from support.cli import UserError, add_config_flags, guarded, is_main_process, make_parser, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -42,12 +43,12 @@ from torch import Tensor
 from data import Batch, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
-from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, model_weights, read_checkpoint, read_metadata
+from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, first_not_finite, model_weights, read_checkpoint, read_metadata
 from support.hardware import device_label, memory_total
 from support.loss import IGNORE
 from support.plots import draw_loss
 from support.preflight import estimate_memory, run_checks, show_step
-from support.run import Plan, claim_folder, is_main_process, move_aside, plan_run, write_run_config
+from support.run import Plan, claim_folder, explain, how_to_go_on, move_aside, plan_run, write_run_config
 
 
 def prepare(argv: list[str] | None) -> Plan:
@@ -69,7 +70,18 @@ if __name__ == "__main__":
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from support.callbacks import AtomicCheckpointIO, CheckpointSaver, Console, JsonlFile, LoggerSink, Metrics, StopOnSignal, StopRun, TextSamples
+from support.callbacks import (
+    AtomicCheckpointIO,
+    CheckpointSaver,
+    Console,
+    JsonlFile,
+    LoggerSink,
+    Metrics,
+    StopOnSignal,
+    StopRun,
+    TextSamples,
+    name_checkpoint,
+)
 
 
 class LitCausalLM(pl.LightningModule):
@@ -81,6 +93,7 @@ class LitCausalLM(pl.LightningModule):
         self.plan, self.config, self.net = plan, plan.config, net
         self.tokens_seen = 0
         self.best_val_loss = self.val_loss = math.inf
+        self.best_step: int | None = None
         self.stream_state: str | None = None
         self.step_metrics: dict[str, float] = {}
         self.flops_per_token = net.flops_per_token(plan.config.seq_len)
@@ -137,14 +150,36 @@ class LitCausalLM(pl.LightningModule):
 
     def refuse_bad_numbers(self, step: int, loss: float, grad_norm: float) -> None:
         """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold one."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"loss={loss}, gradient norm={grad_norm} on {self.samples_of(step)}"
+            raise self.bad_numbers(f"step {step + 1}: {what}; the weights are as before this step", step)
+
+    def refuse_bad_weights(self) -> None:
+        """A step can also throw the weights out of range by its size, with a gradient that was finite. None is saved."""
+        tensors = {"weights": self.net.state_dict(), "optimizer": self.optimizers().state_dict()["state"]}
+        bad = first_not_finite(tensors)
+        if self.trainer.world_size > 1:
+            bad = (bad or "a shard of them") if self.trainer.strategy.reduce_boolean_decision(bad is not None, all=False) else None
+        if bad:
+            step = self.trainer.global_step
+            raise self.bad_numbers(f"step {step}: {bad} is not finite any more; nothing of it has been saved", step - 1)
+
+    def bad_numbers(self, what: str, step: int) -> UserError:
         last = find_latest_checkpoint(self.plan.folder)
-        raise UserError(
-            f"step {step + 1}: loss={loss}, gradient norm={grad_norm}; the weights are as before this step\n"
-            f"       last good checkpoint: {last or 'none yet'}; look at the text by --show-step {step + 1}\n"
+        return UserError(
+            f"{what}\n       last good checkpoint: {last or 'none yet'}; look at the text by --show-step {step + 1}\n"
             "       try a lower training.lr, a longer training.warmup_steps, grad_clip=1.0 or hardware.precision=32-true"
         )
+
+    def samples_of(self, step: int) -> str:
+        """Which text a step trains on, in words: `samples 16 to 23 (blocks 4, 91, ...)`, or a stream's position."""
+        if self.plan.data.streaming:
+            position = json.loads(self.stream_state)
+            return f"a stream, before document {position['used']} of group {position['group']} in epoch {position['epoch']}"
+        size = self.plan.sequences_per_step
+        blocks = [self.trainer.train_dataloader.dataset.block_of(k) for k in range(step * size, (step + 1) * size)]
+        shown = ", ".join(map(str, blocks[:8])) + (", ..." if size > 8 else "")
+        return f"samples {step * size} to {(step + 1) * size - 1} (blocks {shown})"
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums = torch.zeros(2, device=self.device)  # loss sum, number of targets
@@ -156,7 +191,9 @@ class LitCausalLM(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """The loss over all validation targets, however they were batched."""
         loss_sum, n_targets = self.sum_over_processes(self.val_sums).tolist()
-        self.val_loss = loss_sum / max(1.0, n_targets)
+        self.val_loss, step = loss_sum / max(1.0, n_targets), self.trainer.global_step
+        if not math.isfinite(self.val_loss):
+            raise self.bad_numbers(f"step {step}: val_loss={self.val_loss} on the validation text", step - 1)
 
     def train_dataloader(self):
         return self._dataloaders()[0]
@@ -197,6 +234,7 @@ class LitCausalLM(pl.LightningModule):
                 "train_loss": self.step_metrics.get("loss"),
                 "lr": self.step_metrics.get("lr"),
                 **finite,
+                "best_step": self.best_step,
             },
             "stream_state": self.stream_state,
             "data_fingerprint": self.plan.data.fingerprint,
@@ -207,7 +245,8 @@ class LitCausalLM(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         metrics = checkpoint[KEY]["metrics"]
         self.tokens_seen, self.stream_state = metrics["tokens"], checkpoint[KEY]["stream_state"]
-        self.best_val_loss = math.inf if metrics["best_val_loss"] is None else metrics["best_val_loss"]
+        self.val_loss, self.best_val_loss = (math.inf if metrics[name] is None else metrics[name] for name in ("val_loss", "best_val_loss"))
+        self.best_step = metrics.get("best_step")
 
 
 def make_loggers(plan: Plan) -> list:
@@ -224,11 +263,7 @@ def make_callbacks(plan: Plan, start_step: int, loggers: list, console: Console 
     """Metrics before checkpoints, so that no row is lost between the two; files and console in the main process only."""
     training = plan.config.training
     sinks = [] if console is None else [JsonlFile(plan.folder / "metrics.jsonl", start_step), console, *map(LoggerSink, loggers)]
-    callbacks = [
-        Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device),
-        stop,
-        CheckpointSaver(plan.folder, plan.config.checkpoint.save_every, training.val_every, plan.config.checkpoint.keep_last, plan.n_steps, stop),
-    ]
+    callbacks = [Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device), stop, CheckpointSaver(plan, stop)]
     if training.sample_every:
         callbacks.append(
             TextSamples(plan.tokenizer, training.sample_prompts, training.sample_every, training.sample_temperature, plan.config.seed, console)
@@ -322,9 +357,18 @@ def train(plan: Plan, start_step: int, console: Console | None) -> None:
         next(c for c in trainer.callbacks if isinstance(c, CheckpointSaver)).save(trainer, module)
 
 
+def draw(folder: Path) -> Path | None:
+    """The curves. A disk that is full now must not hide what has been saved."""
+    try:
+        return draw_loss(folder)
+    except OSError as error:
+        warn(f"the curves could not be written to {folder} ({error.strerror})")
+        return None
+
+
 def finish(plan: Plan) -> None:
     """Draw the curves; say where things are."""
-    drawn = draw_loss(plan.folder)
+    drawn = draw(plan.folder)
     final = plan.folder / "final.ckpt"
     metrics = read_metadata(final)["metrics"]
     best = f", best val_loss {metrics['best_val_loss']:.4f}" if metrics["best_val_loss"] is not None else ""
@@ -332,14 +376,15 @@ def finish(plan: Plan) -> None:
     print(f"weights sha256 {weights_sha256(final)}")
 
 
-def how_to_go_on(plan: Plan) -> str:
-    last = find_latest_checkpoint(plan.folder)
-    if last is None:
-        return "nothing had been saved yet"
-    command = plan.command.replace(" --fresh", "")
-    if "--resume" not in command:
-        command += " --resume"
-    return f"saved {last} at step {read_metadata(last)['metrics']['step']}; go on with: {command}"
+def nothing_left(plan: Plan, metrics: dict) -> None:
+    """The checkpoint is at the run's end already; if a kill came right behind it, its names are still missing."""
+    if plan.goes_on and not (plan.folder / "final.ckpt").exists():
+        lock = claim_folder(plan.folder)
+        name_checkpoint(plan.resume_from, best=metrics.get("best_step") == metrics["step"], final=True)
+        finish(plan)
+        lock.release()
+        return
+    print(f"{plan.resume_from} is at step {metrics['step']} of {plan.n_steps}: nothing left to do; raise training.max_steps to go on")
 
 
 def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
@@ -347,7 +392,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     resumed = read_metadata(plan.resume_from) if plan.resume_from else None
     start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
-        print(f"{plan.resume_from} is at step {start_step} of {plan.n_steps}: nothing left to do; raise training.max_steps to go on")
+        nothing_left(plan, resumed["metrics"])
         return 0
     lock = console = None
     if is_main_process():
@@ -363,15 +408,13 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     except StopRun as stop:
         if console:
             console.close()
-            draw_loss(plan.folder)
+            draw(plan.folder)
             print(f"stopped; {how_to_go_on(plan)}")
         return stop.code
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on {plan.device}: {str(error).splitlines()[0][:160]}\n       halve training.micro_batch_size (now "
-            f"{plan.config.training.micro_batch_size}) and double training.grad_accum_steps (now {plan.config.training.grad_accum_steps}); "
-            "or model.gradient_checkpointing=true"
-        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if (advice := explain(error, plan)) is None:
+            raise
+        raise advice from None
     finally:
         if console:
             console.close()

@@ -5,10 +5,14 @@ middle of a step); these few are small and do one thing each. A step's row is wr
 that is killed in between and resumed loses neither.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,17 +22,30 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
-from support.checkpoint import atomic_write, link_or_copy, read_checkpoint, step_files
+from support.checkpoint import atomic_write, link_or_copy, read_checkpoint, read_metadata, step_files
+from support.cli import UserError, is_main_process, warn
 from support.hardware import bf16_peak_flops, memory_used_mb
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's hook for files: whole or not at all, and opened by weights_only alone."""
+    """Lightning's hook for files: whole or not at all, and opened by weights_only alone.
+
+    A file that cannot be written raises nothing here, where only one of several processes is; `failure` says why.
+    """
+
+    failure: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+        self.failure = None
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # torch hides the reason behind one of its own
+            if not isinstance(cause, OSError):
+                raise
+            self.failure = cause.strerror or str(cause)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path, mmap=False)
@@ -39,17 +56,22 @@ class StopRun(SystemExit):
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C and SIGTERM let the step finish and be saved (CheckpointSaver looks at `leaving`); the run ends before the
-    next step begins. A second signal, or one before the first step, ends it at once. Used as `with stop: trainer.fit(...)`.
+    """Ctrl-C, SIGTERM and a closed terminal let the step finish and be saved (CheckpointSaver looks at `leaving`); the
+    run ends before the next step begins. A second signal, or one before the first step, ends it at once. Used as
+    `with stop: trainer.fit(...)`.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.signum: int | None = None
         self.stepping = self.leaving = False
         self.before: dict[int, Any] = {}
+        self.pid = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
-        self.before = {signum: signal.signal(signum, self._answer) for signum in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP: so do we
+        self.before = {signum: signal.signal(signum, self._answer) for signum in heard}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -57,10 +79,14 @@ class StopOnSignal(pl.Callback):
             signal.signal(signum, handler)
 
     def _answer(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self.pid:
+            return  # Ctrl-C reaches the data workers too, which have inherited this: the main process ends them
         if self.signum is not None or not self.stepping:
             raise StopRun(128 + signum)
         self.signum = signum
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if is_main_process():
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stepping = True
@@ -76,21 +102,44 @@ class StopOnSignal(pl.Callback):
             raise StopRun(128 + (self.signum or signal.SIGTERM))
 
 
+def name_checkpoint(path: Path, best: bool, final: bool) -> None:
+    """Let `last.ckpt`, and `best.ckpt` and `final.ckpt` where asked, be further names of a step file."""
+    for name, wanted in (("last", True), ("best", best), ("final", final)):
+        try:
+            if wanted:
+                link_or_copy(path, path.with_name(f"{name}.ckpt"))
+        except OSError as error:  # a copy on a full disk
+            warn(f"{name}.ckpt could not be written beside {path} ({error.strerror})")
+
+
 class CheckpointSaver(pl.Callback):
     """step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the end; `last`,
     `best` and `final` are further names of such files. A step that validates is saved after its validation."""
 
-    def __init__(self, folder: Path, save_every: int, val_every: int, keep_last: int | None, n_steps: int, stop: StopOnSignal):
-        self.folder, self.save_every, self.val_every, self.keep_last = folder, save_every, val_every, keep_last
-        self.n_steps, self.stop = n_steps, stop
+    def __init__(self, plan: Any, stop: StopOnSignal):
+        training, checkpoint = plan.config.training, plan.config.checkpoint
+        self.folder, self.save_every, self.keep_last = plan.folder, checkpoint.save_every, checkpoint.keep_last
+        self.val_every, self.n_steps, self.stop = training.val_every, plan.n_steps, stop
+        self.goes_on_from = plan.resume_from if plan.goes_on else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and (self.folder / "last.ckpt").exists():
+        """Going on in a folder: its names as they should be, also where a kill came between a file and its names, and
+        best.ckpt as the one to beat, also if the run goes on from an older file than that."""
+        if trainer.is_global_zero and self.goes_on_from:
             (self.folder / "final.ckpt").unlink(missing_ok=True)  # a run that is extended is not finished any more
+            with contextlib.suppress(UserError):  # there may be none yet, or a damaged one
+                metrics = read_metadata(self.folder / "best.ckpt")["metrics"]
+                if metrics["best_val_loss"] is not None and metrics["best_val_loss"] < pl_module.best_val_loss:
+                    pl_module.best_val_loss, pl_module.best_step = metrics["best_val_loss"], metrics["step"]
+            if self.goes_on_from.name.startswith("step-"):
+                name_checkpoint(self.goes_on_from, best=pl_module.best_step == trainer.global_step, final=False)
+        pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast((pl_module.best_val_loss, pl_module.best_step))
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
-        return step % self.save_every == 0 or step == self.n_steps or self.stop.leaving
+        return trainer.global_step % self.save_every == 0 or self._last_chance(trainer)
+
+    def _last_chance(self, trainer: pl.Trainer) -> bool:
+        return trainer.global_step == self.n_steps or self.stop.leaving
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
@@ -100,25 +149,49 @@ class CheckpointSaver(pl.Callback):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before = pl_module.best_val_loss, pl_module.best_step
         improved = pl_module.val_loss < pl_module.best_val_loss
         if improved:
-            pl_module.best_val_loss = pl_module.val_loss
-        if improved or self._due(trainer):
-            self.save(trainer, pl_module, best=improved)
+            pl_module.best_val_loss, pl_module.best_step = pl_module.val_loss, trainer.global_step
+        if (improved or self._due(trainer)) and not self.save(trainer, pl_module, best=improved):
+            pl_module.best_val_loss, pl_module.best_step = before  # best.ckpt is still the one before
 
-    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, best: bool = False) -> None:
-        step = trainer.global_step
-        path = self.folder / f"step-{step:07d}.ckpt"
-        trainer.save_checkpoint(path)
-        if not trainer.is_global_zero:
-            return
-        for name, wanted in (("last", True), ("best", best), ("final", step == self.n_steps)):
-            if wanted:
-                link_or_copy(path, self.folder / f"{name}.ckpt")
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, best: bool = False) -> bool:
+        """Write the step's file and its names; False if the disk refuses. Called in every process: each has its part of
+        the state. Raises UserError where the state must not be saved (NaN), or cannot be and the run is at its end."""
+        pl_module.refuse_bad_weights()
+        path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+        failure = self._write(trainer, path)
+        if failure and self._last_chance(trainer):
+            raise self._rescue(trainer, path.name, failure)
+        if failure or not trainer.is_global_zero:
+            if trainer.is_global_zero:
+                warn(f"{path} could not be written ({failure}); older checkpoints are untouched, and training goes on to the next save")
+            return not failure
+        name_checkpoint(path, best, final=trainer.global_step == self.n_steps)
         older = [p for p in step_files(self.folder) if p != path]
         n_old = max(0, len(older) + 1 - self.keep_last) if self.keep_last else 0
         for old in older[:n_old]:
             old.unlink(missing_ok=True)
+        return True
+
+    def _write(self, trainer: pl.Trainer, path: Path) -> str | None:
+        """Why `path` could not be written, in every process; None if it was."""
+        trainer.save_checkpoint(path)
+        return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failure)
+
+    def _rescue(self, trainer: pl.Trainer, name: str, failure: str) -> UserError:
+        """The run ends and its folder takes no file: leave the state where temporary files go, and say so."""
+        path = Path(trainer.strategy.broadcast(tempfile.mkdtemp(prefix="tiny-transformer-"))) / name
+        if (again := self._write(trainer, path)) is None:
+            return UserError(
+                f"{self.folder} cannot be written ({failure}); the state at step {trainer.global_step} has been saved to {path}\n"
+                f"       make room, move that file to {self.folder}, and go on with --resume"
+            )
+        return UserError(
+            f"{self.folder} cannot be written ({failure}), nor can {path.parent} ({again}); the steps since the last checkpoint are lost\n"
+            "       make room, and go on with --resume"
+        )
 
 
 class Metrics(pl.Callback):
@@ -174,7 +247,8 @@ class Metrics(pl.Callback):
 
 
 class JsonlFile:
-    """metrics.jsonl, flushed row by row. On resume, rows of steps that will be run again are dropped first."""
+    """metrics.jsonl, written through row by row. On resume, rows of steps that will be run again are dropped first. Rows
+    that a full disk does not take are kept and written with a later one."""
 
     def __init__(self, path: Path, resume_step: int):
         kept = []
@@ -186,11 +260,22 @@ class JsonlFile:
                 continue  # a line cut off by a kill
         with atomic_write(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        told = bool(self.waiting)
+        self.waiting += (json.dumps(row) + "\n").encode()
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            rest = self.waiting
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            self.waiting = b""
+        except OSError as error:
+            self.file.truncate(size)  # no half row
+            if not told:
+                warn(f"{self.file.name} could not be written ({error.strerror}); its rows are kept for later")
 
 
 class LoggerSink:
@@ -225,10 +310,15 @@ class Console:
 
     def print(self, text: str) -> None:
         """A line that stays; above the bar, if there is one."""
-        if self.bar:
-            self.bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
+        try:
+            if self.bar:
+                self.bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # whoever read this has gone: stop as if asked to
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+                signal.raise_signal(signal.SIGTERM)
 
     def write(self, row: dict[str, Any]) -> None:
         step = row["step"]

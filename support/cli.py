@@ -1,13 +1,21 @@
 """What every script's command line shares: the error for users, the wrapper that prints it, the common flags."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, too large, read-only, broken
+
 
 class UserError(ValueError):
     """A mistake the user can mend. The message gives the value, the rule and the next step."""
+
+
+def is_main_process() -> bool:
+    """False in the further processes of a distributed run, whoever launched it."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def guarded(main: Callable, *args, **kwargs):
@@ -19,17 +27,18 @@ def guarded(main: Callable, *args, **kwargs):
     try:
         return main(*args, **kwargs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        if is_main_process():  # the others found the same
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (| head): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
     sys.exit(2)
 
 

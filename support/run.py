@@ -20,7 +20,7 @@ import torch
 from data import PackedData, load_corpus, pack_corpus, step_shape, tokenizer_documents
 from model import GPTConfig
 from support.checkpoint import atomic_write, find_latest_checkpoint, read_metadata
-from support.cli import UserError
+from support.cli import UserError, is_main_process
 from support.config import Config, dump_yaml, flag_overrides, load_config, validate_config
 from support.hardware import resolve_device, resolve_precision
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
@@ -84,11 +84,6 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.config.seq_len
-
-
-def is_main_process() -> bool:
-    """False in the further processes of a distributed run, whoever launched it."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def plan_run(args: Any) -> Plan:
@@ -285,7 +280,38 @@ def claim_folder(folder: Path):
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another run is writing to {folder}; wait for it, or write elsewhere by --override checkpoint.dir={folder}-2") from None
+    for leftover in folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
+        leftover.unlink()
     return lock
+
+
+# ---- what is said -------------------------------------------------------------------------------------------------
+
+
+def explain(error: Exception, plan: Plan) -> UserError | None:
+    """What a user can do about an error that is not ours: memory that ran out, of the device or of a data worker."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        training = plan.config.training
+        return UserError(
+            f"out of memory on {plan.device}: {text[:160]}\n       halve training.micro_batch_size (now "
+            f"{training.micro_batch_size}) and double training.grad_accum_steps (now {training.grad_accum_steps}); "
+            f"or model.gradient_checkpointing=true\n       {how_to_go_on(plan)}"
+        )
+    if "DataLoader worker" in text:
+        return UserError(f"a data worker has ended: {text[:160]}\n       try hardware.num_workers=0\n       {how_to_go_on(plan)}")
+    return None
+
+
+def how_to_go_on(plan: Plan) -> str:
+    """The newest checkpoint of the run, and the command that goes on from it."""
+    last = find_latest_checkpoint(plan.folder)
+    if last is None:
+        return "nothing had been saved yet"
+    command = plan.command.replace(" --fresh", "")
+    if "--resume" not in command:
+        command += " --resume"
+    return f"saved {last} at step {read_metadata(last)['metrics']['step']}; go on with: {command}"
 
 
 def run_record() -> dict[str, Any]:

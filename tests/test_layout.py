@@ -27,7 +27,7 @@ ARROWS = {
     "model": "support.loss",
     "optim": "support.config",
     "tokenizer": "support.cli",
-    "support.callbacks": "model support.checkpoint support.hardware",
+    "support.callbacks": "model support.checkpoint support.cli support.hardware",
     "support.checkpoint": "model support.cli tokenizer",
     "support.cli": "",
     "support.config": "model support.cli support.hub",
