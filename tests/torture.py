@@ -1,0 +1,212 @@
+"""Kill training at random moments, resume it, and count what is lost. Takes minutes; `make torture` runs it.
+
+python3 tests/torture.py --kills 200 --seed 1
+python3 tests/torture.py --kills 20 --keep /tmp/torture      # leaves the folders of the runs to look at
+
+For every case of the matrix a run that nothing disturbs is the witness. The same run is then killed and resumed until
+it ends, with another number of data workers each time, and compared: weights, optimizer, metrics, best checkpoint.
+Every process is forked from this one, which has PyTorch and Lightning loaded, so that a kill costs a second, not ten.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import REPO, Run, tiny_argv  # sets one thread and no network, so before torch
+from test_resume import assert_same_run
+
+STEPS = 40
+COMMON = ("model.dropout=0.1", f"training.max_steps={STEPS}", f"training.schedule_steps={STEPS}", "training.val_every=5", "checkpoint.save_every=2")
+SOURCES = {
+    "text": ("tokenizer.kind=byte", "data.path={folder}/small.txt"),
+    "stream": (
+        "tokenizer.kind=byte", "data.source=hf", "data.dataset=json", "data.path={folder}/rows.jsonl", "data.streaming=true", "data.val_docs=4",
+        "data.val_fraction=0.1",
+    ),
+}  # fmt: skip
+SIGNALS = ["SIGKILL"] * 7 + ["SIGTERM", "SIGINT", "SIGINT twice"]
+
+
+@dataclass
+class Case:
+    """One cell of the matrix: its command line, and what happened to its runs."""
+
+    name: str
+    words: tuple[str, ...]
+    extended: bool
+    seconds: float = 0.0  # of the run that nothing disturbs
+    kills: Counter = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+
+
+def cases(folder: Path) -> list[Case]:
+    """Source x optimizer x accumulation, and for each source one that is extended while it is being killed."""
+    made = []
+    for source, optimizer, accum in itertools.product(SOURCES, ("adamw", "muon"), (1, 3)):
+        words = (*COMMON, *SOURCES[source], f"training.optimizer={optimizer}", f"training.grad_accum_steps={accum}")
+        extended = accum == 3 and optimizer == "muon"
+        name = f"{source}, {optimizer}, accumulation {accum}" + (", extended" if extended else "")
+        made.append(Case(name, tuple(word.format(folder=folder) for word in words), extended))
+    return made
+
+
+def write_corpora(folder: Path) -> None:
+    """Texts of about six steps' length, so that every run goes through several epochs."""
+    (folder / "small.txt").write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(2000)))
+    rows = [" ".join(f"word{(i * j) % 17}" for j in range(1, 30)) for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+
+
+def start(argv: list[str], log: Path) -> int:
+    """The process id of `train.py` with these words, forked from this process, in a session of its own."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70  # an error of ours, with its traceback in the log
+    try:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        import train
+        from support.cli import guarded
+
+        sys.argv = ["train.py", *argv]
+        train.draw_loss = lambda folder: None  # the pictures take half the time
+        code = guarded(train.main, argv)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_after(pid: int, seconds: float, how: str) -> int:
+    """Let the process run for a while, then send the signal to it and its workers; returns its exit status."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    for _ in range(2 if how == "SIGINT twice" else 1):
+        os.killpg(pid, signal.Signals[how.split()[0]])
+    return wait(pid)
+
+
+def check_files(case: Case, folder: Path) -> None:
+    """After a kill: every checkpoint whole, and best.ckpt the best of all that validated."""
+    from support.checkpoint import read_checkpoint
+    from support.cli import UserError
+
+    for path in folder.glob("*.ckpt"):
+        try:
+            read_checkpoint(path, mmap=False)
+        except UserError as error:
+            case.lost.append(f"damaged: {error}")
+
+
+def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
+    """Kill and resume the case's run, beginning anew each time it has ended, until it has been killed `kills` times."""
+    straight_argv = tiny_argv(folder / "straight", *case.words)
+    began = time.monotonic()
+    code = wait(start(straight_argv, folder / "straight.log"))
+    case.seconds = time.monotonic() - began
+    straight = Run(folder / "straight", code, (folder / "straight.log").read_text(), "")
+    for number in itertools.count():
+        if sum(case.kills.values()) >= kills:
+            return
+        killed_until_done(case, folder / f"killed-{number}", dice, straight)
+
+
+def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: Run) -> None:
+    log, steps = folder.with_suffix(".log"), STEPS // 2 if case.extended else STEPS
+    while True:
+        words = (*case.words, f"training.max_steps={steps}", f"hardware.num_workers={dice.choice([0, 0, 1, 2])}")
+        resume = ("--resume",) if (folder / "run_config.yaml").exists() else ()
+        how = dice.choice(SIGNALS)
+        code = kill_after(start(tiny_argv(folder, *words, *resume), log), dice.uniform(0, 1.3 * case.seconds), how)
+        check_files(case, folder)
+        if code == 0 and steps == STEPS:
+            break
+        if code == 0:
+            steps = STEPS  # the run is at half its length: extend it
+        elif code in (-signal.SIGKILL, 130, 143, -signal.SIGINT, -signal.SIGTERM):
+            case.kills[how] += 1
+        else:
+            case.lost.append(f"{folder.name}: exit status {code}: {log.read_text()[-600:]}")
+            return
+    ended = Run(folder, code, log.read_text(), "")
+    try:
+        if "weights sha256" not in ended.out:  # killed behind the last checkpoint: nothing was left to do
+            ended.out = straight.out if same_weights(ended, straight) else ended.out
+        assert_same_run(ended, straight)
+    except AssertionError as error:
+        case.lost.append(f"{folder.name}: differs from the undisturbed run: {str(error)[:300]}")
+
+
+def same_weights(one: Run, other: Run) -> bool:
+    import train
+
+    return train.weights_sha256(one.folder / "final.ckpt") == train.weights_sha256(other.folder / "final.ckpt")
+
+
+def report(done: list[Case], seed: int, seconds: float) -> str:
+    """The counts as a Markdown table."""
+    names = sorted({how for case in done for how in case.kills})
+    lines = [f"| case | {' | '.join(names)} | kills | lost |", f"|---|{'---:|' * (len(names) + 2)}"]
+    for case in done:
+        lines.append(f"| {case.name} | {' | '.join(str(case.kills[how]) for how in names)} | {sum(case.kills.values())} | {len(case.lost)} |")
+    total = sum((case.kills for case in done), Counter())
+    lines.append(f"| all | {' | '.join(str(total[how]) for how in names)} | {sum(total.values())} | {sum(len(case.lost) for case in done)} |")
+    return "\n".join([*lines, "", f"seed {seed}, {seconds / 60:.0f} minutes"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=120, help="how often to kill, over all cases (default 120)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (default 0)")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; default: a temporary one, removed at the end")
+    args = parser.parse_args()
+    os.chdir(REPO)
+    import datasets  # noqa: F401 (loaded once, before the forks)
+    import torch
+
+    import train  # noqa: F401
+
+    torch.set_num_threads(1)
+    began, dice = time.monotonic(), random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        base = args.keep or Path(temporary)
+        base.mkdir(parents=True, exist_ok=True)
+        write_corpora(base)
+        done = cases(base)
+        for i, case in enumerate(done):
+            folder = base / str(i)
+            folder.mkdir()
+            torture(case, folder, dice, -(-args.kills // len(done)))
+            print(f"{case.name}: {sum(case.kills.values())} kills, {len(case.lost)} lost ({case.seconds:.1f} s undisturbed)", flush=True)
+    print(report(done, args.seed, time.monotonic() - began))
+    for case in done:
+        for what in case.lost:
+            print(f"LOST in {case.name}: {what}")
+    return 1 if any(case.lost for case in done) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
