@@ -96,8 +96,8 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(8, gt=0, description="Sequences in one forward pass. Lower it first when memory runs out.")
     grad_accum_steps: int = Field(1, gt=0, description="Micro-batches whose gradients add up to one step: a large effective batch in little memory.")
     seq_len: int | None = Field(None, gt=1, description="Tokens of one training sequence. Default: `model.max_seq_len`.")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
+    lr: float = Field(1e-3, gt=0, le=10, description="Peak learning rate of AdamW, at most 10.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule; at most `lr`.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero to its peak.")
     schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = Field(
         "cosine",
@@ -106,10 +106,10 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss in fewer steps."
     )
-    muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of the Muon part; `lr` is that of the AdamW part.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices and embeddings; never of norms and biases.")
+    muon_lr: float = Field(0.02, gt=0, le=10, description="Peak learning rate of the Muon part, at most 10; `lr` is that of the AdamW part.")
+    weight_decay: float = Field(0.1, ge=0, le=100, description="Decoupled decay of matrices and embeddings, not of norms and biases; at most 100.")
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW's averaging of gradient and squared gradient.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's guard against division by zero.")
+    eps: float = Field(1e-8, ge=1e-30, le=1, description="AdamW's guard against division by zero, 1e-30 to 1.")
     grad_clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled down. `null`: off.")
     compile: bool = Field(False, description="torch.compile the model: 1.3 to 1.4 times faster on a CPU, after 15 to 40 seconds of compiling.")
     val_every: int = Field(100, gt=0, description="Steps between validations; the last step always validates.")

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
+from model import GPTConfig, GPTMini
+from optim import build_optimizer
 from support.cli import UserError
 from support.config import FOREIGN_NAMES, Config, apply_override, load_config, parse_yaml, read_config_file, reference_markdown, validate_config
 
@@ -59,7 +62,7 @@ def test_scientific_notation_is_a_number(text, value):
     read = parse_yaml(f"lr: {text}", "file")["lr"]
     assert isinstance(read, float)
     assert read == value
-    assert validate_config(tree(training={"lr": abs(read)})).training.lr == abs(value)
+    assert validate_config(tree(model={"rope_theta": abs(read)})).model.rope_theta == abs(value)
 
 
 @pytest.mark.parametrize("text", ["e3", "1e", "3e-4x", "'3e-4'", "1e5e5", "20231101.en"])
@@ -303,8 +306,14 @@ OUT_OF_RANGE = [
     ("training.lr", 0),
     ("training.lr", float("nan")),
     ("training.lr", float("inf")),
+    ("training.lr", 1e39),
+    ("training.min_lr", 1e39),
+    ("training.muon_lr", 1e39),
     ("training.weight_decay", -0.1),
+    ("training.weight_decay", 1e39),
     ("training.weight_decay", float("inf")),
+    ("training.eps", 1e39),
+    ("training.eps", 1e-46),
     ("training.betas", [1.0, 0.9]),
     ("training.betas", [0.9, -0.1]),
     ("training.betas", [0.9, float("nan")]),
@@ -327,6 +336,19 @@ def test_a_value_out_of_range_is_refused(key, value):
     said = refusal(changed)
     assert leaf in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "training", [{"lr": 10, "min_lr": 10}, {"muon_lr": 10, "optimizer": "muon"}, {"weight_decay": 100}, {"eps": 1}, {"eps": 1e-30}]
+)
+def test_the_ends_of_the_ranges_are_numbers_that_an_optimizer_can_use(training):
+    """1e39, say, is no float32: PyTorch would answer with a traceback, at the first step."""
+    torch.manual_seed(0)
+    model = GPTMini(GPTConfig(vocab_size=11, d_model=8, n_layers=1, n_heads=2, max_seq_len=8))
+    optimizer = build_optimizer(model, validate_config(tree(training=training)).training)
+    model(torch.arange(8)[None], torch.arange(8)[None])[0].backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 STREAM = {"source": "hf", "dataset": "a/b", "streaming": True}
