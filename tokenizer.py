@@ -20,33 +20,33 @@ from support.cli import UserError
 
 EOS_TEXT = "<|endoftext|>"
 PIECE_CHARS = 2**16  # characters that are encoded at once
-TRAIN_CHARS = 2**26  # characters a bpe tokenizer is trained on
+TRAIN_CHARS = 2**24  # characters a bpe tokenizer is trained on
 WHOLE_CHARS = 2**22  # characters of a document that kind `file` finds no place to cut in
-WORD_ENDS = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)  # up to the last place where a blank follows a character
+WORD_END = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)  # up to the last place where a blank follows a character
+WORD_END_OR_LINE = re.compile(r".*(\S(?=[ \t\n\r])|\n(?=\S))", re.DOTALL)  # or where a line begins
 
 
-def last_word_end(text: str, start: int, end: int) -> int | None:
-    """The last place between start and end where a word ends; the blank behind it stays with what follows."""
-    found = WORD_ENDS.match(text, start, end + 1)
+def last_place(pattern: re.Pattern, text: str, start: int, end: int) -> int | None:
+    """The last place of this pattern in text[start:end], which may be its very end."""
+    found = pattern.match(text, start, end + 1)  # sees the character behind the place
     return found.end() if found else None
 
 
 def cut_at_word(text: str, start: int, end: int) -> int:
     """Where to cut for GPT-2's pattern. It splits text into words before any merge, each with the space before it, and
     every one of its branches ends where a blank follows a character: so no token reaches over that place. A stretch
-    without one (base64, a page of Chinese) is cut at `end`, and may have other ids there than in one piece."""
-    return last_word_end(text, start, end) or end
+    without one (base64, a line of Chinese) is cut at `end`, and may have other ids there than in one piece."""
+    return last_place(WORD_END, text, start, end) or end
 
 
-def cut_pieces(text: str, cut: Callable[[str, int, int], int], limit: int = PIECE_CHARS) -> Iterator[str]:
+def cut_pieces(text: str, cut: Callable[[str, int, int], int], limit: int) -> Iterator[str]:
     """`text` in pieces that end where `cut(text, start, start + limit)` says. An empty text is one empty piece.
 
     >>> list(cut_pieces("one two three", cut_at_word, 8))
     ['one two', ' three']
     """
     start = 0
-    while len(text) - start > limit:
-        end = cut(text, start, start + limit)
+    while len(text) - start > limit and (end := cut(text, start, start + limit)) < len(text):
         yield text[start:end]
         start = end
     yield text[start:]
@@ -66,10 +66,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def pieces(self, text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
-        """`text` in pieces of about `limit` characters whose ids, one after another, are the ids of the whole: so a
+    def pieces(self, text: str) -> Iterator[str]:
+        """`text` in pieces of about PIECE_CHARS characters whose ids, one after another, are the ids of the whole: so a
         document of any length is encoded in little memory."""
-        return cut_pieces(text, self.cut, limit)
+        return cut_pieces(text, self.cut, PIECE_CHARS)
 
     def cut(self, text: str, start: int, end: int) -> int:
         """Where the piece that begins at `start` ends, at `end` if possible. Where every character is encoded on its
@@ -193,13 +193,13 @@ class FileTokenizer(Tokenizer):
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def cut(self, text: str, start: int, end: int) -> int:
-        """At the end of a word where this file, whatever its rules, gives the text around the place the same ids in two
-        parts as in one; further on if need be. A file may have no such place (one that puts a space before every text,
-        say); then the document stays whole. Raises UserError for one that is too long for that."""
+        """At the end of a word, or the start of a line, where this file, whatever its rules, gives the text around the place
+        the same ids in two parts as in one; further on if need be. A file may have no such place (one that puts a space
+        before every text, say); then the document stays whole. Raises UserError for one that is too long for that."""
         while True:
             place: int | None = min(end, len(text))
-            for _ in range(8):  # places looked at
-                place = last_word_end(text, start, place)
+            for _ in range(16):  # places looked at
+                place = last_place(WORD_END_OR_LINE, text, start, place)
                 if place is None:
                     break
                 before, behind = text[max(start, place - 100) : place], text[place : place + 100]
@@ -266,7 +266,7 @@ class BPETokenizer(FileTokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = 1024) -> "BPETokenizer":
-        """Of a corpus longer than TRAIN_CHARS, every second (third, ...) piece is left out: what training keeps in memory
+        """Of a corpus longer than TRAIN_CHARS, only every second (third, ...) piece is read: what training keeps in memory
         grows with the different words it meets, and the most frequent pairs are the same in a part of the text."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -282,7 +282,7 @@ class BPETokenizer(FileTokenizer):
         )
         documents = list(documents)
         every = max(1, math.ceil(sum(map(len, documents)) / TRAIN_CHARS))
-        pieces = (piece for document in documents for piece in cut_pieces(document, cut_at_word))
+        pieces = (piece for document in documents for piece in cut_pieces(document, cut_at_word, PIECE_CHARS))
         backend.train_from_iterator(islice(pieces, 0, None, every), trainer)
         return cls(backend.to_str(), EOS_TEXT)
 
