@@ -370,9 +370,11 @@ def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:
 
 
 def leave_signals_alone(worker: int) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM, reaches data workers too; they work on, since the step in hand is to be finished."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """Ctrl-C, or a scheduler's SIGTERM, reaches data workers too; they work on, since the step in hand is to be finished.
+    A second SIGTERM ends them: a worker that waits for the network must not hold up the end of the run."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_dataloaders(

@@ -74,9 +74,13 @@ class StopOnSignal(pl.Callback):
         self.before = {signum: signal.signal(signum, self._answer) for signum in heard}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Of several processes, and of data workers in their first moments, one may fall to the signal before the step is
+        done: what the others then raise is the same end."""
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
+        if self.signum is not None and isinstance(error, RuntimeError):
+            raise StopRun(128 + self.signum) from error
 
     def _answer(self, signum: int, frame: Any) -> None:
         if os.getpid() != self.pid:
@@ -89,7 +93,6 @@ class StopOnSignal(pl.Callback):
                 print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stepping = True
         for signum in self.before:  # again, since Lightning has put its own handlers in between
             signal.signal(signum, self._answer)
 
@@ -98,6 +101,7 @@ class StopOnSignal(pl.Callback):
         self.leaving = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.stepping = True
         if self.leaving:
             raise StopRun(128 + (self.signum or signal.SIGTERM))
 

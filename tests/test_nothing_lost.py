@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from test_resume import BYTE, assert_same_run, stop_before, stopped_run
 
 import support.callbacks
 import train
-from support.callbacks import Console
+from data import leave_signals_alone
+from support.callbacks import Console, StopOnSignal, StopRun
 from support.checkpoint import load_model
 from support.cli import UserError
+from support.run import claim_folder
 
 STEP = train.LitCausalLM.training_step
 
@@ -227,6 +230,58 @@ def test_a_reader_of_the_output_that_has_gone_stops_the_run_saved(run, tmp_path,
     assert made.checkpoint("last")["tiny_transformer"]["metrics"]["step"] == 5
     assert sys.stdout is stdout
     assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
+
+
+def test_a_worker_that_falls_to_the_signal_does_not_make_it_an_error():
+    """In the moment between its start and its first instruction of ours, a data worker dies of a SIGTERM to all."""
+    with pytest.raises(StopRun) as stopped, StopOnSignal() as stop:
+        stop.stepping = True
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    assert stopped.value.code == 143
+    with pytest.raises(RuntimeError, match="no signal"), StopOnSignal():
+        raise RuntimeError("no signal")
+
+
+def test_data_workers_outlive_one_signal_and_not_two():
+    """A worker finishes the step in hand; one that waits for the network must not hold up the end of the run."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        leave_signals_alone(0)
+        os.write(told, b"1")
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            time.sleep(0.001)
+        os.write(told, b"2")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(pid, signum)
+    assert os.read(ready, 1) == b"2", "alive behind one of each"
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_killed_run_leaves_no_lock_though_its_data_workers_live_on(tmp_path):
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        lock = claim_folder(tmp_path)
+        worker = os.fork()  # what a data worker is
+        if worker and lock:
+            os.write(told, str(worker).encode())
+        time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(ready, 20))
+    try:
+        with pytest.raises(UserError, match="another run is writing"):
+            claim_folder(tmp_path)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        claim_folder(tmp_path).release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 # ---- bad numbers --------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ Every process is forked from this one, which has PyTorch and Lightning loaded, s
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,7 @@ SOURCES = {
         "data.val_fraction=0.1",
     ),
 }  # fmt: skip
-SIGNALS = ["SIGKILL"] * 7 + ["SIGTERM", "SIGINT", "SIGINT twice"]
+SIGNALS = ["SIGKILL"] * 5 + ["SIGKILL alone"] * 2 + ["SIGTERM", "SIGINT", "SIGINT twice"]  # alone: its data workers live on
 
 
 @dataclass
@@ -87,8 +89,13 @@ def start(argv: list[str], log: Path) -> int:
         code = guarded(train.main, argv)
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:
+        code = 130  # as Python itself would end
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -97,28 +104,36 @@ def wait(pid: int) -> int:
 
 
 def kill_after(pid: int, seconds: float, how: str) -> int:
-    """Let the process run for a while, then send the signal to it and its workers; returns its exit status."""
+    """Let the process run for a while, then send the signal to it and its data workers; returns its exit status."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.001)
-    for _ in range(2 if how == "SIGINT twice" else 1):
-        os.killpg(pid, signal.Signals[how.split()[0]])
+    send = os.kill if how.endswith("alone") else os.killpg
+    for _ in range(2 if how.endswith("twice") else 1):
+        send(pid, signal.Signals[how.split()[0]])
     return wait(pid)
 
 
-def check_files(case: Case, folder: Path) -> None:
-    """After a kill: every checkpoint whole, and best.ckpt the best of all that validated."""
+def check_files(case: Case, folder: Path, best_before: float) -> float:
+    """After a kill every checkpoint is whole, and best.ckpt not worse than before; returns its val_loss."""
     from support.checkpoint import read_checkpoint
     from support.cli import UserError
 
+    best = best_before
     for path in folder.glob("*.ckpt"):
         try:
-            read_checkpoint(path, mmap=False)
+            metrics = read_checkpoint(path, mmap=False)["tiny_transformer"]["metrics"]
         except UserError as error:
             case.lost.append(f"damaged: {error}")
+            continue
+        if path.name == "best.ckpt":
+            best = metrics["val_loss"]
+    if best > best_before:
+        case.lost.append(f"{folder.name}: best.ckpt has val_loss {best}, after {best_before}")
+    return best
 
 
 def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
@@ -135,13 +150,13 @@ def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
 
 
 def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: Run) -> None:
-    log, steps = folder.with_suffix(".log"), STEPS // 2 if case.extended else STEPS
+    log, best, steps = folder.with_suffix(".log"), math.inf, STEPS // 2 if case.extended else STEPS
     while True:
         words = (*case.words, f"training.max_steps={steps}", f"hardware.num_workers={dice.choice([0, 0, 1, 2])}")
         resume = ("--resume",) if (folder / "run_config.yaml").exists() else ()
         how = dice.choice(SIGNALS)
         code = kill_after(start(tiny_argv(folder, *words, *resume), log), dice.uniform(0, 1.3 * case.seconds), how)
-        check_files(case, folder)
+        best = check_files(case, folder, best)
         if code == 0 and steps == STEPS:
             break
         if code == 0:
@@ -149,7 +164,7 @@ def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: R
         elif code in (-signal.SIGKILL, 130, 143, -signal.SIGINT, -signal.SIGTERM):
             case.kills[how] += 1
         else:
-            case.lost.append(f"{folder.name}: exit status {code}: {log.read_text()[-600:]}")
+            case.lost.append(f"{folder.name}, {how}: exit status {code}: {log.read_text()[-2000:]}")
             return
     ended = Run(folder, code, log.read_text(), "")
     try:
