@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
-from support.checkpoint import atomic_write, link_or_copy, read_checkpoint, read_metadata, step_files
+from support.checkpoint import atomic_write, first_not_finite, link_or_copy, read_checkpoint, read_metadata, step_files
 from support.cli import UserError, is_main_process, warn
 from support.hardware import bf16_peak_flops, memory_used_mb
 
@@ -48,7 +48,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.failure = cause.strerror or str(cause)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(path, mmap=False)
+        checkpoint = read_checkpoint(path, mmap=False)
+        if bad := first_not_finite({"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}):
+            raise UserError(f"{path}: {bad} holds a NaN or an infinity; go on from an earlier one by --resume CKPT")
+        return checkpoint
 
 
 class StopRun(SystemExit):

@@ -355,3 +355,15 @@ def test_memory_that_runs_out_is_explained(run, tmp_path, monkeypatch, error, ad
     with pytest.raises(UserError, match=advice) as said:
         run(tmp_path / "run", *BYTE)
     assert "step-0000004.ckpt" in str(said.value)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
+def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
+    made = stopped_run(run, tmp_path / "run", *BYTE, at=6)
+    checkpoint, path = made.checkpoint("last"), made.folder / "step-0000006.ckpt"
+    tensors = checkpoint["state_dict"] if part == "state_dict" else checkpoint["optimizer_states"][0]["state"][0]
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim()).view(-1)[3] = math.nan
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=rf"step-0000006\.ckpt: {'weights' if part == 'state_dict' else 'optimizer'}.* holds a NaN.*--resume CKPT"):
+        run(tmp_path / "run", *BYTE, "--resume")
+    assert run(tmp_path / "run", *BYTE, f"--resume={made.folder / 'step-0000004.ckpt'}").code == 0
