@@ -1,0 +1,63 @@
+"""What an evaluation of checkpoints on case files found, as plain values: made by evaluate_checkpoints.py, shown by support/report.py
+and support/plots.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from support.cases import Case
+
+
+@dataclass
+class CaseResult:
+    """One checkpoint on one case.
+
+    A case can ask for several things; `parts` has the score of each, as in {"target": 0.41, "contains": 1.0}.
+    """
+
+    score: float  # 0 to 1: the mean of the parts
+    parts: dict[str, float]
+    continuation: str | None  # greedy output behind the prompt; None where none was made
+    logprobs: list[float]  # natural log of the probability of each choice, or of the target alone (a list of one); [] if neither
+    n_tokens: int  # of the target, in this checkpoint's tokenizer; 0 without a target
+    n_bytes: int  # of the target, in UTF-8; 0 without a target
+    greedy_match: bool | None  # the target is what greedy decoding gives; None without a target
+    chosen: int | None  # index of the likeliest choice; None without choices
+
+
+@dataclass
+class CheckpointResult:
+    """One checkpoint on all cases, and its place among the others."""
+
+    file: str
+    names: list[str]  # further names of the same content: "best", "last", "final"
+    run: str  # the folder the file is in
+    step: int | None
+    tokens: int | None  # seen in training
+    n_params: int
+    tokenizer: str  # in words: "bpe 1024"
+    results: list[CaseResult]  # in the order of Evaluation.cases
+    score: float = 0.0  # weighted mean over the cases
+    low: float = 0.0  # its 95% bootstrap interval
+    high: float = 0.0
+    rank: int = 0  # from 1; equal scores share a rank
+    tied: bool = False  # another one has the same rank
+    same_as_first: bool = False  # cannot be told from the first with these cases
+    categories: dict[str, float] = field(default_factory=dict)  # the score on each category's cases alone
+    val_loss: float | None = None
+    bits_per_byte: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """Checkpoints ranked on cases."""
+
+    cases: list[Case]
+    checkpoints: list[CheckpointResult]  # sorted by rank
+    chance: dict[str, float | None]  # per category what guessing wins: the mean of 1/len(choices) over its cases with choices; None without any
+    seed: int
+    command: str
+    versions: dict[str, str]
+    date: str
