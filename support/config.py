@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from model import GPTConfig
 from support.cli import UserError
 from support.hub import LOCAL_FORMATS
+from support.safe_yaml import parse_yaml, read_mapping
 
 
 class Section(BaseModel):
@@ -278,77 +279,9 @@ FOREIGN_NAMES = {
 }
 
 
-MAX_BYTES, MAX_VALUES, MAX_DIGITS = 2**18, 10_000, 100  # of a file, values with aliases written out, digits of a number
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML, less three surprises: `3e-4` is a number; a key given twice is an error, as are ten aliases of ten of ten of ten ..."""
-
-    def get_single_node(self) -> yaml.Node | None:
-        root = super().get_single_node()
-        todo, count = [root] if root else [], 0
-        while todo:
-            node, count = todo.pop(), count + 1
-            problem = f"more than {MAX_VALUES} values, each alias counted in full" if count > MAX_VALUES else None
-            if isinstance(node, yaml.CollectionNode):
-                todo += [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-            elif len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float")):
-                problem = f"a number of more than {MAX_DIGITS} digits"
-            elif re.search("[\ud800-\udfff]", node.value):
-                problem = "half of a surrogate pair, which is no character"
-            if problem:
-                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
-        return root
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` holds; `source` names it in the error."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}, line {mark.line + 1}" if mark else source
-        raise UserError(f"{where}: {' '.join(str(getattr(error, 'problem', None) or error).split())[:200]}; mend the YAML there") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # an impossible date, a list as key, ...
-        raise UserError(f"{source}: no value of a config can be made of this ({error}); mend the YAML there") from None
-
-
-def dump_yaml(tree: dict) -> str:
-    """Text that `parse_yaml` reads back as it was: a string that looks like a number to our reader is quoted."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
 def read_config_file(path: str | Path) -> dict:
     """The mapping in a YAML or JSON file. Raises UserError where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist; try --config config_smoke.yaml")
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise UserError(f"config file {path} has {size:,} bytes, a config {MAX_BYTES:,} at most; is it another file?")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {path} is not text (byte {error.start})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"config file {path} {'is empty' if tree is None else 'is not a mapping of keys'}; see docs/CONFIG_REFERENCE.md")
-    return tree
+    return read_mapping(path, "config file", "try --config config_smoke.yaml", "see docs/CONFIG_REFERENCE.md")
 
 
 def apply_override(tree: dict, override: str) -> None:

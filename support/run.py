@@ -21,8 +21,9 @@ from data import PackedData, load_corpus, pack_corpus, step_shape, tokenizer_doc
 from model import GPTConfig
 from support.checkpoint import atomic_write, find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process
-from support.config import Config, dump_yaml, flag_overrides, load_config, validate_config
+from support.config import Config, flag_overrides, load_config, validate_config
 from support.hardware import resolve_device, resolve_precision
+from support.safe_yaml import dump_yaml
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
 
 RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "loss.svg", "loss.png", "tensorboard", "run_config.yaml", "final.ckpt")

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from model import GPTConfig, GPTMini
 from optim import build_optimizer
 from support.cli import UserError
-from support.config import FOREIGN_NAMES, Config, apply_override, load_config, parse_yaml, read_config_file, reference_markdown, validate_config
+from support.config import FOREIGN_NAMES, Config, apply_override, load_config, read_config_file, reference_markdown, validate_config
+from support.safe_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILES = sorted([*ROOT.glob("config*.yaml"), *(ROOT / "configs").glob("*.yaml")])

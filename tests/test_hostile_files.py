@@ -21,7 +21,8 @@ import torch
 from model import GPTConfig, GPTMini
 from support.checkpoint import KEY, check_pickle, find_latest_checkpoint, first_not_finite, load_model, read_checkpoint
 from support.cli import UserError
-from support.config import load_config, parse_yaml, read_config_file
+from support.config import load_config, read_config_file
+from support.safe_yaml import parse_yaml
 from tokenizer import BPETokenizer, ByteTokenizer
 
 listing = importlib.import_module("list")
@@ -599,7 +600,7 @@ def test_an_override_made_to_do_harm_is_one_line(key):
 def test_a_config_of_megabytes_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "big.yaml", "wb") as file:
         file.truncate(50 * 10**6)
-    with pytest.raises(UserError, match=r"has 50,000,000 bytes, a config 262,144 at most") as caught:
+    with pytest.raises(UserError, match=r"has 50,000,000 bytes, and 1,048,576 at most") as caught:
         read_config_file(tmp_path / "big.yaml")
     one_line(caught.value)
 

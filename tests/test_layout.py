@@ -30,14 +30,15 @@ ARROWS = {
     "support.callbacks": "model support.checkpoint support.cli support.hardware",
     "support.checkpoint": "model support.cli tokenizer",
     "support.cli": "",
-    "support.config": "model support.cli support.hub",
+    "support.config": "model support.cli support.hub support.safe_yaml",
     "support.documents": "support.cli support.config support.hub tokenizer",
     "support.hardware": "support.cli",
     "support.hub": "support.cli",
     "support.loss": "",
     "support.plots": "support.checkpoint",
     "support.preflight": "data model optim support.cli support.config support.hardware support.loss support.run",
-    "support.run": "data model support.checkpoint support.cli support.config support.hardware tokenizer",
+    "support.run": "data model support.checkpoint support.cli support.config support.hardware support.safe_yaml tokenizer",
+    "support.safe_yaml": "support.cli",
 }
 SCRIPTS = {"train", "infer", "list"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}
