@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from support.cli import UserError
 from support.config import Config
-from support.documents import DocumentStream, hf_documents, text_documents
+from support.documents import DocumentStream, hf_documents, memory_for_text, text_documents
 from support.loss import IGNORE
 from tokenizer import Tokenizer
 
@@ -60,6 +60,7 @@ def split_documents(documents: list[str], val_fraction: float, seed: int) -> tup
     return ([d for i, d in enumerate(documents) if i not in chosen], [d for i, d in enumerate(documents) if i in chosen])
 
 
+@memory_for_text()
 def load_corpus(config: Config) -> Corpus:
     """The documents the config names, validation cut off before anything else sees them. Raises UserError."""
     data = config.data
@@ -348,6 +349,7 @@ def tokenizer_documents(corpus: Corpus, kind: str) -> Iterable[str]:
     return corpus.train + corpus.val if kind == "char" else corpus.train
 
 
+@memory_for_text()
 def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedData:
     """Tokenize and cut into blocks. Raises UserError if the text is too short for one block."""
     seq_len, mask_eos = config.seq_len, tokenizer.eos_id if config.data.document_mask else None

@@ -1,6 +1,7 @@
 """Where documents come from: text files, .jsonl files, and Hugging Face datasets, held in memory or streamed."""
 
 import codecs
+import contextlib
 import glob
 import json
 import math
@@ -12,10 +13,34 @@ import numpy as np
 
 from support.cli import UserError
 from support.config import DataConfig
+from support.hardware import memory_total
 from support.hub import open_dataset, read_rows
 from tokenizer import EOS_TEXT
 
 STREAM_VAL_DOCS = 200
+MEMORY_PER_BYTE = 2  # at least: a file is held as bytes and as text, later as text and as token ids
+SMALLER = "give data.path a part of it, or stream it as .jsonl: --override data.source=hf --override data.dataset=json --override data.streaming=true"
+
+
+@contextlib.contextmanager
+def memory_for_text() -> Iterator[None]:
+    """While text is read and encoded: memory that runs out is answered with what a user can do about it."""
+    try:
+        yield
+    except MemoryError:
+        raise UserError(
+            f"the text is too large for the {memory_total('cpu') / 2**20:,.0f} MB of memory that this process may use; {SMALLER}"
+        ) from None
+
+
+def refuse_larger_than_memory(files: list[Path], path: str, key: str) -> None:
+    """Before anything is read: a process that takes more than there is gets killed by the system, without a word."""
+    size, has = sum(file.stat().st_size for file in files), memory_total("cpu")
+    if size * MEMORY_PER_BYTE > has:
+        raise UserError(
+            f"{key}={path}: {size / 2**20:,.0f} MB of text need at least {size * MEMORY_PER_BYTE / 2**20:,.0f} MB of memory, and there are "
+            f"{has / 2**20:,.0f} MB; {SMALLER}"
+        )
 
 
 def find_files(path: str, key: str = "data.path") -> list[Path]:
@@ -142,6 +167,7 @@ class DocumentStream:
 def text_documents(path: str, data: DataConfig, key: str = "data.path") -> list[str]:
     """The documents under `path` that hold any text; `key` names it in errors. Raises UserError if there is none."""
     files = find_files(path, key)
+    refuse_larger_than_memory(files, path, key)
     documents = [d for file in files for d in read_documents(file, data.text_field, data.errors) if d.strip()]
     if not documents:
         raise UserError(

@@ -1,10 +1,14 @@
 """Which device and precision to use, and what the machine has."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 
 from support.cli import UserError
+
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # Linux, version 2 and 1
 
 # Dense bf16 peak in FLOP/s, by a piece of the device name, from the vendors' datasheets; the first match counts.
 BF16_PEAK = {
@@ -71,7 +75,14 @@ def memory_used_mb(device: str) -> float:
 
 
 def memory_total(device: str) -> int:
-    """Bytes of memory the device has in all."""
+    """Bytes of memory the device has in all; of the machine's, as much as a container or `ulimit -v` lets this process have."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import resource
+
+    amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no container; no limit, which is written as `max`
+            amounts.append(int(Path(file).read_text()))
+    ulimit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return min(amounts if ulimit == resource.RLIM_INFINITY else [*amounts, ulimit])

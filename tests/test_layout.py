@@ -31,7 +31,7 @@ ARROWS = {
     "support.checkpoint": "model support.cli tokenizer",
     "support.cli": "",
     "support.config": "model support.cli support.hub support.safe_yaml",
-    "support.documents": "support.cli support.config support.hub tokenizer",
+    "support.documents": "support.cli support.config support.hardware support.hub tokenizer",
     "support.hardware": "support.cli",
     "support.hub": "support.cli",
     "support.loss": "",
