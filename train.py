@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -48,11 +49,13 @@ from support.hardware import device_label, memory_total
 from support.loss import IGNORE
 from support.plots import draw_loss
 from support.preflight import estimate_memory, run_checks, show_step
-from support.run import Plan, claim_folder, explain, how_to_go_on, move_aside, plan_run, write_run_config
+from support.run import Plan, claim_folder, end_with_parent, explain, how_to_go_on, move_aside, plan_run, write_run_config
 
 
 def prepare(argv: list[str] | None) -> Plan:
     """The checked plan of the run; --check and --show-step answer and exit here. Raises UserError."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent()
     args = parse_args(argv)
     if args.check:
         sys.exit(run_checks(args))
@@ -214,8 +217,20 @@ class LitCausalLM(pl.LightningModule):
             self.stream_state,
         )
 
+    def number_parameters(self, saved: dict) -> None:
+        """Let the saved optimizer number its parameters as the module does, not as its groups do: FSDP takes that for granted,
+        and would else give a parameter the momentum of another."""
+        place = {parameter: i for i, parameter in enumerate(self.parameters())}
+        number = {}
+        for group, live in zip(saved["param_groups"], self.trainer.optimizers[0].param_groups, strict=True):
+            number |= {old: place[parameter] for old, parameter in zip(group["params"], live["params"], strict=True)}
+            group["params"] = [number[old] for old in group["params"]]
+        saved["state"] = {number[old]: state for old, state in saved["state"].items()}
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Make the file complete: whoever has it needs nothing else to sample, evaluate or go on. Plain types only."""
+        if self.trainer.is_global_zero:
+            self.number_parameters(checkpoint["optimizer_states"][0])
         step = self.trainer.global_step
         epoch = None if self.plan.data.streaming else step * self.plan.sequences_per_step / len(self.plan.data.train)
         finite = {
@@ -392,7 +407,8 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     resumed = read_metadata(plan.resume_from) if plan.resume_from else None
     start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
-        nothing_left(plan, resumed["metrics"])
+        if is_main_process():
+            nothing_left(plan, resumed["metrics"])
         return 0
     lock = console = None
     if is_main_process():
@@ -410,10 +426,12 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
             console.close()
             draw(plan.folder)
             print(f"stopped; {how_to_go_on(plan)}")
-        return stop.code
+        return stop.code if console else 0  # Lightning kills the main process where a further one ends with another status
     except (RuntimeError, MemoryError) as error:
         if (advice := explain(error, plan)) is None:
             raise
+        if not is_main_process():  # the others may not have met it
+            warn(f"a further process: {advice}")
         raise advice from None
     finally:
         if console:

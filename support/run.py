@@ -11,6 +11,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,7 @@ def plan_run(args: Any) -> Plan:
     device = resolve_device(config.hardware.accelerator)
     check_loggers(config)
     check_strategy(config)
+    check_processes(config, device)
     folder = Path(config.checkpoint.dir)
     if args.resume == "auto":
         resume_from = find_latest_checkpoint(folder)
@@ -158,6 +161,21 @@ def check_strategy(config: Config) -> None:
 
         if not hasattr(fsdp, "fully_shard"):
             raise UserError(f"hardware.strategy=fsdp needs PyTorch 2.6 or newer (this is {torch.__version__}); use ddp, or upgrade")
+
+
+def check_processes(config: Config, device: str) -> None:
+    """Raise UserError if the machine lacks the devices, or a launcher (torchrun) has started another number of processes."""
+    hardware, started = config.hardware, os.environ.get("WORLD_SIZE", "")
+    present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, hardware.devices)
+    if hardware.devices > present:
+        raise UserError(
+            f"hardware.devices={hardware.devices}, and this machine has {present} ({device}); lower it, and raise grad_accum_steps instead"
+        )
+    if "LOCAL_RANK" in os.environ and started.isdecimal() and int(started) != hardware.world:
+        raise UserError(
+            f"{started} processes have been started, and the config asks for {hardware.world} (hardware.devices={hardware.devices} x "
+            f"hardware.num_nodes={hardware.num_nodes});\n       torchrun's --nproc-per-node is hardware.devices, its --nnodes hardware.num_nodes"
+        )
 
 
 def check_loggers(config: Config) -> None:
@@ -290,7 +308,7 @@ def claim_folder(folder: Path):
 
 
 def explain(error: Exception, plan: Plan) -> UserError | None:
-    """What a user can do about an error that is not ours: memory that ran out, of the device or of a data worker."""
+    """What a user can do about an error that is not ours: memory that ran out, a data worker or another process that is gone."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
         training = plan.config.training
@@ -301,7 +319,29 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
         )
     if "DataLoader worker" in text:
         return UserError(f"a data worker has ended: {text[:160]}\n       try hardware.num_workers=0\n       {how_to_go_on(plan)}")
+    if plan.world > 1 and ("gloo/" in text or isinstance(error, torch.distributed.DistError)):
+        return UserError(
+            f"the connection to another process of this run is lost: {text[-160:]}\n       it may have been killed, for want of memory "
+            f"too: see what it said, and the system's log\n       {how_to_go_on(plan)}"
+        )
     return None
+
+
+def end_with_parent(grace: float = 10.0) -> None:
+    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not ended itself.
+
+    For the further processes of a run. Without its main process, one that waits for the others would do so for half an hour.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(grace)
+        os.write(2, b"error: the process that started this one is gone; it ends too\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def how_to_go_on(plan: Plan) -> str:
