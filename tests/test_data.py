@@ -273,6 +273,20 @@ def test_a_loader_that_starts_later_continues_the_run(tmp_path, workers):
         assert same_steps(list(train), alone[start:])
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_and_workers_together_see_every_block_of_an_epoch_once(tmp_path, world, workers):
+    """The blocks do not divide by the ranks, nor by their steps; still no rank has a step more than another."""
+    packed = text_data(tmp_path)
+    packed.train = PackedLMDataset(positions(7 * 25 + 1), SEQ_LEN)
+    config = text_config(tmp_path, workers=workers)
+    ranks = [list(make_dataloaders(config, packed, BYTE, 9, rank=rank, world=world)[0]) for rank in range(world)]
+    assert [len(steps) for steps in ranks] == [9] * world
+    seen = blocks_of([[ranks[rank][step][micro]] for step in range(9) for micro in range(2) for rank in range(world)])
+    for start in range(0, len(seen) - 25, 25):
+        assert sorted(seen[start : start + 25]) == list(range(25))
+
+
 def test_making_loaders_leaves_the_global_random_state_alone(tmp_path):
     """Dropout draws from it, seeded by the step: a loader that drew from it would make runs depend on their workers."""
     torch.manual_seed(5)
@@ -526,6 +540,24 @@ def test_two_ranks_share_the_blocks_of_a_stream(library):
     at = 5
     resumed = stream_steps(library, 5, states(ranks[0])[at], accum=1, rank=1, world=2)
     assert same_steps(resumed, ranks[1][at + 1 : at + 6])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_and_workers_share_a_stream_of_uneven_files(tmp_path, world, workers):
+    """Files of 5, 2, 29 and 11 documents: each is read once an epoch by all ranks together, and none runs dry before the others."""
+    rest = iter(STORIES)
+    for n, size in enumerate((5, 2, 29, 11)):
+        rows = itertools.islice(rest, size)
+        (tmp_path / f"{n}.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in rows))
+    n = steps_of_epochs(2.4) // world
+    ranks = [stream_steps(tmp_path, n, rank=rank, world=world, workers=workers) for rank in range(world)]
+    assert [len(steps) for steps in ranks] == [n] * world
+    together = [[ranks[rank][step][micro] for micro in range(2) for rank in range(world)] for step in range(n)]
+    read = documents_of(together)
+    assert len(read) >= 2 * (N_DOCS - N_VAL)
+    for start in (0, N_DOCS - N_VAL):
+        assert sorted(read[start : start + N_DOCS - N_VAL]) == sorted(STORIES[N_VAL:])
 
 
 def test_validation_documents_of_a_stream_are_never_trained_on(library):
