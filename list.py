@@ -1,14 +1,15 @@
 """Show checkpoints: step, epoch, tokens, losses, size.
 
-python3 list.py                        # those under checkpoints/
-python3 list.py runs/a 'old/*.ckpt'    # folders and quoted globs
-python3 list.py --json                 # one JSON object a line
+python3 list.py                              # those under checkpoints/
+python3 list.py runs/a 'old/*.ckpt'          # folders and quoted globs
+python3 list.py --sort val_loss              # the best first
+python3 list.py --json                       # one JSON object a line
+python3 list.py --diff runs/a runs/b         # which config keys differ, of the newest checkpoint in each
 """
 
 import argparse
-import glob
+import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,39 +17,50 @@ from typing import Any
 
 from support.cli import UserError, guarded, make_parser
 
+COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
+    "file": ("file", "{}"),
+    "step": ("step", "{}"),
+    "epoch": ("epoch", "{:.2f}"),
+    "tokens": ("tokens", "{:,}"),
+    "train_loss": ("train loss", "{:.4f}"),
+    "val_loss": ("val loss", "{:.4f}"),
+    "n_params": ("params", "{:,}"),
+    "tokenizer": ("tokenizer", "{}"),
+    "config": ("config", "{}"),
+    "size_mb": ("MB", "{:.1f}"),
+    "age_s": ("age", "{}"),
+    "names": ("also", "{}"),
+}
+TEXT = ("file", "names", "tokenizer", "config")
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
         "paths", nargs="*", default=["checkpoints"], metavar="PATH", help="checkpoint files, folders (searched at any depth) or quoted globs"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    parser.add_argument("--sort", default="step", choices=[*COLUMNS], metavar="COLUMN", help=f"{', '.join(COLUMNS)} (default step)")
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    output.add_argument("--diff", action="store_true", help="show the config keys in which two checkpoints (or the newest of two folders) differ")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
-from support.checkpoint import KEY, empty_model, printable, read_checkpoint
+from support.checkpoint import KEY, empty_model, find_checkpoints, other_names, printable, read_checkpoint, read_metadata
 
 
-def find_checkpoints(paths: list[str]) -> list[Path]:
-    """Every .ckpt the paths name. Raises UserError for a path that names none."""
-    found: list[Path] = []
-    for path in paths:
-        if os.path.isdir(path):
-            here = list(Path(path).rglob("*.ckpt"))
-        else:
-            here = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)] or [Path(path)] * os.path.isfile(path)
-        if not here:
-            raise UserError(f"{path}: no checkpoint (.ckpt) there; python3 train.py --config config_smoke.yaml makes some")
-        found += here
-    return sorted(set(found))
+def config_hash(config: dict[str, Any]) -> str:
+    """Eight hexadecimal digits, the same for the same config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def describe(path: Path) -> dict[str, Any]:
     """One row: what the file says about itself. A damaged file is a row with an `error`."""
-    row: dict[str, Any] = {"file": str(path), "size_mb": 0.0, "age_s": 0}
+    row: dict[str, Any] = {"file": str(path), "names": other_names(path), "size_mb": 0.0, "age_s": 0}
     try:
         status = path.stat()
         row |= {"size_mb": round(status.st_size / 2**20, 1), "age_s": max(0, round(time.time() - status.st_mtime))}
@@ -58,12 +70,13 @@ def describe(path: Path) -> dict[str, Any]:
             row
             | {key: metadata["metrics"].get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")}
             | {"n_params": model.n_params(), "tokenizer": str(metadata["tokenizer"]["kind"]), "vocab_size": model.config.vocab_size}
+            | {"config": config_hash(metadata["config"])}
         )
     except UserError as error:
         return row | {"error": printable(error)}
     except OSError as error:  # a link to nothing, a file that has just been removed
         return row | {"error": f"cannot be read ({error.strerror})"}
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         return row | {"error": f"damaged metadata: {error!r}"}
 
 
@@ -75,35 +88,26 @@ def age(seconds: float) -> str:
     return f"{int(seconds)}s"
 
 
+def shown(row: dict[str, Any], name: str) -> str:
+    """A cell of the table."""
+    value = row.get(name)
+    if value is None or (name == "names" and not value):
+        return "-" if name != "names" else ""
+    if name == "tokenizer":
+        value = f"{value[:20]} {row['vocab_size']}"
+    value = {"age_s": age, "names": " ".join}.get(name, lambda value: value)(value)
+    return printable(COLUMNS[name][1].format(value))
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("file", "step", "epoch", "tokens", "train loss", "val loss", "params", "tokenizer", "MB", "age"):
-        table.add_column(
-            name, justify="left" if name in ("file", "tokenizer") else "right", no_wrap=True, overflow="ignore" if name == "file" else "ellipsis"
-        )
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
+    for name, (heading, _) in COLUMNS.items():
+        table.add_column(heading, justify="left" if name in TEXT else "right", no_wrap=True, overflow="ignore" if name == "file" else "ellipsis")
     for row in rows:
-        common = [f"{row['size_mb']:.1f}", age(row["age_s"])]
-        if "error" in row:
-            table.add_row(printable(row["file"]), *["-"] * 7, *common)
-            continue
-        table.add_row(
-            printable(row["file"]),
-            number(row["step"], ""),
-            number(row["epoch"], ".2f"),
-            number(row["tokens"], ","),
-            number(row["train_loss"], ".4f"),
-            number(row["val_loss"], ".4f"),
-            number(row["n_params"], ","),
-            printable(f"{row['tokenizer'][:20]} {row['vocab_size']}"),
-            *common,
-        )
+        table.add_row(*[shown(row, name) for name in COLUMNS])
     # Wide, so that no name is ever cut: a narrow terminal folds the line itself. Names are shown as they are, brackets too.
     console = Console(width=10_000, height=100, highlight=False, markup=False, emoji=False)
     console.print(table)
@@ -112,9 +116,44 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             print(f"{printable(row['file'])}: {row['error']}")
 
 
+def newest(path: str) -> Path:
+    """The checkpoint of the highest step that a file, folder or glob names."""
+    return max(find_checkpoints([path]), key=lambda file: describe(file).get("step") or -1)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"training": {"lr": 1}} is {"training.lr": 1}."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def print_diff(paths: list[str]) -> None:
+    """The keys in which two configs differ, with both values."""
+    if len(paths) != 2:
+        raise UserError(f"--diff compares two checkpoints or folders, and {len(paths)} are named; e.g. list.py --diff runs/a runs/b")
+    one, other = map(newest, paths)
+    before, after = (flat(read_metadata(path)["config"]) for path in (one, other))
+    print(f"{printable(one)} -> {printable(other)}")
+    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+    for key in keys:
+        print(f"  {printable(key)}: {printable(json.dumps(before.get(key)))} -> {printable(json.dumps(after.get(key)))}")
+    if not keys:
+        print("  the same config")
+
+
+def sort_key(name: str):
+    """Rows without the value come first, as does an untrained checkpoint; equal ones in order of their names."""
+    return lambda row: (row.get(name) is not None, row.get(name) if row.get(name) is not None else 0, row["file"])
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    rows = sorted(map(describe, find_checkpoints(args.paths)), key=lambda row: (-1 if row.get("step") is None else row["step"], row["file"]))
+    if args.diff:
+        print_diff(args.paths)
+        return 0
+    rows = sorted(map(describe, find_checkpoints(args.paths)), key=sort_key(args.sort), reverse=args.reverse)
     if args.json:
         for row in rows:
             print(json.dumps(row))

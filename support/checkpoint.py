@@ -8,6 +8,7 @@ fields under one key, `tiny_transformer`:
 """
 
 import contextlib
+import glob
 import os
 import pickletools
 import reprlib
@@ -337,6 +338,28 @@ def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) 
         raise UserError(f"{source}: {bad} holds a NaN or an infinity, so the model can say nothing; take an earlier checkpoint")
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
+
+
+def find_checkpoints(paths: list[str]) -> list[Path]:
+    """Every checkpoint that files, folders (at any depth) and globs name, each file once: where `last`, `best` or `final`
+    is a hard link of a step file, the step file stands for both. Raises UserError for a path that names none."""
+    found: dict[Any, Path] = {}
+    for path in paths:
+        here = Path(path).rglob("*.ckpt") if os.path.isdir(path) else map(Path, [*glob.glob(path, recursive=True), path])
+        here = [file for file in here if file.is_file() or (file.suffix == ".ckpt" and file.is_symlink())]
+        if not here:
+            raise UserError(f"{path}: no checkpoint (.ckpt) there; python3 train.py --config config_smoke.yaml makes some")
+        for file in here:
+            status = file.stat() if file.exists() else None  # a link to nothing has none
+            same = (status.st_dev, status.st_ino) if status else file
+            found[same] = min(found.get(same, file), file, key=lambda file: (not file.name.startswith("step-"), file))
+    return sorted(found.values())
+
+
+def other_names(path: Path) -> list[str]:
+    """Which of `last`, `best` and `final` in its folder are this very file."""
+    others = [path.with_name(f"{name}.ckpt") for name in ("last", "best", "final")]
+    return [other.stem for other in others if other.name != path.name and other.exists() and path.exists() and other.samefile(path)]
 
 
 def step_of(path: Path) -> int:

@@ -31,28 +31,67 @@ def row_of(out: str, name: str) -> str:
 
 def test_every_file_is_named_with_its_step_and_losses(show, tiny_run):
     out = show(tiny_run.folder)
-    for path in tiny_run.folder.glob("*.ckpt"):
+    for path in tiny_run.folder.glob("step-*.ckpt"):
         metrics = load_model(path)[2]["metrics"]
         cells = row_of(out, str(path)).split()
         assert cells[:2] == [str(path), str(metrics["step"])]
         assert f"{metrics['train_loss']:.4f}" in cells
         assert f"{metrics['val_loss']:.4f}" in cells
         assert f"{metrics['tokens']:,}" in cells
-    assert f"{load_model(tiny_run.folder / 'final.ckpt')[0].n_params():,}" in row_of(out, "final.ckpt")
-    assert "bpe 400" in row_of(out, "final.ckpt")
+    last = row_of(out, "step-0000012.ckpt")
+    assert f"{load_model(tiny_run.folder / 'final.ckpt')[0].n_params():,}" in last
+    assert "bpe 400" in last
+
+
+def test_further_names_of_a_file_are_marks_of_its_row(show, tiny_run, tmp_path):
+    """Hard links are one file and one row; copies are two."""
+    best = load_model(tiny_run.folder / "best.ckpt")[2]["metrics"]["step"]
+    for row in map(json.loads, show(tiny_run.folder, "--json").splitlines()):
+        assert row["names"] == ["last"] * (row["step"] == 12) + ["best"] * (row["step"] == best) + ["final"] * (row["step"] == 12)
+    assert "last" in row_of(show(tiny_run.folder / "step-0000012.ckpt"), "step-0000012").split()
+    assert "last" in row_of(show(tiny_run.folder / "final.ckpt"), "final.ckpt").split()
+    for name in ("step-0000012", "final"):
+        shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / f"{name}.ckpt")
+    assert len(show(tmp_path).splitlines()) == 3
+
+
+@pytest.mark.parametrize("column", ["step", "val_loss", "train_loss", "size_mb", "file", "names", "config"])
+def test_rows_are_sorted_by_any_column(show, tiny_run, tmp_path, column):
+    (tmp_path / "bad.ckpt").touch()
+    rows = list(map(json.loads, show(tiny_run.folder, tmp_path, "--json", "--sort", column).splitlines()))
+    known = [row[column] for row in rows if row.get(column) is not None]
+    assert known == sorted(known)
+    assert len(rows) == 4
+    backward = [row["file"] for row in map(json.loads, show(tiny_run.folder, tmp_path, "--json", "--sort", column, "--reverse").splitlines())]
+    assert backward == [row["file"] for row in reversed(rows)]
+
+
+def test_the_config_hash_is_that_of_the_config(show, run, tmp_path):
+    words = ("training.max_steps=2", "training.warmup_steps=1")
+    for name, extra in (("one", ()), ("two", ("training.lr=1e-3",))):
+        run(tmp_path / name, *words, *extra)
+    one, two = (json.loads(show(tmp_path / name, "--json")) for name in ("one", "two"))
+    assert one["config"] == listing.config_hash(load_model(one["file"])[2]["config"])
+    assert one["config"] != two["config"]
+    out = show(tmp_path / "one", tmp_path / "two", "--diff").splitlines()
+    assert out[0] == f"{one['file']} -> {two['file']}"
+    assert [line.split(":")[0].strip() for line in out[1:]] == ["training.lr", "checkpoint.dir"]
+    assert show(tmp_path / "one", tmp_path / "one", "--diff").splitlines()[1] == "  the same config"
+    with pytest.raises(UserError, match="compares two"):
+        listing.main([str(tmp_path / "one"), "--diff"])
 
 
 def test_rows_are_in_order_of_steps(show, tiny_run):
     files = [line.split()[0].rsplit("/", 1)[1] for line in show(tiny_run.folder).splitlines()[1:]]
     steps = [load_model(tiny_run.folder / name)[2]["metrics"]["step"] for name in files]
     assert steps == sorted(steps)
-    assert len(files) == 6
+    assert files == ["step-0000004.ckpt", "step-0000008.ckpt", "step-0000012.ckpt"]
 
 
 def test_json_rows_parse_and_say_the_same(show, tiny_run):
     rows = [json.loads(line) for line in show(tiny_run.folder, "--json").splitlines()]
-    assert {row["file"] for row in rows} == {str(path) for path in tiny_run.folder.glob("*.ckpt")}
-    [final] = [row for row in rows if row["file"].endswith("final.ckpt")]
+    assert {row["file"] for row in rows} == {str(path) for path in tiny_run.folder.glob("step-*.ckpt")}
+    [final] = [row for row in rows if "final" in row["names"]]
     metrics = load_model(final["file"])[2]["metrics"]
     assert {name: final[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")} == {
         name: metrics[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")
@@ -127,5 +166,5 @@ def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch, terminal):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TERM", terminal)
     assert listing.main([str(tiny_run.folder)]) == 0
-    for path in tiny_run.folder.glob("*.ckpt"):
+    for path in tiny_run.folder.glob("step-*.ckpt"):
         assert path.name in screen.getvalue()
