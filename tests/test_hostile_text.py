@@ -395,8 +395,8 @@ def one_line(path: Path, size: int, before: bytes = b"", behind: bytes = b"") ->
     [
         (200 * MB, 4, ["tokenizer.kind=byte"]),
         (200 * MB, 4, ["tokenizer.kind=gpt2"]),
-        (50 * MB, 4, ["tokenizer.kind=bpe"]),
-        (100 * MB, 10, ["tokenizer.kind=byte", "data.source=hf", "data.dataset=json", "data.streaming=true", "data.val_docs=1"]),
+        (32 * MB, 4, ["tokenizer.kind=bpe"]),
+        (64 * MB, 10, ["tokenizer.kind=byte", "data.source=hf", "data.dataset=json", "data.streaming=true", "data.val_docs=1"]),
     ],
     ids=["byte", "gpt2", "bpe", "stream"],
 )
@@ -409,7 +409,6 @@ def test_a_single_line_of_hundreds_of_megabytes_trains_in_bounded_memory(tmp_pat
     code, said, peak = train_process(tmp_path / "run", f"data.path={path}", *overrides)
     assert code == 0, said
     assert peak < base + multiple * size, f"{peak / MB:,.0f} MB"
-    path.unlink()
 
 
 LITTLE = """
@@ -428,15 +427,14 @@ for extra in map(int, sys.argv[1].split(",")):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["byte", "gpt2"])
-def test_a_process_with_too_little_memory_says_so_in_one_line(tmp_path, kind):
+def test_a_process_with_too_little_memory_says_so_in_one_line(tmp_path):
     """At each step of the way: while reading, cutting off validation, encoding."""
     path = one_line(tmp_path / "a.txt", 40 * MB)
-    argv = ["--config", "config_smoke.yaml", "--override", f"data.path={path}", "--override", f"tokenizer.kind={kind}"]
+    argv = ["--config", "config_smoke.yaml", "--override", f"data.path={path}", "--override", "tokenizer.kind=byte"]
     argv += ["--override", f"checkpoint.dir={tmp_path / 'run'}", "--show-step", "1"]
-    amounts = "30,60,90,1000"
+    amounts = "30,60,110,1000"
     done = subprocess.run([sys.executable, "-c", LITTLE, amounts, *argv], cwd=REPO, capture_output=True, text=True)
     said = done.stderr.splitlines()
     assert "Traceback" not in done.stderr, done.stderr
-    assert [line.split() for line in said if not line.startswith("error")] == [["30", "2"], ["60", "2"], ["90", "2"], ["1000", "0"]]
+    assert [line.split() for line in said if not line.startswith("error")] == [["30", "2"], ["60", "2"], ["110", "2"], ["1000", "0"]]
     assert sum(line.startswith("error: the text is too large for the ") for line in said) == 3
