@@ -3,7 +3,9 @@ and support/plots.py."""
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,8 +58,21 @@ class Evaluation:
 
     cases: list[Case]
     checkpoints: list[CheckpointResult]  # sorted by rank
-    chance: dict[str, float | None]  # per category what guessing wins: the mean of 1/len(choices) over its cases with choices; None without any
+    chance: dict[str, float | None]  # per category what guessing wins: 1/len(choices) of a case with choices, else 0; None without any choices
     seed: int
     command: str
     versions: dict[str, str]
     date: str
+
+    def short_runs(self) -> list[str]:
+        """Each checkpoint's folder without what all have in common: runs/small and runs/large are small and large; one alone is ""."""
+        runs = [os.path.normpath(checkpoint.run or ".") for checkpoint in self.checkpoints]
+        try:
+            common = os.path.commonpath(set(runs))
+        except ValueError:  # none at all, or an absolute path beside a relative one
+            return runs
+        return [PurePath(run).relative_to(common).as_posix().removeprefix(".") if common else run for run in runs]
+
+    def short_names(self) -> list[str]:
+        """What to call each checkpoint where there is little room: small/step-00000100.ckpt, or the file's name alone."""
+        return [(PurePath(run) / PurePath(c.file).name).as_posix() for run, c in zip(self.short_runs(), self.checkpoints, strict=True)]

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import warnings
 import xml.etree.ElementTree
 
 import pytest
+from synthetic import make_evaluation
 
 import train
-from support.plots import draw_loss, read_metrics
+from support.plots import draw_loss, draw_scores, read_metrics
 
 ROWS = [{"step": step, "loss": 5 / step, "lr": 0.01 / step} for step in range(1, 9)] + [{"step": 4, "val_loss": 2.5}, {"step": 8, "val_loss": 1.5}]
 
@@ -76,3 +78,48 @@ def test_a_run_without_validation_is_drawn(tmp_path):
     write(tmp_path, [row for row in ROWS if "loss" in row])
     assert draw_loss(tmp_path)
     assert "validation" not in texts((tmp_path / "loss.svg").read_bytes())
+
+
+# ---- scores of checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_scores_are_drawn_over_steps_with_a_line_for_each_run_and_a_panel_for_each_category(tmp_path):
+    assert draw_scores(tmp_path / "scores", make_evaluation(runs=("runs/a", "runs/$b$"))) == tmp_path / "scores.svg"
+    words = texts((tmp_path / "scores.svg").read_bytes())
+    for word in ("step", "score, with 95% interval", "$b$", "geography", "spelling", "style", "guessing"):
+        assert word in words
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_one_run_in_one_category_needs_neither_legend_nor_panels(tmp_path):
+    evaluation = make_evaluation(runs=("runs/only",))
+    evaluation.chance = {"geography": 0.25}
+    words = texts(draw_scores(tmp_path / "scores", evaluation).read_bytes())
+    assert "only" not in words and "geography" not in words and "step" in words
+
+
+@pytest.mark.parametrize("steps", [(None,), (None, 100), (100,)], ids=str)
+def test_without_different_steps_the_scores_are_bars(tmp_path, steps):
+    words = texts(draw_scores(tmp_path / "scores", make_evaluation(steps=steps, runs=("runs/a", "runs/b"))).read_bytes())
+    assert "a/step-" in words and "b/step-" in words and "geography" not in words
+
+
+def test_the_picture_of_scores_is_the_same_bytes_for_the_same_scores(tmp_path):
+    pictures = [draw_scores(tmp_path / "scores", make_evaluation(n_cases=n)).read_bytes() for n in (12, 12, 9)]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$x^2", "<b>--></svg>", "\x1b[2J\x00", "\ud800", "\u65e5\u672c", "n" * 99, ""], ids=ascii)
+@pytest.mark.parametrize("steps", [(1, 2), (1,)], ids=["lines", "bars"])
+def test_names_of_any_kind_are_drawn_as_they_are(tmp_path, name, steps):
+    """Matplotlib would leave out a legend's _name, read $ as a formula, and warn of a letter that its font lacks."""
+    evaluation = make_evaluation(steps=steps, runs=("b", "a"))
+    for checkpoint in evaluation.checkpoints:
+        checkpoint.categories[name] = 0.5
+        if checkpoint.run == "a":
+            checkpoint.run, checkpoint.file = name, f"{name}/x.ckpt"
+    evaluation.chance[name] = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        words = texts(draw_scores(tmp_path / "scores", evaluation).read_bytes())
+    assert not name.startswith(("_", "$")) or name in words
