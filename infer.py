@@ -41,7 +41,7 @@ import torch
 from pydantic import ValidationError
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import load_model, printable
+from support.checkpoint import load_model, printable, warn_of_other_tokenizer
 from support.hardware import resolve_device
 from tokenizer import TextStream, Tokenizer
 
@@ -107,14 +107,6 @@ def generate_text(
     return "".join(stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed))
 
 
-def warn_of_other_tokenizer(wanted: str, tokenizer: Tokenizer) -> None:
-    if wanted not in ("auto", tokenizer.kind):
-        warn(
-            f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own ({tokenizer.kind}, "
-            f"{tokenizer.vocab_size:,} tokens), since ids mean nothing under another vocabulary"
-        )
-
-
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt from --prompt, --prompt-file or standard input, in this order."""
     if args.prompt is not None:
@@ -168,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     sampling, device = make_sampling(args), resolve_device(args.device)
     prompt = None if args.interactive else read_prompt(args)
     model, tokenizer, _ = load_model(args.ckpt, device)
-    warn_of_other_tokenizer(args.tokenizer, tokenizer)
+    warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
     if prompt is None:
         interact(model, tokenizer, args, sampling)
         return 0

@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
         if (advice := explain(error, plan)) is None:
             raise
         if not is_main_process():  # the others may not have met it
-            warn(f"a further process: {advice}")
+            print(f"warning: a further process: {advice}", file=sys.stderr)
         raise advice from None
     finally:
         if console:

@@ -321,6 +321,15 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPTMini, Tokenize
     return model.to(device).eval(), tokenizer, metadata
 
 
+def warn_of_other_tokenizer(wanted: str, kind: str, vocab_size: int) -> None:
+    """What --tokenizer names is not used where the checkpoint has another one."""
+    if wanted not in ("auto", kind):
+        warn(
+            f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own ({kind}, "
+            f"{vocab_size:,} tokens), since ids mean nothing under another vocabulary"
+        )
+
+
 def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) -> None:
     """Put `weights` into `model`: every name there, every shape right, nothing left over. Raises UserError."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, too large, read-only, broken
 
@@ -63,17 +63,34 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="short for --override hardware.accelerator=NAME (auto, cpu, cuda, mps)")
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
+def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         default="auto",
         metavar="NAME",
         help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean nothing to this model",
     )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
+    add_tokenizer_flag(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 
 
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+    """The items, with a bar on the terminal while they last; without a terminal, the items alone."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, label, total, console=Console(stderr=True), transient=True)
+
+
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    """Of several processes the main one says it, since the others find the same."""
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr)

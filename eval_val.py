@@ -1,0 +1,118 @@
+"""The validation loss of a checkpoint over its whole validation set, in numbers that compare.
+
+python3 eval_val.py --ckpt checkpoints/best.ckpt                         # the text that its training validated on
+python3 eval_val.py --ckpt checkpoints/best.ckpt --config config.yaml    # the validation text of another config
+python3 eval_val.py --ckpt checkpoints/best.ckpt --data my_book.txt      # any text
+python3 eval_val.py --ckpt checkpoints/best.ckpt --json
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+
+from support.cli import UserError, add_config_flags, add_tokenizer_flag, guarded, make_parser, progress, warn
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to score; it holds model, tokenizer and config")
+    add_tokenizer_flag(parser)
+    add_config_flags(parser)
+    parser.add_argument("--data", metavar="PATH", help="score this text (.txt, .jsonl, a folder, a quoted glob) instead of a validation set")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="blocks scored at once (default training.micro_batch_size); the loss is the same")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+
+import torch
+
+from data import PackedLMDataset, ValBatches, load_corpus, tokenize
+from model import GPTMini
+from support.checkpoint import load_model, warn_of_other_tokenizer
+from support.config import Config, flag_overrides, load_config
+from support.documents import text_documents
+from support.hardware import resolve_device, resolve_precision
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Validation:
+    """What a model makes of a text."""
+
+    loss: float  # nats per token, over all tokens but the first
+    perplexity: float  # exp(loss): as if it chose among so many tokens evenly
+    bits_per_byte: float  # loss of the whole text per byte of it: compares models whatever their tokenizers
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    seq_len: int
+
+
+def documents_of(config: Config, data: str | None) -> list[str]:
+    """The validation documents of a config, or all documents under the path `data`. Raises UserError."""
+    return text_documents(data, config.data, "--data") if data else load_corpus(config).val
+
+
+def context_of(config: Config, model: GPTMini) -> int:
+    """The block length: that of the config, as in training, where the model can read so far."""
+    return min(config.seq_len, model.config.max_seq_len)
+
+
+@torch.no_grad()
+def validate(
+    model: GPTMini, tokenizer: Tokenizer, documents: list[str], config: Config, batch_size: int | None = None, precision: str = "32-true"
+) -> Validation:
+    """Loss of `model` (in eval mode) on documents, packed into blocks as in training. Raises UserError if they are too short."""
+    device, seq_len = next(model.parameters()).device, context_of(config, model)
+    mask_eos = tokenizer.eos_id if config.data.document_mask else None
+    tokens = tokenize(documents, tokenizer)
+    blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=mask_eos)
+    if len(blocks) == 0:
+        raise UserError(f"the text has {len(tokens)} tokens with its end, and two are needed to score one; give more text")
+    batches = ValBatches(blocks, batch_size or config.training.micro_batch_size, rank=0, world=1, limit=None)
+    loss_sum, n_targets = 0.0, 0
+    for i in progress(range(len(batches)), "scoring"):
+        batch = {name: value.to(device) for name, value in batches[i].items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
+            batch_loss, n = model(**batch)
+        loss_sum, n_targets = loss_sum + batch_loss.item(), n_targets + n.item()
+    loss = loss_sum / n_targets
+    n_bytes = sum(len(document.encode()) for document in documents) - len(tokenizer.decode([int(tokens[0])]).encode())
+    return Validation(loss, math.exp(min(loss, 700)), loss_sum / math.log(2) / max(1, n_bytes), len(documents), n_targets, n_bytes, seq_len)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} must be at least 1")
+    device = resolve_device(args.device or "auto")
+    model, tokenizer, metadata = load_model(args.ckpt, device)
+    warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
+    config = load_config(args.config, flag_overrides(args), base=metadata["config"])
+    documents = documents_of(config, args.data)
+    if config.seq_len > model.config.max_seq_len:
+        warn(
+            f"training.seq_len={config.seq_len} of {args.config}: the model reads {model.config.max_seq_len} tokens, so blocks of as many are scored"
+        )
+    precision = resolve_precision(config.hardware.precision, device)
+    found, metrics = validate(model, tokenizer, documents, config, args.batch_size, precision), metadata["metrics"]
+    if args.json:
+        print(
+            json.dumps({"ckpt": args.ckpt, "step": metrics["step"], "logged_val_loss": metrics["val_loss"], "precision": precision} | asdict(found))
+        )
+        return 0
+    print(f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, tokenizer {tokenizer.kind} {tokenizer.vocab_size:,}")
+    print(f"text: {found.n_documents:,} documents, {found.n_tokens:,} tokens to predict in blocks of {found.seq_len}, {found.n_bytes:,} bytes")
+    print(f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte")
+    if metrics["val_loss"] is not None and not args.config and not args.data:
+        print(f"its newest validation in training gave {metrics['val_loss']:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,389 @@
+"""Rank checkpoints by how they answer cases: prompts with what should follow. docs/EVALUATION.md explains the scores.
+
+python3 evaluate_checkpoints.py --checkpoints checkpoints --cases cases/tiny_corpus.yaml
+python3 evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tokenizer gpt2 --cases cases/wiki_basics.yaml
+python3 evaluate_checkpoints.py --checkpoints 'runs/*/*.ckpt' --cases cases/ --val --output-dir results/baseline
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import shlex
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, progress, warn
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH", help="files, folders (searched at any depth) or quoted globs")
+    parser.add_argument("--cases", nargs="+", required=True, metavar="PATH", help="case files, or folders of them")
+    add_tokenizer_flag(parser)
+    parser.add_argument("--val", action="store_true", help="also the loss on the validation text, as by eval_val.py")
+    parser.add_argument("--config", metavar="FILE", help="with --val: the validation text of this config for all, instead of each one's own")
+    parser.add_argument("--output-dir", metavar="DIR", help="write evaluation_results.csv, cases.csv, report.html, scores.svg and scores.png there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a checkpoint instead of the table")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap (default 42); the scores themselves draw nothing")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval_val import Validation, documents_of, validate
+from model import GPTMini, KVCache, SamplingConfig
+from support.cases import Case, read_cases
+from support.checkpoint import atomic_write, find_checkpoints, load_model, other_names, printable, warn_of_other_tokenizer
+from support.config import load_config
+from support.evaluation import CaseResult, CheckpointResult, Evaluation
+from support.hardware import resolve_device, resolve_precision
+from support.run import run_record
+from tokenizer import Tokenizer
+
+LOGITS = 2**25  # how many are held at once
+ROWS = 128  # continuations made at once
+RESAMPLES = 2000  # of the bootstrap
+COLUMNS = 10  # categories that the terminal's table shows; beyond, they are in the files of --output-dir
+
+# ---- one model on all cases ---------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Ids of `text`; None if it has characters that this tokenizer (kind `char`) does not know."""
+    try:
+        return tokenizer.encode(text)
+    except UserError:
+        return None
+
+
+@torch.no_grad()
+def log_likelihoods(model: GPTMini, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """For each (context ids, following ids): the log of the probability that the model gives to what follows, summed
+    over its tokens, and whether taking the likeliest token each time gives just that.
+
+    A context too long for the model loses its beginning. Raises UserError where what follows is too long by itself.
+    """
+    device, window = model.embed_tokens.weight.device, model.config.max_seq_len
+    longest = max((len(following) for _, following in pairs), default=0)
+    if longest > window:
+        raise UserError(f"a target has {longest} tokens, and the model reads {window}; shorten it, or leave this checkpoint out")
+    rows = [(context + following)[-window - 1 :] for context, following in pairs]
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    while order:
+        width = len(rows[order[0]]) - 1
+        size = max(1, LOGITS // model.config.vocab_size // width)
+        batch, order = order[:size], order[size:]
+        ids = torch.zeros(len(batch), width + 1, dtype=torch.long)  # (B, T + 1); what fills up the end is not scored
+        scored = torch.zeros(len(batch), width, dtype=torch.bool)
+        for b, i in enumerate(batch):
+            ids[b, : len(rows[i])] = torch.tensor(rows[i])
+            scored[b, len(rows[i]) - 1 - len(pairs[i][1]) : len(rows[i]) - 1] = True
+        ids, scored = ids.to(device), scored.to(device)
+        logits = model.lm_head(model.hidden_states(ids[:, :-1])[scored]).float()  # (all scored positions, V)
+        targets = ids[:, 1:][scored]
+        lengths = [len(pairs[i][1]) for i in batch]
+        losses = F.cross_entropy(logits, targets, reduction="none").double().split(lengths)
+        hits = (logits.argmax(dim=-1) == targets).split(lengths)
+        for i, loss, hit in zip(batch, losses, hits, strict=True):
+            found[i] = (-loss.sum().item(), bool(hit.all()))
+    return found
+
+
+@torch.no_grad()
+def continuations(model: GPTMini, tokenizer: Tokenizer, prompts: list[list[int]], lengths: list[int]) -> list[str]:
+    """What the model writes behind each prompt, always taking the likeliest token, up to `lengths[i]` tokens or EOS."""
+    texts, window, order = [""] * len(prompts), model.config.max_seq_len, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    short = [i for i in order if len(prompts[i]) + lengths[i] <= window]
+    rows = {}
+    for start in range(0, len(short), ROWS):
+        batch = short[start : start + ROWS]
+        rows |= zip(batch, continue_together(model, [prompts[i] for i in batch], [lengths[i] for i in batch], tokenizer.eos_id), strict=True)
+    for i in set(order) - set(short):  # these go beyond the context, which slides for each by itself
+        ids = torch.tensor([prompts[i]], device=model.embed_tokens.weight.device)
+        rows[i] = [token.item() for token in model.stream(ids, lengths[i], SamplingConfig(temperature=0), tokenizer.eos_id)]
+    for i, row in rows.items():
+        texts[i] = tokenizer.decode(row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row)
+    return texts
+
+
+def continue_together(model: GPTMini, prompts: list[list[int]], lengths: list[int], eos_id: int) -> list[list[int]]:
+    """The likeliest `lengths[i]` tokens behind each prompt, of any lengths, in one batch with one cache: the rows advance
+    together, and where one prompt is still being read another is continued already."""
+    ends = [len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True)]
+    ids = torch.zeros(len(prompts), max(ends), dtype=torch.long, device=model.embed_tokens.weight.device)  # (B, T)
+    given, last = torch.zeros_like(ids, dtype=torch.bool), torch.tensor(ends, device=ids.device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], given[row, : len(prompt)] = torch.tensor(prompt), True
+    cache = KVCache(model.config, len(prompts), ids.device, model.embed_tokens.weight.dtype)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
+    for end in range(min(map(len, prompts)), max(ends)):
+        x = model.hidden_states(ids[:, cache.length : end], cache=cache)
+        likeliest = model.lm_head(x[:, -1]).argmax(dim=-1)  # (B,)
+        ids[:, end] = torch.where(given[:, end], ids[:, end], likeliest)
+        finished |= ((ids[:, end] == eos_id) & ~given[:, end]) | (last <= end + 1)
+        if finished.all():
+            break
+    return [row[len(prompt) : end] for row, prompt, end in zip(ids.tolist(), prompts, ends, strict=True)]
+
+
+def options_of(case: Case) -> list[str]:
+    """The texts whose likelihood counts."""
+    return case.choices or ([case.target] if case.target is not None else [])
+
+
+def score_cases(model: GPTMini, tokenizer: Tokenizer, cases: list[Case]) -> list[CaseResult]:
+    """Every case's result, all of them in a few batches. A prompt starts where a text starts only if it is empty: behind
+    an EOS. A text the tokenizer has no characters for has probability zero."""
+    prompts = [encode(tokenizer, case.prompt) if case.prompt else [tokenizer.eos_id] for case in cases]
+    followings = [[encode(tokenizer, option) for option in options_of(case)] for case in cases]
+    readable = [(n, k) for n, ids in enumerate(followings) for k, option in enumerate(ids) if option is not None and prompts[n] is not None]
+    found = dict(zip(readable, log_likelihoods(model, [(prompts[n], followings[n][k]) for n, k in readable]), strict=True))
+    written = [n for n, case in enumerate(cases) if case.continued and prompts[n] is not None]
+    texts = continuations(model, tokenizer, [prompts[n] for n in written], [cases[n].max_new_tokens for n in written])
+    text_of = dict(zip(written, texts, strict=True))
+    return [
+        judge(case, [found.get((n, k), (-math.inf, False)) for k in range(len(followings[n]))], followings[n], text_of.get(n))
+        for n, case in enumerate(cases)
+    ]
+
+
+def judge(case: Case, likelihoods: list[tuple[float, bool]], ids: list[list[int] | None], text: str | None) -> CaseResult:
+    """The score of one case, from 0 to 1: the mean of its parts.
+
+    choices: 1 if the target is the likeliest of them, of several equally likely ones its share. target alone: its
+    probability per byte, exp(log-probability / bytes), which compares across tokenizers. contains, regex: 1 or 0.
+    """
+    logprobs, parts, right, chosen = [value for value, _ in likelihoods], {}, 0, None
+    if case.choices:
+        right, best = case.choices.index(case.target), max(logprobs)
+        if best > -math.inf:
+            chosen = logprobs.index(best)
+        parts["choices"] = 1 / logprobs.count(best) if logprobs[right] == best > -math.inf else 0.0
+    elif case.target is not None:
+        parts["target"] = math.exp(logprobs[0] / len(case.target.encode()))
+    if case.contains:
+        parts["contains"] = float(all(piece in (text or "") for piece in case.contains))
+    if case.regex is not None:
+        parts["regex"] = float(text is not None and re.search(case.regex, text) is not None)
+    return CaseResult(
+        score=sum(parts.values()) / len(parts),
+        parts=parts,
+        continuation=text,
+        logprobs=logprobs,
+        n_tokens=len(ids[right] or []) if ids else 0,
+        n_bytes=len(case.target.encode()) if case.target is not None else 0,
+        greedy_match=likelihoods[right][1] if likelihoods else None,
+        chosen=chosen,
+    )
+
+
+def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace, device: str, texts: dict[str, list[str]]) -> CheckpointResult:
+    """One checkpoint's results. Raises UserError if it cannot be opened or is too small for a case."""
+    model, tokenizer, metadata = load_model(path, device)
+    metrics, found = metadata["metrics"], None
+    if args.val:
+        found = validation(model, tokenizer, metadata["config"], args.config, device, texts)
+    return CheckpointResult(
+        file=str(path),
+        names=other_names(path),
+        run=str(path.parent),
+        step=metrics["step"],
+        tokens=metrics["tokens"],
+        n_params=model.n_params(),
+        tokenizer=f"{tokenizer.kind} {tokenizer.vocab_size}",
+        results=score_cases(model, tokenizer, cases),
+        val_loss=found.loss if found else None,
+        bits_per_byte=found.bits_per_byte if found else None,
+    )
+
+
+def validation(
+    model: GPTMini, tokenizer: Tokenizer, own: dict[str, Any], config_path: str | None, device: str, texts: dict[str, list[str]]
+) -> Validation:
+    """As by eval_val.py; `texts` keeps the documents, so that checkpoints of one config read them once."""
+    config = load_config(config_path, base=own)
+    key = json.dumps([config.data.model_dump(), config.seed])
+    if key not in texts:
+        texts[key] = documents_of(config, None)
+        if len(texts) == 2:
+            warn("the checkpoints validate on different texts, so their val_loss does not compare; give one text to all by --config")
+    return validate(model, tokenizer, texts[key], config, precision=resolve_precision(config.hardware.precision, device))
+
+
+# ---- all of them, ranked ------------------------------------------------------------------------------------------
+
+
+def rank(checkpoints: list[CheckpointResult], cases: list[Case], seed: int) -> list[CheckpointResult]:
+    """With scores, 95% intervals and ranks, the best first.
+
+    The bootstrap (Efron, 1979) draws as many cases again, with replacement, RESAMPLES times: how much would the score
+    vary with other cases of this kind? All checkpoints see the same draws, so differences are paired: one that beats
+    the first in more than 2.5% of them cannot be told from it.
+    """
+    weights = np.array([case.weight for case in cases])  # (cases,)
+    scores = np.array([[result.score for result in checkpoint.results] for checkpoint in checkpoints])  # (checkpoints, cases)
+    draws = np.random.default_rng(seed).multinomial(len(cases), np.full(len(cases), 1 / len(cases)), RESAMPLES) * weights  # (draws, cases)
+    drawn = draws @ scores.T / draws.sum(axis=1, keepdims=True)  # (draws, checkpoints)
+    means = np.round(scores @ weights / weights.sum(), 6)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    behind = np.percentile(drawn[:, [means.argmax()]] - drawn, 2.5, axis=0)
+    ranked = []
+    for i, checkpoint in enumerate(checkpoints):
+        place = {"rank": 1 + int((means > means[i]).sum()), "tied": int((means == means[i]).sum()) > 1, "same_as_first": bool(behind[i] <= 0)}
+        by_category = {name: float(np.average(scores[i][where], weights=weights[where])) for name, where in categories_of(cases).items()}
+        ranked.append(replace(checkpoint, score=float(means[i]), low=float(low[i]), high=float(high[i]), categories=by_category, **place))
+    return sorted(ranked, key=lambda c: (c.rank, c.file))
+
+
+def categories_of(cases: list[Case]) -> dict[str, list[int]]:
+    """Which cases belong to each category."""
+    return {name: [n for n, case in enumerate(cases) if case.category == name] for name in dict.fromkeys(case.category for case in cases)}
+
+
+def chance_of(cases: list[Case]) -> dict[str, float | None]:
+    """For each category what guessing wins, where it has choices at all: 1 of 4 choices is 0.25, a target alone nothing."""
+    levels = {}
+    for name, where in categories_of(cases).items():
+        guessed = [(1 / len(cases[n].choices) if cases[n].choices else 0.0) for n in where]
+        levels[name] = float(np.average(guessed, weights=[cases[n].weight for n in where])) if any(guessed) else None
+    return levels
+
+
+def evaluate(args: argparse.Namespace) -> Evaluation:
+    """Score every checkpoint. One that is damaged is left out with a warning. Raises UserError if none remains."""
+    cases, paths, device = read_cases(args.cases), find_checkpoints(args.checkpoints), resolve_device(args.device)
+    checkpoints: list[CheckpointResult] = []
+    texts: dict[str, list[str]] = {}
+    for path in progress(paths, "checkpoints"):
+        try:
+            checkpoints.append(evaluate_checkpoint(path, cases, args, device, texts))
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            warn(f"{path} is left out: {error}")
+    if not checkpoints:
+        raise UserError("none of the checkpoints could be evaluated")
+    for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
+        kind, vocab_size = name.split()
+        warn_of_other_tokenizer(args.tokenizer, kind, int(vocab_size))
+    for name, n in {c.tokenizer: sum(-math.inf in result.logprobs for result in c.results) for c in checkpoints}.items():
+        if n:
+            warn(f"{n} of {len(cases)} cases have characters that the tokenizer {name} does not know; to it they are impossible")
+    return Evaluation(
+        cases=cases,
+        checkpoints=rank(checkpoints, cases, args.seed),
+        chance=chance_of(cases),
+        seed=args.seed,
+        command=args.command,
+        versions=run_record()["versions"],
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
+    )
+
+
+# ---- what is shown and written ------------------------------------------------------------------------------------
+
+
+def place(checkpoint: CheckpointResult) -> str:
+    """`2`, `2=` where others share the rank, `2~` where the cases cannot tell it from the first."""
+    return f"{checkpoint.rank}" + "=" * checkpoint.tied + "~" * (checkpoint.same_as_first and checkpoint.rank > 1)
+
+
+def print_table(evaluation: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    with_val, names = evaluation.checkpoints[0].val_loss is not None, list(evaluation.chance) if len(evaluation.chance) <= COLUMNS else []
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("rank", "file", "step", "score", "95% interval", *(["val loss", "bits/byte"] if with_val else []), *names):
+        table.add_column(printable(name), justify="left" if name == "file" else "right", no_wrap=True, overflow="ignore")
+    for c in evaluation.checkpoints:
+        file = printable(c.file) + (f" ({' '.join(c.names)})" if c.names else "")
+        losses = [f"{c.val_loss:.4f}", f"{c.bits_per_byte:.4f}"] if with_val else []
+        interval = f"{c.low:.3f} to {c.high:.3f}"
+        table.add_row(place(c), file, str(c.step), f"{c.score:.4f}", interval, *losses, *[f"{c.categories[name]:.3f}" for name in names])
+    if any(evaluation.chance[name] is not None for name in names):
+        levels = ["" if evaluation.chance[name] is None else f"{evaluation.chance[name]:.3f}" for name in names]
+        table.add_row("", "guessing", "", "", "", *[""] * (2 * with_val), *levels, style="dim")
+    Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
+    n = len(evaluation.cases)
+    if any(c.tied or c.same_as_first for c in evaluation.checkpoints[1:]):
+        print(f"= the same score; ~ these {n} cases cannot tell it from the first (paired bootstrap, 95%)")
+    if not names:
+        print(f"{len(evaluation.chance)} categories are too many for this table; --output-dir writes them to files")
+
+
+def checkpoint_row(c: CheckpointResult) -> dict[str, Any]:
+    """A row of evaluation_results.csv, and the object of --json."""
+    row = {name: getattr(c, name) for name in ("rank", "tied", "file")} | {"names": " ".join(c.names)}
+    row |= {name: getattr(c, name) for name in ("step", "tokens", "n_params", "tokenizer", "score", "low", "high", "same_as_first")}
+    return row | {"val_loss": c.val_loss, "bits_per_byte": c.bits_per_byte} | {f"score_{name}": value for name, value in c.categories.items()}
+
+
+def case_row(c: CheckpointResult, case: Case, result: CaseResult) -> dict[str, Any]:
+    """A row of cases.csv. Log-probabilities are natural logarithms, those of the target; without one they stay empty."""
+    row = {"checkpoint": c.file, "step": c.step, "cases": case.file, "id": case.id, "category": case.category, "weight": case.weight}
+    row |= {"score": result.score} | {part: result.parts.get(part) for part in ("choices", "target", "contains", "regex")}
+    logprob = result.logprobs[case.choices.index(case.target) if case.choices else 0] if result.logprobs else None
+    row |= {"logprob": logprob, "logprob_per_token": None, "logprob_per_byte": None}
+    if logprob is not None and result.n_tokens:
+        row |= {"logprob_per_token": logprob / result.n_tokens, "logprob_per_byte": logprob / result.n_bytes}
+    chosen = case.choices[result.chosen] if case.choices and result.chosen is not None else None
+    return row | {"greedy_match": result.greedy_match, "chosen": chosen, "prompt": case.prompt, "target": case.target, "output": result.continuation}
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode("utf-8", "replace"))
+
+
+def write_results(evaluation: Evaluation, folder: Path) -> None:
+    """The tables, the report and the picture; what an earlier evaluation left there is replaced."""
+    from support.plots import draw_scores
+    from support.report import write_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "evaluation_results.csv", [checkpoint_row(c) for c in evaluation.checkpoints])
+    pairs = [(c, case, result) for c in evaluation.checkpoints for case, result in zip(evaluation.cases, c.results, strict=True)]
+    write_csv(folder / "cases.csv", [case_row(*pair) for pair in pairs])
+    draw_scores(folder / "scores", evaluation)
+    write_report(folder / "report.html", evaluation)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    args.command = shlex.join(["python3", "evaluate_checkpoints.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.config and not args.val:
+        raise UserError("--config names the validation text, so it goes with --val")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
+    evaluation = evaluate(args)
+    if args.json:
+        for c in evaluation.checkpoints:
+            print(json.dumps(checkpoint_row(c)))
+    else:
+        print_table(evaluation)
+    if args.output_dir:
+        write_results(evaluation, Path(args.output_dir))
+        print(f"report: {args.output_dir}/report.html", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
