@@ -25,7 +25,7 @@ ARROWS = {
     "list": "support.checkpoint support.cli",
     "eval_val": "data model support.checkpoint support.cli support.config support.documents support.hardware tokenizer",
     "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.evaluation support.hardware "
-    "support.plots support.report support.run tokenizer",
+    "support.plots support.report support.run support.scoring tokenizer",
     "data": "support.cli support.config support.documents support.loss tokenizer",
     "model": "support.loss",
     "optim": "support.config",
@@ -45,6 +45,7 @@ ARROWS = {
     "support.report": "support.cases support.checkpoint support.evaluation support.plots",
     "support.run": "data model support.checkpoint support.cli support.config support.hardware support.safe_yaml tokenizer",
     "support.safe_yaml": "support.cli",
+    "support.scoring": "model support.cli tokenizer",
 }
 SCRIPTS = {"train", "infer", "list", "eval_val", "evaluate_checkpoints"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}
