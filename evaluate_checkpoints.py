@@ -253,7 +253,7 @@ def checkpoint_row(c: CheckpointResult) -> dict[str, Any]:
 def case_row(c: CheckpointResult, case: Case, result: CaseResult) -> dict[str, Any]:
     """A row of cases.csv. Log-probabilities are natural logarithms, those of the target; without one they stay empty."""
     row = {"checkpoint": c.file, "step": c.step, "cases": case.file, "id": case.id, "category": case.category, "weight": case.weight}
-    row |= {"score": result.score} | {part: result.parts.get(part) for part in ("choices", "target", "contains", "regex")}
+    row |= {"score": result.score} | {f"score_{part}": result.parts.get(part) for part in ("choices", "target", "contains", "regex")}
     logprob = result.logprobs[case.choices.index(case.target) if case.choices else 0] if result.logprobs else None
     row |= {"logprob": logprob, "logprob_per_token": None, "logprob_per_byte": None}
     if logprob is not None and result.n_tokens:
@@ -273,15 +273,13 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
     """The tables, the report and the picture; what an earlier evaluation left there is replaced."""
-    from support.plots import draw_scores
     from support.report import write_report
 
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "evaluation_results.csv", [checkpoint_row(c) for c in evaluation.checkpoints])
     pairs = [(c, case, result) for c in evaluation.checkpoints for case, result in zip(evaluation.cases, c.results, strict=True)]
     write_csv(folder / "cases.csv", [case_row(*pair) for pair in pairs])
-    draw_scores(folder / "scores", evaluation)
-    write_report(folder / "report.html", evaluation)
+    write_report(folder / "report.html", evaluation)  # with scores.svg and scores.png beside it
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -90,7 +90,7 @@ def find_case_files(paths: list[str]) -> list[Path]:
     """The files that the paths (files, or folders of .yaml files) name. Raises UserError for a path that names none."""
     found: list[Path] = []
     for path in map(Path, paths):
-        here = sorted([*path.glob("*.yaml"), *path.glob("*.yml"), *path.glob("*.json")]) if path.is_dir() else [path]
+        here = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml", ".json")) if path.is_dir() else [path]
         if not here:
             raise UserError(f"--cases {path}: no .yaml file in this folder; try --cases cases/wiki_basics.yaml")
         found += here

@@ -25,7 +25,7 @@ ARROWS = {
     "list": "support.checkpoint support.cli",
     "eval_val": "data model support.checkpoint support.cli support.config support.documents support.hardware tokenizer",
     "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.evaluation support.hardware "
-    "support.plots support.report support.run support.scoring tokenizer",
+    "support.report support.run support.scoring tokenizer",
     "data": "support.cli support.config support.documents support.loss tokenizer",
     "model": "support.loss",
     "optim": "support.config",

@@ -9,6 +9,7 @@ Every process is forked from this one, which has PyTorch and Lightning loaded, s
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -72,12 +73,16 @@ def write_corpora(folder: Path) -> None:
 
 def start(argv: list[str], log: Path) -> int:
     """The process id of `train.py` with these words, forked from this process, in a session of its own."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # or Ctrl-C in its first moment would unwind a copy of this process
+    log.write_text("")
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return pid
     code = 70  # an error of ours, with its traceback in the log
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -113,7 +118,8 @@ def kill_after(pid: int, seconds: float, how: str) -> int:
         time.sleep(0.001)
     send = os.kill if how.endswith("alone") else os.killpg
     for _ in range(2 if how.endswith("twice") else 1):
-        send(pid, signal.Signals[how.split()[0]])
+        with contextlib.suppress(ProcessLookupError):  # not in a group of its own yet: this run is let go
+            send(pid, signal.Signals[how.split()[0]])
     return wait(pid)
 
 

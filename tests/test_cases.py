@@ -1,0 +1,147 @@
+"""Case files: what is read, and what is said about mistakes in them."""
+
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from support.cases import Case, read_case_file, read_cases
+from support.cli import UserError
+
+OURS = sorted((REPO / "cases").glob("*.yaml"))
+
+
+def write(folder: Path, text: str, name: str = "some.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_case_file(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_field_is_read(tmp_path):
+    path = write(
+        tmp_path,
+        """
+name: some
+description: what they are
+cases:
+  - {id: one, prompt: The sky is, target: " blue", category: colours, weight: 2}
+  - prompt: ""
+    choices: [It is., It are.]
+    target: It is.
+  - {prompt: A, contains: B, regex: "B|C", max_new_tokens: 5}
+  - {prompt: A, contains: [B, C]}
+""",
+    )
+    one, two, three, four = read_case_file(path)
+    assert one == Case(id="one", file=str(path), prompt="The sky is", target=" blue", category="colours", weight=2.0)
+    assert (two.id, two.category, two.weight, two.choices, two.continued) == ("some-2", "other", 1.0, ["It is.", "It are."], False)
+    assert (three.contains, three.regex, three.max_new_tokens, three.continued) == (["B"], "B|C", 5, True)
+    assert four.contains == ["B", "C"]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("{target: x}", "case 1: prompt is required"),
+        ("{prompt: x}", "nothing to score; give a target, contains or regex"),
+        ("{prompt: x, traget: y}", "unknown key traget; did you mean target?"),
+        ("{prompt: x, zzzz: y}", "unknown key zzzz; see docs/EVALUATION.md"),
+        ("{prompt: x, target: 1945}", "target=1945: input should be a valid string; put it in quotes"),
+        ("{prompt: x, target: yes}", "put it in quotes"),
+        ('{prompt: x, target: ""}', "target=''"),
+        ("{prompt: x, target: a, choices: [b, c]}", "target 'a' must be one of the choices ['b', 'c']"),
+        ("{prompt: x, choices: [b, c]}", "target None must be one of the choices"),
+        ("{prompt: x, target: b, choices: [b]}", "choices=['b']"),
+        ("{prompt: x, target: b, choices: [b, c, b]}", "a choice is given twice"),
+        ('{id: odd, prompt: x, regex: "(a"}', "case 1 (odd): '(a' is no regular expression"),
+        ("{prompt: x, target: b, weight: 0}", "weight=0.0: input should be greater than 0"),
+        ("{prompt: x, target: b, weight: heavy}", "weight='heavy'"),
+        ("{prompt: x, target: b, max_new_tokens: 0}", "max_new_tokens=0"),
+        ("just text", "case 1: 'just text' is not a mapping"),
+        ("[a, b]", "case 1: ['a', 'b'] is not a mapping"),
+    ],
+)
+def test_a_mistake_in_a_case_is_named_with_its_place(tmp_path, case, said):
+    assert said in refusal(write(tmp_path, f"cases:\n  - {case}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("- {prompt: a, target: b}", "is not a mapping of keys; it has a list `cases`"),
+        ("name: x", "cases is required"),
+        ("cases: []", "cases=[]"),
+        ("cases: {prompt: a}", "cases={'prompt': 'a'}"),
+        ("case:\n  - {prompt: a, target: b}", "unknown key case; did you mean cases?"),
+        ("cases:\n  - {id: a, prompt: a, target: b}\n  - {id: a, prompt: c, target: d}", "case 2 (a): another case has the id a"),
+        ("cases:\n  - {prompt: a, target: b\n", "mend the YAML there"),
+        ("cases:\n  - {prompt: !!python/object/apply:os.getcwd [], target: b}", "mend the YAML there"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path, text, said):
+    assert said in refusal(write(tmp_path, text))
+
+
+def test_all_mistakes_are_told_at_once_and_not_hundreds(tmp_path):
+    message = refusal(write(tmp_path, "cases:\n" + "  - {prompt: a}\n" * 3))
+    assert len(message.splitlines()) == 3
+    message = refusal(write(tmp_path, "cases:\n" + "  - {prompt: a}\n" * 300))
+    assert len(message.splitlines()) == 11
+    assert "and 290 more" in message
+
+
+def test_paths_that_hold_no_cases_are_refused(tmp_path):
+    for path, said in ((tmp_path, "no .yaml file"), (tmp_path / "nothing.yaml", "does not exist; try --cases cases/wiki_basics.yaml")):
+        with pytest.raises(UserError, match=said):
+            read_cases([str(path)])
+    (tmp_path / "bytes.yaml").write_bytes(b"cases: \xff")
+    assert "is not text (byte 7)" in refusal(tmp_path / "bytes.yaml")
+
+
+def test_a_folder_is_all_its_files_and_a_file_named_twice_counts_once(tmp_path):
+    for name in ("b.yaml", "a.yml", "c.json"):
+        write(tmp_path, '{"cases": [{"prompt": "x", "target": "y"}]}', name)
+    write(tmp_path, "not read", "notes.txt")
+    assert [case.id for case in read_cases([str(tmp_path), str(tmp_path / "b.yaml")])] == ["a-1", "b-1", "c-1"]
+
+
+def test_three_thousand_cases_fit_into_a_file(tmp_path):
+    path = write(tmp_path, "cases:\n" + "".join(f'  - {{id: c{i}, prompt: "p{i}", target: " t", category: k}}\n' for i in range(3000)))
+    assert len(read_case_file(path)) == 3000
+
+
+# ---- our own ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
+def test_our_files_are_sound(path):
+    cases = read_case_file(path)
+    assert len(cases) >= 40
+    assert all(case.category != "other" for case in cases)
+    assert len({(case.prompt, case.target, str(case.choices), str(case.contains)) for case in cases}) == len(cases), "none stands there twice"
+    counts = [sum(case.choices is not None and case.choices.index(case.target) == place for case in cases) for place in range(2)]
+    assert min(counts) >= 0.3 * max(counts), "the right choice is not always the first"
+
+
+def test_our_files_are_those_that_the_readme_promises():
+    assert [path.stem for path in OURS] == ["grammar", "shakespeare", "tiny_corpus", "wiki_basics"]
+    assert {"geography", "history", "science", "language"} == {case.category for case in read_case_file(REPO / "cases" / "wiki_basics.yaml")}
+    assert all(case.prompt == "" and len(case.choices) == 2 for case in read_case_file(REPO / "cases" / "grammar.yaml"))
+
+
+def test_verbatim_cases_of_the_bundled_corpus_stand_in_it():
+    """Those whose comment says so: a case that no text bears out would measure nothing."""
+    text = (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
+    source = (REPO / "cases" / "tiny_corpus.yaml").read_text(encoding="utf-8")
+    verbatim = {line.split("id:")[1].split("#")[0].strip() for line in source.splitlines() if "id:" in line and "# verbatim" in line}
+    cases = [case for case in read_case_file(REPO / "cases" / "tiny_corpus.yaml") if case.id in verbatim and case.target]
+    assert len(cases) > 30
+    assert [case.id for case in cases if case.prompt + case.target not in text] == []

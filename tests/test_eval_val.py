@@ -1,0 +1,134 @@
+"""eval_val.py: the same number as training logged, whatever the batch, and comparable across tokenizers."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO
+from test_resume import BYTE
+
+import eval_val
+from data import load_corpus
+from support.checkpoint import load_model
+from support.cli import UserError
+from support.config import load_config
+
+
+@pytest.fixture
+def score(capsys):
+    def call(*argv: object) -> dict:
+        capsys.readouterr()
+        assert eval_val.main([str(word) for word in (*argv, "--json", "--device", "cpu")]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("data.document_mask=true",), ("data.stride=16",), ("training.seq_len=24",), ("hardware.precision=bf16-mixed",)],
+    ids=["plain", "document mask", "stride", "short blocks", "bf16"],
+)
+def test_the_loss_is_what_training_logged_at_that_step(run, tmp_path, score, words):
+    made = run(tmp_path / "run", "training.max_steps=8", "model.dropout=0.1", *words)
+    for name, row in zip(("step-0000004", "step-0000008"), made.val_rows, strict=True):
+        found = score("--ckpt", made.folder / f"{name}.ckpt")
+        assert found["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+        assert found["perplexity"] == pytest.approx(row["perplexity"], rel=1e-4)
+        assert (found["step"], found["logged_val_loss"]) == (row["step"], row["val_loss"])
+
+
+def test_the_whole_set_is_scored_where_training_looked_at_a_part(run, tmp_path, score, tiny_run):
+    """The weights are the same: validation has no part in training."""
+    part = run(tmp_path / "run", "training.val_batches=1")
+    found, whole = score("--ckpt", part.folder / "final.ckpt"), score("--ckpt", tiny_run.folder / "final.ckpt")
+    assert found["loss"] == whole["loss"]
+    assert found["logged_val_loss"] != pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_the_loss_does_not_depend_on_the_batch(score, tiny_run):
+    found = [score("--ckpt", tiny_run.folder / "final.ckpt", "--batch-size", n) for n in (1, 3, 1000)]
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+    assert found[2]["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+    assert {row["n_tokens"] for row in found} == {found[0]["n_tokens"]}
+
+
+def test_the_loss_is_that_of_a_naive_loop(run, tmp_path, score):
+    made = run(tmp_path / "run", *BYTE)
+    model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
+    documents = load_corpus(load_config(None, [], metadata["config"])).val
+    row, window = [i for text in documents for i in [*text.encode(), tokenizer.eos_id]], model.config.max_seq_len
+    losses = []
+    for start in range(0, len(row) - 1, window):
+        ids = torch.tensor(row[start : start + window + 1])
+        logits = model(ids[None, :-1])[0]
+        losses += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
+    found = score("--ckpt", made.folder / "final.ckpt")
+    n_bytes = sum(len(text.encode()) for text in documents)
+    assert (found["n_documents"], found["n_tokens"], found["n_bytes"]) == (len(documents), len(row) - 1, n_bytes - 1)
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / (n_bytes - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, tmp_path, score, kind):
+    """With all weights zero every token has probability 1 / V: bits per byte follow from counts alone."""
+    made = run(tmp_path / "run", "training.max_steps=0", f"tokenizer.kind={kind}")
+    checkpoint = made.checkpoint()
+    checkpoint["state_dict"] = {name: torch.zeros_like(weight) for name, weight in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "zero.ckpt")
+    found, vocab_size = score("--ckpt", tmp_path / "zero.ckpt"), checkpoint["tiny_transformer"]["model"]["vocab_size"]
+    assert found["loss"] == pytest.approx(math.log(vocab_size), rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(found["n_tokens"] * math.log2(vocab_size) / found["n_bytes"], rel=1e-6)
+
+
+def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_path, capsys):
+    ckpt = tiny_run.folder / "final.ckpt"
+    text = "It was a dark and stormy night. " * 9
+    (tmp_path / "book.txt").write_text(text)
+    found = score("--ckpt", ckpt, "--data", tmp_path / "book.txt")
+    assert (found["n_documents"], found["n_bytes"] > len(text) - 10) == (1, True)
+    other = score("--ckpt", ckpt, "--config", REPO / "config_smoke.yaml", "--override", f"data.path={tmp_path}/book.txt")
+    assert other["n_bytes"] < found["n_bytes"], "a tenth is validation"
+    assert eval_val.main(["--ckpt", str(ckpt), "--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "the model reads 32 tokens, so blocks of as many are scored" in said.err
+    assert "blocks of 32" in said.out
+
+
+def test_what_it_says(tiny_run, capsys):
+    assert eval_val.main(["--ckpt", str(tiny_run.folder / "best.ckpt"), "--tokenizer", "gpt2", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "--tokenizer gpt2 is not what this model was trained with" in said.err
+    logged = min(row["val_loss"] for row in tiny_run.val_rows)
+    lines = said.out.splitlines()
+    assert "37,568 parameters, tokenizer bpe 400" in lines[0]
+    assert lines[2].startswith(f"val_loss {logged:.4f} nats per token, perplexity ")
+    assert lines[3] == f"its newest validation in training gave {logged:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--data", "nowhere.txt"], "--data=nowhere.txt: no .txt or .jsonl file there"),
+        (["--data", "{tmp}/empty.txt"], "holds no text"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["--override", "data.pth=x"], "unknown key data.pth; did you mean data.path?"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+    ],
+)
+def test_mistakes_are_answered(tiny_run, tmp_path, argv, said):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=said.replace(".", r"\.").replace("?", r"\?")):
+        eval_val.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), *(word.format(tmp=tmp_path) for word in argv)])
+
+
+def test_a_text_with_characters_the_tokenizer_does_not_know_is_refused(run, tmp_path):
+    made = run(tmp_path / "run", "training.max_steps=0", "tokenizer.kind=char")
+    (tmp_path / "greek.txt").write_text("λόγος " * 30)
+    with pytest.raises(UserError, match="λ"):
+        eval_val.main(["--ckpt", str(made.folder / "final.ckpt"), "--data", str(tmp_path / "greek.txt")])
