@@ -333,3 +333,49 @@ def test_tokenizers_compare_and_unknown_characters_are_told(evaluate, run, tmp_p
 def test_mistakes_are_answered(tiny_run, argv, said):
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         evaluate_checkpoints.main([word.format(run=tiny_run.folder) for word in argv])
+
+
+# ---- does the rank follow the training? ---------------------------------------------------------------------------
+
+
+def next_word_cases(path: Path, shuffled: bool) -> Path:
+    """200 places in the bundled corpus: which of four words comes next? With `shuffled`, a random one is declared right."""
+    dice = np.random.default_rng(7)
+    sentences = [line.split() for line in (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8").splitlines() if len(line.split()) > 10]
+    words = sorted({f" {word}" for sentence in sentences for word in sentence})
+    cases = []
+    for _ in range(200):
+        sentence = sentences[dice.integers(len(sentences))]
+        place = dice.integers(5, len(sentence))
+        target = f" {sentence[place]}"
+        choices = [target, *dice.choice([word for word in words if word != target], 3, replace=False).tolist()]
+        dice.shuffle(choices)
+        right = str(dice.choice(choices)) if shuffled else target
+        cases.append({"prompt": " ".join(sentence[max(0, place - 8) : place]), "choices": choices, "target": right, "max_new_tokens": 1})
+    return write_cases(path, cases)
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """The correlation of ranks (no ties are expected)."""
+    return float(np.corrcoef(np.argsort(np.argsort(one)), np.argsort(np.argsort(other)))[0, 1])
+
+
+@pytest.mark.slow
+def test_the_rank_follows_the_training_and_not_if_targets_are_shuffled(evaluate, run, tmp_path):
+    words = ("model.d_model=64", "tokenizer.vocab_size=512", "data.stride=8", "training.micro_batch_size=16", "training.grad_accum_steps=1")
+    steps = ("training.schedule_steps=120", "training.val_every=120", "checkpoint.save_every=20")
+    true, shuffled = (next_word_cases(tmp_path / f"{name}.json", name == "shuffled") for name in ("true", "shuffled"))
+    gained: dict[str, list[float]] = {"true": [], "shuffled": []}
+    for seed in (1, 2, 3):
+        for name, n in (("trained", 120), ("untrained", 0)):
+            run(tmp_path / str(seed) / name, *words, *steps, f"training.max_steps={n}", f"seed={seed}")
+        rows, _ = evaluate("--checkpoints", tmp_path / str(seed), "--cases", true)
+        assert sorted(row["step"] for row in rows) == [0, 20, 40, 60, 80, 100, 120]
+        assert rows[-1]["step"] == 0, "the untrained one is last"
+        assert spearman([row["step"] for row in rows], [row["score"] for row in rows]) >= 0.8
+        for name, cases in (("true", true), ("shuffled", shuffled)):
+            scores = {row["step"]: row["score"] for row in evaluate("--checkpoints", tmp_path / str(seed), "--cases", cases)[0]}
+            gained[name].append(scores[120] - scores[0])
+        assert all(0.15 < score < 0.35 for score in scores.values()), "with shuffled targets all guess"
+    assert np.mean(gained["true"]) > 0.1
+    assert abs(np.mean(gained["shuffled"])) < np.mean(gained["true"]) / 3
