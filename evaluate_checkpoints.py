@@ -3,6 +3,7 @@
 python3 evaluate_checkpoints.py --checkpoints checkpoints --cases cases/tiny_corpus.yaml
 python3 evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tokenizer gpt2 --cases cases/wiki_basics.yaml
 python3 evaluate_checkpoints.py --checkpoints 'runs/*/*.ckpt' --cases cases/ --val --output-dir results/baseline
+python3 evaluate_checkpoints.py --checkpoints checkpoints/best.ckpt --lm-eval lambada_openai --lm-eval-limit 200    # pip install lm-eval
 """
 
 import argparse
@@ -13,8 +14,10 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,25 @@ from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, pro
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH", help="files, folders (searched at any depth) or quoted globs")
-    parser.add_argument("--cases", nargs="+", required=True, metavar="PATH", help="case files, or folders of them")
+    parser.add_argument("--cases", nargs="+", metavar="PATH", help="case files, or folders of them")
     add_tokenizer_flag(parser)
     parser.add_argument("--val", action="store_true", help="also the loss on the validation text, as by eval_val.py")
     parser.add_argument("--config", metavar="FILE", help="with --val: the validation text of this config for all, instead of each one's own")
-    parser.add_argument("--output-dir", metavar="DIR", help="write evaluation_results.csv, cases.csv, report.html, scores.svg and scores.png there")
+    parser.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of the EleutherAI harness, beside the cases or instead of them")
+    parser.add_argument("--lm-eval-tasks", metavar="DIR", help="with --lm-eval: a folder of task files of your own; they can name code, which is run")
+    parser.add_argument("--lm-eval-limit", type=int, metavar="N", help="with --lm-eval: only the first N examples of each task")
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="write evaluation_results.csv, cases.csv, report.html, scores.svg, scores.png and lm_eval.csv there"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a checkpoint instead of the table")
     parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap (default 42); the scores themselves draw nothing")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.cases and not args.lm_eval:
+        parser.error("give --cases, --lm-eval, or both")
+    if args.lm_eval and find_spec("lm_eval") is None:
+        raise UserError("--lm-eval needs the EleutherAI harness, which is not installed; pip install lm-eval")
+    return args
 
 
 if __name__ == "__main__":
@@ -47,6 +60,7 @@ from support.checkpoint import atomic_write, find_checkpoints, load_model, other
 from support.config import load_config
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 from support.hardware import resolve_device, resolve_precision
+from support.harness import find_tasks, run_tasks
 from support.run import run_record
 from support.scoring import continuations, encode, log_likelihoods
 from tokenizer import Tokenizer
@@ -180,20 +194,27 @@ def chance_of(cases: list[Case]) -> dict[str, float | None]:
     return levels
 
 
-def evaluate(args: argparse.Namespace) -> Evaluation:
-    """Score every checkpoint. One that is damaged is left out with a warning. Raises UserError if none remains."""
-    cases, paths, device = read_cases(args.cases), find_checkpoints(args.checkpoints), resolve_device(args.device)
-    checkpoints: list[CheckpointResult] = []
-    texts: dict[str, list[str]] = {}
-    for path in progress(paths, "checkpoints"):
+def each_checkpoint(paths: Iterable[Path], n: int, score: Callable[[Path], Any]) -> list[Any]:
+    """What `score` finds for each of the `n` paths. One that is damaged or too small is left out with a warning. Raises
+    UserError if none remains."""
+    found = []
+    for path in paths:
         try:
-            checkpoints.append(evaluate_checkpoint(path, cases, args, device, texts))
+            found.append(score(path))
         except UserError as error:
-            if len(paths) == 1:
+            if n == 1:
                 raise
             warn(f"{path} is left out: {error}")
-    if not checkpoints:
+    if not found:
         raise UserError("none of the checkpoints could be evaluated")
+    return found
+
+
+def evaluate(args: argparse.Namespace) -> Evaluation:
+    """Score every checkpoint on the cases. Raises UserError."""
+    cases, paths, device = read_cases(args.cases), find_checkpoints(args.checkpoints), resolve_device(args.device)
+    texts: dict[str, list[str]] = {}
+    checkpoints = each_checkpoint(progress(paths, "checkpoints"), len(paths), lambda path: evaluate_checkpoint(path, cases, args, device, texts))
     for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
         kind, vocab_size = name.split()
         warn_of_other_tokenizer(args.tokenizer, kind, int(vocab_size))
@@ -209,6 +230,18 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
         versions=run_record()["versions"],
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
+
+
+def evaluate_tasks(args: argparse.Namespace, index: Any) -> list[dict[str, Any]]:
+    """Rows of lm_eval.csv: every checkpoint on the tasks of --lm-eval, which `find_tasks` found in `index`. Raises UserError."""
+    paths, device = find_checkpoints(args.checkpoints), resolve_device(args.device)
+
+    def score(path: Path) -> list[dict[str, Any]]:
+        model, tokenizer, metadata = load_model(path, device)
+        of_checkpoint = {"file": str(path), "names": " ".join(other_names(path)), "step": metadata["metrics"]["step"]}
+        return [of_checkpoint | row for row in run_tasks(model, tokenizer, args.lm_eval, index, args.lm_eval_limit)]
+
+    return [row for rows in each_checkpoint(paths, len(paths), score) for row in rows]
 
 
 # ---- what is shown and written ------------------------------------------------------------------------------------
@@ -241,6 +274,26 @@ def print_table(evaluation: Evaluation) -> None:
         print(f"= the same score; ~ these {n} cases cannot tell it from the first (paired bootstrap, 95%)")
     if not names:
         print(f"{len(evaluation.chance)} categories are too many for this table; --output-dir writes them to files")
+
+
+def print_tasks(rows: list[dict[str, Any]]) -> None:
+    """A line for each checkpoint, a column for each metric."""
+    from rich.console import Console
+    from rich.table import Table
+
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        file = printable(row["file"]) + (f" ({row['names']})" if row["names"] else "")
+        column = " ".join([row["task"], row["metric"], row["filter"]]).removesuffix(" none")
+        error = "" if row["stderr"] is None else f" ±{row['stderr']:.4f}"
+        cells.setdefault(file, {"step": str(row["step"])})[column] = f"{row['value']:.4f}{error}"
+    names = list(dict.fromkeys(name for columns in cells.values() for name in columns))
+    table = Table("file", box=None, header_style="bold", pad_edge=False)
+    for name in names:
+        table.add_column(printable(name), justify="right", no_wrap=True)
+    for file, columns in cells.items():
+        table.add_row(file, *[columns.get(name, "") for name in names])
+    Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
 
 
 def checkpoint_row(c: CheckpointResult) -> dict[str, Any]:
@@ -287,17 +340,35 @@ def main(argv: list[str] | None = None) -> int:
     args.command = shlex.join(["python3", "evaluate_checkpoints.py", *(sys.argv[1:] if argv is None else argv)])
     if args.config and not args.val:
         raise UserError("--config names the validation text, so it goes with --val")
+    if args.val and not args.cases:
+        raise UserError("--val stands beside the scores of --cases; python3 eval_val.py gives it alone")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
-    evaluation = evaluate(args)
-    if args.json:
-        for c in evaluation.checkpoints:
-            print(json.dumps(checkpoint_row(c)))
-    else:
-        print_table(evaluation)
-    if args.output_dir:
-        write_results(evaluation, Path(args.output_dir))
-        print(f"report: {args.output_dir}/report.html", file=sys.stderr if args.json else sys.stdout)
+    if not args.lm_eval and (args.lm_eval_tasks or args.lm_eval_limit is not None):
+        raise UserError("--lm-eval-tasks and --lm-eval-limit go with --lm-eval TASK")
+    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
+        raise UserError(f"--lm-eval-limit {args.lm_eval_limit} must be at least 1")
+    index = find_tasks(args.lm_eval, args.lm_eval_tasks) if args.lm_eval else None
+    if args.cases:
+        evaluation = evaluate(args)
+        if args.json:
+            for c in evaluation.checkpoints:
+                print(json.dumps(checkpoint_row(c)))
+        else:
+            print_table(evaluation)
+        if args.output_dir:
+            write_results(evaluation, Path(args.output_dir))
+            print(f"report: {args.output_dir}/report.html", file=sys.stderr if args.json else sys.stdout)
+    if args.lm_eval:
+        rows = evaluate_tasks(args, index)
+        if args.json:
+            for row in rows:
+                print(json.dumps(row))
+        else:
+            print_tasks(rows)
+        if args.output_dir:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_csv(Path(args.output_dir) / "lm_eval.csv", rows)
     return 0
 
 

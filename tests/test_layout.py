@@ -25,7 +25,7 @@ ARROWS = {
     "list": "support.checkpoint support.cli",
     "eval_val": "data model support.checkpoint support.cli support.config support.documents support.hardware tokenizer",
     "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.evaluation support.hardware "
-    "support.report support.run support.scoring tokenizer",
+    "support.harness support.report support.run support.scoring tokenizer",
     "data": "support.cli support.config support.documents support.loss tokenizer",
     "model": "support.loss",
     "optim": "support.config",
@@ -38,6 +38,7 @@ ARROWS = {
     "support.documents": "support.cli support.config support.hardware support.hub tokenizer",
     "support.evaluation": "support.cases",
     "support.hardware": "support.cli",
+    "support.harness": "model support.cli support.scoring tokenizer",
     "support.hub": "support.cli",
     "support.loss": "",
     "support.plots": "support.checkpoint support.evaluation",
@@ -156,7 +157,7 @@ def test_what_only_some_runs_need_is_imported_where_it_is_needed(path):
     """Seconds each: a run on local text needs no datasets, a sample no pictures."""
     at_top = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
     at_top |= {node.module for node in tree(path).body if isinstance(node, ast.ImportFrom)}
-    assert not {name.split(".")[0] for name in at_top} & {"datasets", "transformers", "matplotlib", "tiktoken", "tokenizers"}
+    assert not {name.split(".")[0] for name in at_top} & {"datasets", "transformers", "matplotlib", "tiktoken", "tokenizers", "lm_eval"}
 
 
 # ---- what a process loads -----------------------------------------------------------------------------------------
