@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -168,3 +169,12 @@ def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch, terminal):
     assert listing.main([str(tiny_run.folder)]) == 0
     for path in tiny_run.folder.glob("step-*.ckpt"):
         assert path.name in screen.getvalue()
+
+
+def test_many_files_are_read_by_several_processes_and_give_the_same_rows(show, tiny_run, tmp_path):
+    for n in range(listing.MANY):
+        shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / f"copy-{n}.ckpt")
+    (tmp_path / "bad.ckpt").touch()
+    rows = {row["file"]: row for row in map(json.loads, show(tmp_path, "--json").splitlines())}
+    assert len(rows) == listing.MANY + 1
+    assert {file: row | {"age_s": 0} for file, row in rows.items()} == {file: listing.describe(Path(file)) | {"age_s": 0} for file in rows}
