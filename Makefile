@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -rs
 
-.PHONY: setup smoke test test-slow test-all test-oldest lint format
+.PHONY: setup smoke test test-slow test-all torture test-oldest lint format
 
 setup: $(VENV)/installed
 
@@ -24,6 +24,10 @@ test-slow: setup
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+# Kill and resume at random moments, for about ten minutes. docs/RELIABILITY.md tells what came of it.
+torture: setup
+	$(PY) tests/torture.py --kills 160
 
 # The oldest versions that requirements.txt allows, in an environment of their own.
 test-oldest:

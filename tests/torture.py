@@ -198,13 +198,18 @@ def report(done: list[Case], seed: int, seconds: float) -> str:
     return "\n".join([*lines, "", f"seed {seed}, {seconds / 60:.0f} minutes"])
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=120, help="how often to kill, over all cases (default 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (default 0)")
     parser.add_argument("--keep", type=Path, help="folder for the runs; default: a temporary one, removed at the end")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
     os.chdir(REPO)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     import datasets  # noqa: F401 (loaded once, before the forks)
     import torch
 
