@@ -33,7 +33,7 @@ import torch
 
 from data import PackedLMDataset, ValBatches, load_corpus, tokenize
 from model import GPTMini
-from support.checkpoint import load_model, warn_of_other_tokenizer
+from support.checkpoint import load_model, saved_config, warn_of_other_tokenizer
 from support.config import Config, flag_overrides, load_config
 from support.documents import text_documents
 from support.hardware import resolve_device, resolve_precision
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device or "auto")
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
-    config = load_config(args.config, flag_overrides(args), base=metadata["config"])
+    config = load_config(args.config, flag_overrides(args), base=None if args.config else saved_config(metadata, args.ckpt))
     documents = documents_of(config, args.data)
     if config.seq_len > model.config.max_seq_len:
         warn(
@@ -103,13 +103,15 @@ def main(argv: list[str] | None = None) -> int:
     found, metrics = validate(model, tokenizer, documents, config, args.batch_size, precision), metadata["metrics"]
     if args.json:
         print(
-            json.dumps({"ckpt": args.ckpt, "step": metrics["step"], "logged_val_loss": metrics["val_loss"], "precision": precision} | asdict(found))
+            json.dumps(
+                {"ckpt": args.ckpt, "step": metrics["step"], "logged_val_loss": metrics.get("val_loss"), "precision": precision} | asdict(found)
+            )
         )
         return 0
     print(f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, tokenizer {tokenizer.kind} {tokenizer.vocab_size:,}")
     print(f"text: {found.n_documents:,} documents, {found.n_tokens:,} tokens to predict in blocks of {found.seq_len}, {found.n_bytes:,} bytes")
     print(f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte")
-    if metrics["val_loss"] is not None and not args.config and not args.data:
+    if metrics.get("val_loss") is not None and not args.config and not args.data:
         print(f"its newest validation in training gave {metrics['val_loss']:.4f}")
     return 0
 

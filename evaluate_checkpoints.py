@@ -56,8 +56,8 @@ import numpy as np
 from eval_val import Validation, documents_of, validate
 from model import GPTMini
 from support.cases import Case, read_cases
-from support.checkpoint import atomic_write, find_checkpoints, load_model, other_names, printable, warn_of_other_tokenizer
-from support.config import load_config
+from support.checkpoint import atomic_write, find_checkpoints, load_model, other_names, printable, saved_config, warn_of_other_tokenizer
+from support.config import Config, load_config
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 from support.hardware import resolve_device, resolve_precision
 from support.harness import find_tasks, run_tasks
@@ -127,7 +127,8 @@ def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace,
     model, tokenizer, metadata = load_model(path, device)
     metrics, found = metadata["metrics"], None
     if args.val:
-        found = validation(model, tokenizer, metadata["config"], args.config, device, texts)
+        own = None if args.config else saved_config(metadata, path)
+        found = validation(model, tokenizer, load_config(args.config, base=own), device, texts)
     return CheckpointResult(
         file=str(path),
         names=other_names(path),
@@ -142,11 +143,8 @@ def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace,
     )
 
 
-def validation(
-    model: GPTMini, tokenizer: Tokenizer, own: dict[str, Any], config_path: str | None, device: str, texts: dict[str, list[str]]
-) -> Validation:
+def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str, texts: dict[str, list[str]]) -> Validation:
     """As by eval_val.py; `texts` keeps the documents, so that checkpoints of one config read them once."""
-    config = load_config(config_path, base=own)
     key = json.dumps([config.data.model_dump(), config.seed])
     if key not in texts:
         texts[key] = documents_of(config, None)

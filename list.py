@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
-from support.checkpoint import KEY, empty_model, find_checkpoints, other_names, printable, read_checkpoint, read_metadata
+from support.checkpoint import KEY, empty_model, find_checkpoints, other_names, printable, read_checkpoint, read_metadata, saved_config
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def describe(path: Path) -> dict[str, Any]:
             row
             | {key: metadata["metrics"].get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")}
             | {"n_params": model.n_params(), "tokenizer": str(metadata["tokenizer"]["kind"]), "vocab_size": model.config.vocab_size}
-            | {"config": config_hash(metadata["config"])}
+            | {"config": config_hash(metadata["config"]) if isinstance(metadata.get("config"), dict) else None}
         )
     except UserError as error:
         return row | {"error": printable(error)}
@@ -144,7 +144,7 @@ def print_diff(paths: list[str]) -> None:
     if len(paths) != 2:
         raise UserError(f"--diff compares two checkpoints or folders, and {len(paths)} are named; e.g. list.py --diff runs/a runs/b")
     one, other = map(newest, paths)
-    before, after = (flat(read_metadata(path)["config"]) for path in (one, other))
+    before, after = (flat(saved_config(read_metadata(path), path)) for path in (one, other))
     print(f"{printable(one)} -> {printable(other)}")
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     for key in keys:

@@ -259,6 +259,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return read_checkpoint(path)[KEY]
 
 
+def saved_config(metadata: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """The config of the run that wrote a checkpoint. Raises UserError for a file without one, which can be sampled from all the same."""
+    if not isinstance(config := metadata.get("config"), dict):
+        raise UserError(f"checkpoint {source} does not hold the config of its run; take another one, or name a config where that is possible")
+    return config
+
+
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict under plain names: `net.` and what torch.compile or DDP put before a name are taken off."""
 
@@ -354,8 +361,10 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
     is a hard link of a step file, the step file stands for both. Raises UserError for a path that names none."""
     found: dict[Any, Path] = {}
     for path in paths:
-        here = Path(path).rglob("*.ckpt") if os.path.isdir(path) else map(Path, [*glob.glob(path, recursive=True), path])
-        here = [file for file in here if file.is_file() or (file.suffix == ".ckpt" and file.is_symlink())]
+        if os.path.isdir(path):
+            here = list(Path(path).rglob("*.ckpt"))  # also what is no file, to be told
+        else:
+            here = [file for file in map(Path, [*glob.glob(path, recursive=True), path]) if file.is_file()]
         if not here:
             raise UserError(f"{path}: no checkpoint (.ckpt) there; python3 train.py --config config_smoke.yaml makes some")
         for file in here:

@@ -127,6 +127,15 @@ def test_mistakes_are_answered(tiny_run, tmp_path, argv, said):
         eval_val.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), *(word.format(tmp=tmp_path) for word in argv)])
 
 
+def test_a_checkpoint_without_a_config_needs_one_to_be_named(tiny_run, tmp_path):
+    checkpoint = tiny_run.checkpoint()
+    del checkpoint["tiny_transformer"]["config"]
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    with pytest.raises(UserError, match="does not hold the config of its run"):
+        eval_val.main(["--ckpt", str(tmp_path / "bare.ckpt")])
+    assert eval_val.main(["--ckpt", str(tmp_path / "bare.ckpt"), "--config", str(REPO / "config_smoke.yaml")]) == 0
+
+
 def test_a_text_with_characters_the_tokenizer_does_not_know_is_refused(run, tmp_path):
     made = run(tmp_path / "run", "training.max_steps=0", "tokenizer.kind=char")
     (tmp_path / "greek.txt").write_text("λόγος " * 30)
