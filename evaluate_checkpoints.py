@@ -326,7 +326,6 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
     """The tables, the report and the picture; what an earlier evaluation left there is replaced."""
     from support.report import write_report
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "evaluation_results.csv", [checkpoint_row(c) for c in evaluation.checkpoints])
     pairs = [(c, case, result) for c in evaluation.checkpoints for case, result in zip(evaluation.cases, c.results, strict=True)]
     write_csv(folder / "cases.csv", [case_row(*pair) for pair in pairs])
@@ -347,6 +346,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
         raise UserError(f"--lm-eval-limit {args.lm_eval_limit} must be at least 1")
     index = find_tasks(args.lm_eval, args.lm_eval_tasks) if args.lm_eval else None
+    if args.output_dir:  # before the work, so that a bad name costs nothing
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.cases:
         evaluation = evaluate(args)
         if args.json:
@@ -365,7 +366,6 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print_tasks(rows)
         if args.output_dir:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_csv(Path(args.output_dir) / "lm_eval.csv", rows)
     return 0
 

@@ -17,7 +17,7 @@ from evaluate_checkpoints import chance_of, judge, rank, score_cases
 from infer import generate_text
 from support.cases import Case, read_cases
 from support.checkpoint import load_model
-from support.cli import UserError
+from support.cli import UserError, guarded
 from support.evaluation import CaseResult, CheckpointResult
 from support.scoring import continuations, log_likelihoods
 
@@ -318,6 +318,15 @@ def test_tokenizers_compare_and_unknown_characters_are_told(evaluate, run, tmp_p
     assert {row["tokenizer"].split()[0] for row in rows} == {"byte", "char"}
     assert "--tokenizer byte is not what this model was trained with; using the checkpoint's own (char" in err
     assert "1 of 3 cases have characters that the tokenizer char" in err
+
+
+def test_a_bad_output_folder_is_noticed_before_the_work(tiny_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate_checkpoints, "evaluate", None)
+    with pytest.raises(SystemExit) as end:
+        guarded(evaluate_checkpoints.main, ["--checkpoints", str(tiny_run.folder), "--cases", CORPUS_CASES, "--output-dir", str(tmp_path / "file")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
 
 @pytest.mark.parametrize(
