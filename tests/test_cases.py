@@ -7,6 +7,8 @@ from conftest import REPO
 
 from support.cases import Case, read_case_file, read_cases
 from support.cli import UserError
+from support.documents import read_documents
+from tokenizer import build_tokenizer
 
 OURS = sorted((REPO / "cases").glob("*.yaml"))
 
@@ -145,3 +147,17 @@ def test_verbatim_cases_of_the_bundled_corpus_stand_in_it():
     cases = [case for case in read_case_file(REPO / "cases" / "tiny_corpus.yaml") if case.id in verbatim and case.target]
     assert len(cases) > 30
     assert [case.id for case in cases if case.prompt + case.target not in text] == []
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2"])
+def test_the_right_choice_is_not_given_away_by_its_length(kind):
+    """To an untrained model all tokens are about as likely, so it takes the choice with the fewest; that must not pay."""
+    tokenizer = build_tokenizer(kind, list(read_documents(REPO / "data" / "tiny_corpus.txt")), 1024)
+    for path in OURS:
+        cases, won = [case for case in read_case_file(path) if case.choices], 0.0
+        for case in cases:
+            lengths = {choice: len(tokenizer.encode(choice)) for choice in case.choices}
+            shortest = [choice for choice in case.choices if lengths[choice] == min(lengths.values())]
+            won += (case.target in shortest) / len(shortest)
+        chance = sum(1 / len(case.choices) for case in cases) / len(cases)
+        assert abs(won / len(cases) - chance) < 0.1, path.name
