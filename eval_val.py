@@ -94,22 +94,18 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
     config = load_config(args.config, flag_overrides(args), base=None if args.config else saved_config(metadata, args.ckpt))
-    documents = documents_of(config, args.data)
+    texts = documents_of(config, args.data)
     if config.seq_len > model.config.max_seq_len:
-        warn(
-            f"training.seq_len={config.seq_len} of {args.config}: the model reads {model.config.max_seq_len} tokens, so blocks of as many are scored"
-        )
+        warn(f"training.seq_len={config.seq_len}, and the model reads {model.config.max_seq_len} tokens, so blocks of as many are scored")
     precision = resolve_precision(config.hardware.precision, device)
-    found, metrics = validate(model, tokenizer, documents, config, args.batch_size, precision), metadata["metrics"]
+    found, metrics = validate(model, tokenizer, texts, config, args.batch_size, precision), metadata["metrics"]
     if args.json:
-        print(
-            json.dumps(
-                {"ckpt": args.ckpt, "step": metrics["step"], "logged_val_loss": metrics.get("val_loss"), "precision": precision} | asdict(found)
-            )
-        )
+        about = {"ckpt": args.ckpt, "step": metrics["step"], "logged_val_loss": metrics.get("val_loss"), "precision": precision}
+        print(json.dumps(about | asdict(found)))
         return 0
     print(f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, tokenizer {tokenizer.kind} {tokenizer.vocab_size:,}")
-    print(f"text: {found.n_documents:,} documents, {found.n_tokens:,} tokens to predict in blocks of {found.seq_len}, {found.n_bytes:,} bytes")
+    documents = f"{found.n_documents:,} document{'s' * (found.n_documents != 1)}"
+    print(f"text: {documents}, {found.n_tokens:,} tokens to predict in blocks of {found.seq_len}, {found.n_bytes:,} bytes")
     print(f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte")
     if metrics.get("val_loss") is not None and not args.config and not args.data:
         print(f"its newest validation in training gave {metrics['val_loss']:.4f}")

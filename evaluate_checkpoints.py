@@ -268,8 +268,10 @@ def print_table(evaluation: Evaluation) -> None:
         table.add_row("", "guessing", "", "", "", *[""] * (2 * with_val), *levels, style="dim")
     Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
     n = len(evaluation.cases)
-    if any(c.tied or c.same_as_first for c in evaluation.checkpoints[1:]):
-        print(f"= the same score; ~ these {n} cases cannot tell it from the first (paired bootstrap, 95%)")
+    if any(c.tied for c in evaluation.checkpoints):
+        print("= the same score")
+    if any(c.same_as_first and c.rank > 1 for c in evaluation.checkpoints):
+        print(f"~ these {n} cases cannot tell it from the first (paired bootstrap, 95%)")
     if not names:
         print(f"{len(evaluation.chance)} categories are too many for this table; --output-dir writes them to files")
 

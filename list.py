@@ -154,8 +154,8 @@ def print_diff(paths: list[str]) -> None:
 
 
 def sort_key(name: str):
-    """Rows without the value come first, as does an untrained checkpoint; equal ones in order of their names."""
-    return lambda row: (row.get(name) is not None, row.get(name) if row.get(name) is not None else 0, row["file"])
+    """Rows without the value come last; equal ones in order of their names."""
+    return lambda row: (row.get(name) is None, 0 if row.get(name) is None else row[name], row["file"])
 
 
 def main(argv: list[str] | None = None) -> int:
