@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -368,17 +369,25 @@ MB = 2**20
 SMALL = ["model.d_model=32", "model.n_layers=1", "training.micro_batch_size=2", "training.max_steps=1", "training.warmup_steps=0"]
 
 
+# The kernel's own count since the program was loaded; what wait4 tells holds the memory of the process that forked it, too.
+TELLS_ITS_PEAK = """
+import sys, train
+from support.cli import guarded
+code = guarded(train.main, sys.argv[1:])
+[peak] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print("peak", peak)
+sys.exit(code)
+"""
+
+
 def train_process(folder: Path, *overrides: str) -> tuple[int, str, int]:
     """(exit status, what it said, peak memory in bytes) of train.py with the smoke config and a very small model."""
-    argv = [sys.executable, "train.py", "--config", "config_smoke.yaml", "--device", "cpu", "--fresh"]
+    argv = ["--config", "config_smoke.yaml", "--device", "cpu", "--fresh"]
     for override in (*SMALL, "training.val_batches=1", f"checkpoint.dir={folder}", *overrides):
         argv += ["--override", override]
-    with open(folder.with_suffix(".log"), "w+") as said:
-        process = subprocess.Popen(argv, stdout=said, stderr=said, cwd=REPO)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        return process.returncode, said.read(), usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-c", TELLS_ITS_PEAK, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    peak = re.search(r"^peak (\d+)$", done.stdout, re.M)
+    return done.returncode, done.stdout, int(peak[1]) * 1024 if peak else 0
 
 
 def one_line(path: Path, size: int, before: bytes = b"", behind: bytes = b"") -> Path:
