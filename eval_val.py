@@ -58,17 +58,12 @@ def documents_of(config: Config, data: str | None) -> list[str]:
     return text_documents(data, config.data, "--data") if data else load_corpus(config).val
 
 
-def context_of(config: Config, model: GPTMini) -> int:
-    """The block length: that of the config, as in training, where the model can read so far."""
-    return min(config.seq_len, model.config.max_seq_len)
-
-
 @torch.no_grad()
 def validate(
     model: GPTMini, tokenizer: Tokenizer, documents: list[str], config: Config, batch_size: int | None = None, precision: str = "32-true"
 ) -> Validation:
     """Loss of `model` (in eval mode) on documents, packed into blocks as in training. Raises UserError if they are too short."""
-    device, seq_len = next(model.parameters()).device, context_of(config, model)
+    device, seq_len = next(model.parameters()).device, min(config.seq_len, model.config.max_seq_len)
     mask_eos = tokenizer.eos_id if config.data.document_mask else None
     tokens = tokenize(documents, tokenizer)
     blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=mask_eos)

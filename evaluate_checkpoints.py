@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, progress, warn
+from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, print_wide, progress, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -98,9 +98,9 @@ def judge(case: Case, likelihoods: list[tuple[float, bool]], ids: list[list[int]
     choices: 1 if the target is the likeliest of them, of several equally likely ones its share. target alone: its
     probability per byte, exp(log-probability / bytes), which compares across tokenizers. contains, regex: 1 or 0.
     """
-    logprobs, parts, right, chosen = [value for value, _ in likelihoods], {}, 0, None
+    logprobs, parts, right, chosen = [value for value, _ in likelihoods], {}, case.right, None
     if case.choices:
-        right, best = case.choices.index(case.target), max(logprobs)
+        best = max(logprobs)
         if best > -math.inf:
             chosen = logprobs.index(best)
         parts["choices"] = 1 / logprobs.count(best) if logprobs[right] == best > -math.inf else 0.0
@@ -170,10 +170,10 @@ def rank(checkpoints: list[CheckpointResult], cases: list[Case], seed: int) -> l
     means = np.round(scores @ weights / weights.sum(), 6)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     behind = np.percentile(drawn[:, [means.argmax()]] - drawn, 2.5, axis=0)
-    ranked = []
+    ranked, categories = [], categories_of(cases)
     for i, checkpoint in enumerate(checkpoints):
         place = {"rank": 1 + int((means > means[i]).sum()), "tied": int((means == means[i]).sum()) > 1, "same_as_first": bool(behind[i] <= 0)}
-        by_category = {name: float(np.average(scores[i][where], weights=weights[where])) for name, where in categories_of(cases).items()}
+        by_category = {name: float(np.average(scores[i][where], weights=weights[where])) for name, where in categories.items()}
         ranked.append(replace(checkpoint, score=float(means[i]), low=float(low[i]), high=float(high[i]), categories=by_category, **place))
     return sorted(ranked, key=lambda c: (c.rank, c.file))
 
@@ -208,9 +208,9 @@ def each_checkpoint(paths: Iterable[Path], n: int, score: Callable[[Path], Any])
     return found
 
 
-def evaluate(args: argparse.Namespace) -> Evaluation:
+def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evaluation:
     """Score every checkpoint on the cases. Raises UserError."""
-    cases, paths, device = read_cases(args.cases), find_checkpoints(args.checkpoints), resolve_device(args.device)
+    cases = read_cases(args.cases)
     texts: dict[str, list[str]] = {}
     checkpoints = each_checkpoint(progress(paths, "checkpoints"), len(paths), lambda path: evaluate_checkpoint(path, cases, args, device, texts))
     for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
@@ -230,9 +230,8 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
     )
 
 
-def evaluate_tasks(args: argparse.Namespace, index: Any) -> list[dict[str, Any]]:
+def evaluate_tasks(args: argparse.Namespace, paths: list[Path], device: str, index: Any) -> list[dict[str, Any]]:
     """Rows of lm_eval.csv: every checkpoint on the tasks of --lm-eval, which `find_tasks` found in `index`. Raises UserError."""
-    paths, device = find_checkpoints(args.checkpoints), resolve_device(args.device)
 
     def score(path: Path) -> list[dict[str, Any]]:
         model, tokenizer, metadata = load_model(path, device)
@@ -251,7 +250,6 @@ def place(checkpoint: CheckpointResult) -> str:
 
 
 def print_table(evaluation: Evaluation) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     with_val, names = evaluation.checkpoints[0].val_loss is not None, list(evaluation.chance) if len(evaluation.chance) <= COLUMNS else []
@@ -266,7 +264,7 @@ def print_table(evaluation: Evaluation) -> None:
     if any(evaluation.chance[name] is not None for name in names):
         levels = ["" if evaluation.chance[name] is None else f"{evaluation.chance[name]:.3f}" for name in names]
         table.add_row("", "guessing", "", "", "", *[""] * (2 * with_val), *levels, style="dim")
-    Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
+    print_wide(table)
     n = len(evaluation.cases)
     if any(c.tied for c in evaluation.checkpoints):
         print("= the same score")
@@ -278,7 +276,6 @@ def print_table(evaluation: Evaluation) -> None:
 
 def print_tasks(rows: list[dict[str, Any]]) -> None:
     """A line for each checkpoint, a column for each metric."""
-    from rich.console import Console
     from rich.table import Table
 
     cells: dict[str, dict[str, str]] = {}
@@ -293,7 +290,7 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
         table.add_column(printable(name), justify="right", no_wrap=True)
     for file, columns in cells.items():
         table.add_row(file, *[columns.get(name, "") for name in names])
-    Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
+    print_wide(table)
 
 
 def checkpoint_row(c: CheckpointResult) -> dict[str, Any]:
@@ -307,7 +304,7 @@ def case_row(c: CheckpointResult, case: Case, result: CaseResult) -> dict[str, A
     """A row of cases.csv. Log-probabilities are natural logarithms, those of the target; without one they stay empty."""
     row = {"checkpoint": c.file, "step": c.step, "cases": case.file, "id": case.id, "category": case.category, "weight": case.weight}
     row |= {"score": result.score} | {f"score_{part}": result.parts.get(part) for part in ("choices", "target", "contains", "regex")}
-    logprob = result.logprobs[case.choices.index(case.target) if case.choices else 0] if result.logprobs else None
+    logprob = result.logprobs[case.right] if result.logprobs else None
     row |= {"logprob": logprob, "logprob_per_token": None, "logprob_per_byte": None}
     if logprob is not None and result.n_tokens:
         row |= {"logprob_per_token": logprob / result.n_tokens, "logprob_per_byte": logprob / result.n_bytes}
@@ -347,11 +344,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--lm-eval-tasks and --lm-eval-limit go with --lm-eval TASK")
     if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
         raise UserError(f"--lm-eval-limit {args.lm_eval_limit} must be at least 1")
+    paths, device = find_checkpoints(args.checkpoints), resolve_device(args.device)
     index = find_tasks(args.lm_eval, args.lm_eval_tasks) if args.lm_eval else None
     if args.output_dir:  # before the work, so that a bad name costs nothing
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.cases:
-        evaluation = evaluate(args)
+        evaluation = evaluate(args, paths, device)
         if args.json:
             for c in evaluation.checkpoints:
                 print(json.dumps(checkpoint_row(c)))
@@ -361,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
             write_results(evaluation, Path(args.output_dir))
             print(f"report: {args.output_dir}/report.html", file=sys.stderr if args.json else sys.stdout)
     if args.lm_eval:
-        rows = evaluate_tasks(args, index)
+        rows = evaluate_tasks(args, paths, device, index)
         if args.json:
             for row in rows:
                 print(json.dumps(row))

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, guarded, make_parser
+from support.cli import UserError, guarded, make_parser, print_wide
 
 COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
     "file": ("file", "{}"),
@@ -110,7 +110,6 @@ def shown(row: dict[str, Any], name: str) -> str:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -118,9 +117,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if name in TEXT else "right", no_wrap=True, overflow="ignore" if name == "file" else "ellipsis")
     for row in rows:
         table.add_row(*[shown(row, name) for name in COLUMNS])
-    # Wide, so that no name is ever cut: a narrow terminal folds the line itself. Names are shown as they are, brackets too.
-    console = Console(width=10_000, height=100, highlight=False, markup=False, emoji=False)
-    console.print(table)
+    print_wide(table)
     for row in rows:
         if "error" in row:
             print(f"{printable(row['file'])}: {row['error']}")

@@ -58,6 +58,11 @@ class Case(BaseModel):
         return self
 
     @property
+    def right(self) -> int:
+        """Where the target stands among the texts whose likelihood counts: the choices, or it alone."""
+        return self.choices.index(self.target) if self.choices else 0
+
+    @property
     def continued(self) -> bool:
         """Whether the model's own continuation is of interest: not for sentences compared from their beginning."""
         return bool(self.prompt or self.contains or self.regex)
@@ -100,7 +105,7 @@ def find_case_files(paths: list[str]) -> list[Path]:
 def read_case_file(path: Path) -> list[Case]:
     """Raises UserError that lists everything wrong with the file."""
     tree = read_mapping(path, "case file", "try --cases cases/wiki_basics.yaml", "it has a list `cases`; see docs/EVALUATION.md")
-    problems, cases = [], []
+    problems, cases, ids = [], [], set()
     try:
         entries = CaseFile.model_validate(tree).cases
     except ValidationError as error:
@@ -118,8 +123,9 @@ def read_case_file(path: Path) -> list[Case]:
             problems += [explain(e, where) for e in error.errors()]
             continue
         case.id = case.id or f"{path.stem}-{number}"
-        if case.id in {other.id for other in cases}:
+        if case.id in ids:
             problems.append(f"{where}: another case has the id {case.id}")
+        ids.add(case.id)
         cases.append(case)
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []

@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, too large, read-only, broken
 
@@ -77,6 +78,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_flag(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
+
+
+def print_wide(table: Any) -> None:
+    """A rich table on lines of any length, so that no name is ever cut: a narrow terminal folds the line itself. Names are
+    shown as they are, brackets too."""
+    from rich.console import Console
+
+    Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:

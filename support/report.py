@@ -121,7 +121,7 @@ def visible(text: str, limit: int = MAX_TEXT) -> Markup:
 
 def pick_choices(case: "Case", results: list[CaseResult]) -> list[int]:
     """Which choices of a case are shown: all, or of very many the right one, those that were chosen, and the first others."""
-    important = {case.choices.index(case.target)} | {result.chosen for result in results if result.chosen is not None}
+    important = {case.right} | {result.chosen for result in results if result.chosen is not None}
     others = [i for i in range(len(case.choices)) if i not in important]
     return sorted([*important, *others[: max(0, MAX_CHOICES - len(important))]])
 
@@ -139,9 +139,8 @@ def view_case(evaluation: Evaluation, number: int, names: list[str]) -> CaseView
     case = evaluation.cases[number]
     results = [checkpoint.results[number] for checkpoint in evaluation.checkpoints]
     shown = pick_choices(case, results) if case.choices else []
-    target = case.choices.index(case.target) if case.choices else 0
     rows = [
-        Row(name, checkpoint, result, view_choices(case, result, shown), result.logprobs[target] if case.target and result.logprobs else None)
+        Row(name, checkpoint, result, view_choices(case, result, shown), result.logprobs[case.right] if case.target and result.logprobs else None)
         for name, checkpoint, result in zip(names, evaluation.checkpoints, results, strict=True)
     ]
     return CaseView(number, case, rows, [(LETTERS[i], case.choices[i]) for i in shown])

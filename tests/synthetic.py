@@ -2,28 +2,28 @@
 
 import math
 import random
-from types import SimpleNamespace
 from typing import Any
 
+from support.cases import Case
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 
 CATEGORIES = ("geography", "spelling", "style")
 
 
-def make_case(number: int, **changes: Any) -> SimpleNamespace:
-    """In turn: a target alone, four choices, a text to contain. Stands in for support.cases.Case."""
+def make_case(number: int, **changes: Any) -> Case:
+    """In turn: a target alone, four choices, a text to contain. Not validated, so that a test may put anything in."""
     kinds = (
         {"target": " Paris"},
         {"target": " Sea", "choices": [" Sea", " Moon", " Sky", " House"]},
         {"contains": ["river"], "regex": "^ The", "category": "style"},
     )
     plain = {"target": None, "choices": None, "contains": [], "regex": None, "category": CATEGORIES[number % 2], "weight": 1.0, "max_new_tokens": 24}
-    return SimpleNamespace(
+    return Case.model_construct(
         **plain | {"id": f"case-{number}", "file": "cases/made_up.yaml", "prompt": f"Sentence {number} is"} | kinds[number % 3] | changes
     )
 
 
-def make_result(case: SimpleNamespace, draw: random.Random) -> CaseResult:
+def make_result(case: Case, draw: random.Random) -> CaseResult:
     logprobs = [-draw.uniform(0.1, 9) for _ in case.choices or [case.target] if case.target]
     chosen = logprobs.index(max(logprobs)) if case.choices else None
     parts = {"target": math.exp(logprobs[0] / 2)} if case.target else {"contains": float(draw.random() < 0.5), "regex": 1.0}
