@@ -18,6 +18,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,6 +153,14 @@ class PackedLMDataset(Dataset):
         labels = np.where(position[:, 1:] < len(self.tokens), rows[:, 1:], IGNORE)
         return make_batch(rows, labels, self.mask_eos)
 
+    def fingerprint(self) -> str:
+        """sha256 of the tokens."""
+        return hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()
+
+    def describe(self, n_documents: int) -> str:
+        dropped = f" ({self.n_dropped} tokens behind the last full block are left out)" if self.n_dropped else ""
+        return f"{n_documents:,} documents, {len(self.tokens):,} tokens, {len(self):,} blocks of {self.seq_len}{dropped}"
+
 
 # ---- steps --------------------------------------------------------------------------------------------------------
 
@@ -178,7 +187,7 @@ class StepShape:
 class IndexedSteps(Dataset):
     """Item `step` is the list of micro-batches of that optimizer step, whoever asks and whenever."""
 
-    def __init__(self, blocks: PackedLMDataset, shape: StepShape, seed: int, shuffle: bool, n_steps: int):
+    def __init__(self, blocks: Any, shape: StepShape, seed: int, shuffle: bool, n_steps: int):
         self.blocks, self.shape, self.seed, self.shuffle, self.n_steps = blocks, shape, seed, shuffle, n_steps
         self.drawn: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
@@ -290,7 +299,7 @@ class ValBatches(Dataset):
     """The validation blocks in order, in batches; with several processes every one gets equally many, an empty one
     (all labels -100) if need be, so that none waits for another."""
 
-    def __init__(self, blocks: PackedLMDataset, batch_size: int, rank: int, world: int, limit: int | None):
+    def __init__(self, blocks: Any, batch_size: int, rank: int, world: int, limit: int | None):
         self.blocks, self.batch_size, self.rank, self.world = blocks, batch_size, rank, world
         n_batches = math.ceil(len(blocks) / batch_size)
         self.n_batches = min(n_batches, limit or n_batches)
@@ -312,10 +321,11 @@ class ValBatches(Dataset):
 
 @dataclass
 class PackedData:
-    """A corpus ready to train on. `train` is a PackedLMDataset, or a DocumentStream that is packed on the way."""
+    """A corpus ready to train on. `train` and `val` give batches of rows by their numbers (`PackedLMDataset`, or the pairs of
+    instruct.py); a DocumentStream is packed on the way."""
 
-    train: PackedLMDataset | DocumentStream
-    val: PackedLMDataset
+    train: Any
+    val: Any
     n_train_docs: int | None
     n_val_docs: int
     sample_text: str = ""  # the beginning of a document, to try the tokenizer on
@@ -326,19 +336,13 @@ class PackedData:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """sha256 of the training tokens, so that a resume on another text is noticed; None for a stream."""
-        return None if self.streaming else hashlib.sha256(np.ascontiguousarray(self.train.tokens)).hexdigest()
+        """Of what is trained on, so that a resume on another text is noticed; None for a stream."""
+        return None if self.streaming else self.train.fingerprint()
 
     def describe(self) -> list[str]:
         """Sizes, one line a part."""
-
-        def sizes(docs: int, part: PackedLMDataset) -> str:
-            return f"{docs:,} documents, {len(part.tokens):,} tokens, {len(part):,} blocks of {part.seq_len}"
-
-        if self.streaming:
-            return ["train: a stream", f"val:   {sizes(self.n_val_docs, self.val)}"]
-        dropped = f" ({self.train.n_dropped} tokens behind the last full block are left out)" if self.train.n_dropped else ""
-        return [f"train: {sizes(self.n_train_docs, self.train)}{dropped}", f"val:   {sizes(self.n_val_docs, self.val)}"]
+        train = "a stream" if self.streaming else self.train.describe(self.n_train_docs)
+        return [f"train: {train}", f"val:   {self.val.describe(self.n_val_docs)}"]
 
 
 def tokenizer_documents(corpus: Corpus, kind: str) -> Iterable[str]:

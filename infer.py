@@ -41,7 +41,7 @@ import torch
 from pydantic import ValidationError
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import load_model, printable, warn_of_other_tokenizer
+from support.checkpoint import load_model, printable_lines, warn_of_other_tokenizer
 from support.hardware import resolve_device
 from tokenizer import TextStream, Tokenizer
 
@@ -127,7 +127,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def shown(text: str) -> str:
     """On a terminal, what it would obey rather than show (a model can have learned `\\x1b[2J`) as an escape; else as it is."""
-    return "".join(c if c in "\n\t" else printable(c) for c in text) if sys.stdout.isatty() else text
+    return printable_lines(text) if sys.stdout.isatty() else text
 
 
 def print_continuation(model: GPTMini, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace, sampling: SamplingConfig, seed: int) -> None:

@@ -9,28 +9,21 @@ python3 train.py --config config_smoke.yaml --show-step 3       # the exact text
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import math
-import os
 import sys
 import warnings
 from pathlib import Path
 
-from support.cli import UserError, add_config_flags, guarded, is_main_process, make_parser, warn
+from support.cli import UserError, add_run_flags, guarded, is_main_process, make_parser, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add_config_flags(parser)
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="CKPT", help="go on with the run in checkpoint.dir, or with this checkpoint")
-    parser.add_argument("--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>")
-    parser.add_argument("--check", action="store_true", help="run the pre-training checklist and exit; nothing is written")
-    parser.add_argument("--show-step", type=int, metavar="N", help="print the text that step N trains on, and exit")
+    add_run_flags(parser)
     args = parser.parse_args(argv)
-    if args.resume and args.fresh:
-        parser.error("--resume and --fresh contradict each other")
+    args.finetuning, args.only_looks = False, args.check or args.show_step is not None
     return args
 
 
@@ -44,31 +37,16 @@ from torch import Tensor
 from data import Batch, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
-from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, first_not_finite, model_weights, read_checkpoint, read_metadata
-from support.hardware import device_label, memory_total
+from support.base import starting_net
+from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, first_not_finite, read_metadata, weights_sha256
 from support.loss import IGNORE
 from support.plots import draw_loss
-from support.preflight import estimate_memory, run_checks, show_step
-from support.run import Plan, claim_folder, end_with_parent, explain, how_to_go_on, move_aside, plan_run, write_run_config
-
-
-def prepare(argv: list[str] | None) -> Plan:
-    """The checked plan of the run; --check and --show-step answer and exit here. Raises UserError."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        end_with_parent()
-    args = parse_args(argv)
-    if args.check:
-        sys.exit(run_checks(args))
-    plan = plan_run(args)
-    if args.show_step is not None:
-        print(show_step(plan, args.show_step))
-        sys.exit(0)
-    return plan
-
+from support.preflight import prepare, print_header
+from support.run import Plan, claim_folder, explain, how_to_go_on, move_aside, write_run_config
 
 if __name__ == "__main__":
     # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
-    PLAN = guarded(prepare, sys.argv[1:])
+    PLAN = guarded(lambda: prepare(parse_args(sys.argv[1:])))
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -90,6 +68,8 @@ from support.callbacks import (
 class LitCausalLM(pl.LightningModule):
     """The training of a GPTMini: loss, gradients, clipping, learning rate, step; in the open, not inside a trainer."""
 
+    validates_first = False  # whether the network is validated before its first step too
+
     def __init__(self, plan: Plan, net: GPTMini):
         super().__init__()
         self.automatic_optimization = False  # `training_step` does it all, in the order a textbook gives
@@ -99,6 +79,7 @@ class LitCausalLM(pl.LightningModule):
         self.best_step: int | None = None
         self.stream_state: str | None = None
         self.step_metrics: dict[str, float] = {}
+        self.val_metrics: dict[str, float] = {}  # what a validation gives beside the loss
         self.flops_per_token = net.flops_per_token(plan.config.seq_len)
 
     def configure_model(self) -> None:
@@ -185,18 +166,27 @@ class LitCausalLM(pl.LightningModule):
         return f"samples {step * size} to {(step + 1) * size - 1} (blocks {shown})"
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums = torch.zeros(2, device=self.device)  # loss sum, number of targets
+        self.val_sums = torch.zeros((), device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_sums = self.val_sums + self.validation_sums(batch)
+
+    def validation_sums(self, batch: Batch) -> Tensor:
+        """What is added up over the validation set: the summed loss, the number of targets, and what a subclass adds."""
         loss_sum, n_targets = self.net(**batch)
-        self.val_sums += torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
+        return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
 
     def on_validation_epoch_end(self) -> None:
         """The loss over all validation targets, however they were batched."""
-        loss_sum, n_targets = self.sum_over_processes(self.val_sums).tolist()
+        loss_sum, n_targets, *more = self.sum_over_processes(self.val_sums).tolist()
         self.val_loss, step = loss_sum / max(1.0, n_targets), self.trainer.global_step
         if not math.isfinite(self.val_loss):
             raise self.bad_numbers(f"step {step}: val_loss={self.val_loss} on the validation text", step - 1)
+        self.val_metrics = self.metrics_of(n_targets, more)
+
+    def metrics_of(self, n_targets: float, sums: list[float]) -> dict[str, float]:
+        """`val_metrics` from the sums that a subclass adds."""
+        return {}
 
     def train_dataloader(self):
         return self._dataloaders()[0]
@@ -241,7 +231,8 @@ class LitCausalLM(pl.LightningModule):
             "model": self.plan.model_config.model_dump(),
             "tokenizer": self.plan.tokenizer.to_dict(),
             "config": self.config.to_dict(),
-            "template": None,
+            "template": self.config.template and self.config.template.model_dump(),
+            "lora": self.config.lora and self.config.lora.model_dump(),
             "metrics": {
                 "step": step,
                 "epoch": epoch,
@@ -250,6 +241,7 @@ class LitCausalLM(pl.LightningModule):
                 "lr": self.step_metrics.get("lr"),
                 **finite,
                 "best_step": self.best_step,
+                **self.val_metrics,
             },
             "stream_state": self.stream_state,
             "data_fingerprint": self.plan.data.fingerprint,
@@ -286,7 +278,7 @@ def make_callbacks(plan: Plan, start_step: int, loggers: list, console: Console 
     return callbacks
 
 
-def build_trainer(plan: Plan, callbacks: list[pl.Callback], loggers: list) -> pl.Trainer:
+def build_trainer(plan: Plan, callbacks: list[pl.Callback], loggers: list, validates_first: bool) -> pl.Trainer:
     """Lightning's engine: devices, processes, precision, the loop over steps. The rest of its offers is switched off."""
     hardware = plan.config.hardware
     strategy = "auto"
@@ -305,7 +297,7 @@ def build_trainer(plan: Plan, callbacks: list[pl.Callback], loggers: list) -> pl
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=plan.config.training.val_every,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1 if validates_first else 0,  # Lightning's check before the first step; -1 is all of it
         use_distributed_sampler=False,
         logger=loggers or False,
         callbacks=callbacks,
@@ -323,49 +315,17 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
-def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
-    """What will run, before it runs."""
-    c, training, n = plan.model_config, plan.config.training, plan.n_steps
-    print(
-        f"model: {net.n_params():,} parameters, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, "
-        f"vocabulary {c.vocab_size:,} ({plan.tokenizer.kind})"
-    )
-    print("\n".join(plan.data.describe()))
-    per_epoch = "" if plan.data.streaming else f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
-    print(
-        f"steps: {n:,} of {plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x {training.grad_accum_steps} micro-batches"
-        f"{f' x {plan.world} processes' if plan.world > 1 else ''} x {plan.config.seq_len}), {n * plan.tokens_per_step:,} in all{per_epoch}"
-    )
-    need = estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["total"]
-    has = memory_total(plan.device)
-    print(f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB needed of {has / 2**20:,.0f} MB")
-    if start_step:
-        print(f"resuming {plan.resume_from} behind step {start_step}")
-    else:
-        print(f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its logarithm): the first loss should be near it")
-
-
-def weights_sha256(checkpoint: Path) -> str:
-    """Of all weights in the order of their names: equal if and only if two runs ended with the same model, bit for bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model_weights(read_checkpoint(checkpoint)).items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.numpy())
-    return digest.hexdigest()
-
-
-def train(plan: Plan, start_step: int, console: Console | None) -> None:
+def train(plan: Plan, start_step: int, console: Console | None, module_class: type[LitCausalLM]) -> None:
     """Build network, module and trainer, and run. Raises StopRun after a signal."""
     quiet_lightning()
-    torch.manual_seed(plan.config.seed)
-    net = GPTMini(plan.model_config)
-    module, loggers = LitCausalLM(plan, net), make_loggers(plan)
+    net = starting_net(plan.model_config, plan.config, from_base=plan.resume_from is None)
+    module, loggers = module_class(plan, net), make_loggers(plan)
     if console:
         print_header(plan, net, start_step)
     if plan.config.training.compile:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
     stop = StopOnSignal()
-    trainer = build_trainer(plan, make_callbacks(plan, start_step, loggers, console, stop), loggers)
+    trainer = build_trainer(plan, make_callbacks(plan, start_step, loggers, console, stop), loggers, module.validates_first)
     with stop:
         trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
     if plan.n_steps == 0:  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
@@ -402,8 +362,8 @@ def nothing_left(plan: Plan, metrics: dict) -> None:
     print(f"{plan.resume_from} is at step {metrics['step']} of {plan.n_steps}: nothing left to do; raise training.max_steps to go on")
 
 
-def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
-    plan = plan or prepare(argv)
+def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
+    """Train as planned, with everything around it: the folder, what is said, what a user can do about what goes wrong."""
     resumed = read_metadata(plan.resume_from) if plan.resume_from else None
     start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
@@ -420,7 +380,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
             warn("the number of CPU threads differs from the run's before; sums round differently, so the resume is not bit for bit")
         console = Console(plan.n_steps, start_step)
     try:
-        train(plan, start_step, console)
+        train(plan, start_step, console, module_class)
     except StopRun as stop:
         if console:
             console.close()
@@ -441,6 +401,10 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
     if console:
         finish(plan)
     return 0
+
+
+def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
+    return run(plan or prepare(parse_args(argv)), LitCausalLM)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
-from support.checkpoint import atomic_write, first_not_finite, link_or_copy, read_checkpoint, read_metadata, step_files
+from support.checkpoint import atomic_write, first_not_finite, link_or_copy, read_checkpoint, read_metadata, step_files, write_merged
 from support.cli import UserError, is_main_process, warn
 from support.hardware import bf16_peak_flops, memory_used_mb
 
@@ -110,10 +110,13 @@ class StopOnSignal(pl.Callback):
 
 
 def name_checkpoint(path: Path, best: bool, final: bool) -> None:
-    """Let `last.ckpt`, and `best.ckpt` and `final.ckpt` where asked, be further names of a step file."""
+    """Let `last.ckpt`, and `best.ckpt` and `final.ckpt` where asked, be further names of a step file. Of one with adapters,
+    `final.ckpt` is a file of its own: the plain model that they make, for whoever wants nothing but to use it."""
     for name, wanted in (("last", True), ("best", best), ("final", final)):
         try:
-            if wanted:
+            if wanted and name == "final" and read_metadata(path).get("lora"):
+                write_merged(path, path.with_name("final.ckpt"))
+            elif wanted:
                 link_or_copy(path, path.with_name(f"{name}.ckpt"))
         except OSError as error:  # a copy on a full disk
             warn(f"{name}.ckpt could not be written beside {path} ({error.strerror})")
@@ -156,6 +159,8 @@ class CheckpointSaver(pl.Callback):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:  # the look at the base before fine-tuning
+            return
         before = pl_module.best_val_loss, pl_module.best_step
         improved = pl_module.val_loss < pl_module.best_val_loss
         if improved:
@@ -249,6 +254,7 @@ class Metrics(pl.Callback):
                 "tokens": pl_module.tokens_seen,
                 "val_loss": pl_module.val_loss,
                 "perplexity": math.exp(min(pl_module.val_loss, 700.0)),
+                **pl_module.val_metrics,
             }
         )
 
@@ -330,7 +336,8 @@ class Console:
     def write(self, row: dict[str, Any]) -> None:
         step = row["step"]
         if "val_loss" in row:
-            self.print(f"step {step:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity {row['perplexity']:,.1f}")
+            more = "".join(f"  {name} {value:.4f}" for name, value in row.items() if name not in ("step", "tokens", "val_loss", "perplexity"))
+            self.print(f"step {step:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity {row['perplexity']:,.1f}{more}")
             return
         numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_sec']:,.0f} tok/s"
         if self.bar:

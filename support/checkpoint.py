@@ -3,12 +3,14 @@
 The file is a Lightning .ckpt of tensors and plain Python types. Weights are under `state_dict` as `net.*`, our own
 fields under one key, `tiny_transformer`:
 
-    format_version, model (GPTConfig), tokenizer, config (the whole run's), template, metrics (step, tokens, losses),
-    stream_state, data_fingerprint, sequences_per_step, run (versions, git commit, command line)
+    format_version, model (GPTConfig), tokenizer, config (the whole run's), template (of a conversation, or None), lora (of
+    adapters that are not merged yet, or None), metrics (step, tokens, losses), stream_state, data_fingerprint,
+    sequences_per_step, run (versions, git commit, command line)
 """
 
 import contextlib
 import glob
+import hashlib
 import os
 import pickletools
 import reprlib
@@ -20,6 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lora import merge_adapters
 from model import GPTConfig, GPTMini
 from support.cli import UserError, warn
 from tokenizer import Tokenizer, tokenizer_from_dict
@@ -83,6 +86,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 def printable(text: object) -> str:
     """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`, `\\ud800`."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines, whose line ends and tabs stay."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
 class Damage(ValueError):
@@ -267,13 +275,39 @@ def saved_config(metadata: dict[str, Any], source: str | Path) -> dict[str, Any]
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict under plain names: `net.` and what torch.compile or DDP put before a name are taken off."""
+    """The state dict under plain names: `net.` and what torch.compile or DDP put before a name are taken off, and adapters
+    are merged. Raises UserError for adapters that do not fit."""
 
     def plain(name: str) -> str:
         parts = [part for part in name.split(".") if part not in ("_orig_mod", "module")]
         return ".".join(parts).removeprefix("net.")
 
-    return {plain(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    weights = {plain(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    if lora := checkpoint[KEY].get("lora"):
+        try:
+            return merge_adapters(weights, lora["rank"], lora["alpha"])
+        except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+            raise UserError(f"a checkpoint's adapters do not fit its weights ({printable(error)[:150]}); take another one") from None
+    return weights
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Of all weights in the order of their names: equal if and only if two checkpoints hold the same model, bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model_weights(read_checkpoint(path)).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.numpy())
+    return digest.hexdigest()
+
+
+def write_merged(path: Path, target: Path) -> None:
+    """Write the model of a checkpoint with adapters as a plain one: complete for every use but going on with the run."""
+    checkpoint = read_checkpoint(path)
+    ours = {name: value for name, value in checkpoint[KEY].items() if name not in ("sequences_per_step", "data_fingerprint")}
+    state = {f"net.{name}": tensor for name, tensor in model_weights(checkpoint).items()}
+    kept = {name: checkpoint[name] for name in ("epoch", "global_step", "pytorch-lightning_version") if name in checkpoint}
+    with atomic_write(target) as file:
+        torch.save(kept | {"state_dict": state, KEY: ours | {"lora": None}}, file)
 
 
 def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:

@@ -64,6 +64,16 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="short for --override hardware.accelerator=NAME (auto, cpu, cuda, mps)")
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What train.py and finetune.py have in common."""
+    add_config_flags(parser)
+    beginning = parser.add_mutually_exclusive_group()
+    beginning.add_argument("--resume", nargs="?", const="auto", metavar="CKPT", help="go on with the run in checkpoint.dir, or with this checkpoint")
+    beginning.add_argument("--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>")
+    parser.add_argument("--check", action="store_true", help="run the pre-training checklist and exit; nothing is written")
+    parser.add_argument("--show-step", type=int, metavar="N", help="print the text that step N trains on, and exit")
+
+
 def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",

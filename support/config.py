@@ -6,6 +6,7 @@ The descriptions below are the reference: `python3 -m support.config` prints doc
 import copy
 import difflib
 import re
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model import GPTConfig
 from support.cli import UserError
+from support.foreign_names import FOREIGN_NAMES
 from support.hub import LOCAL_FORMATS
 from support.safe_yaml import parse_yaml, read_mapping
+from support.template import DEFAULT, TEMPLATES, Template
 
 
 class Section(BaseModel):
@@ -38,27 +41,42 @@ class TokenizerConfig(Section):
         return self
 
 
-TEXT_KEYS = {"path", "val_path", "text_field", "val_fraction", "errors"}
-HF_KEYS = {"path", "dataset", "config", "revision", "split", "val_split", "text_field", "streaming", "train_docs", "val_docs", "val_fraction"}
+HUB_KEYS = {"path", "dataset", "config", "revision", "split", "val_split", "train_docs", "val_docs", "val_fraction"}
+SOURCE_KEYS = {  # what belongs to some sources only
+    "text": {"path", "val_path", "text_field", "val_fraction", "errors", "stride", "document_mask"},
+    "hf": HUB_KEYS | {"text_field", "streaming", "stride", "document_mask"},
+    "instructions": HUB_KEYS | {"val_path", "fields", "packing", "mask_prompt", "too_long"},
+}
+ROW_FIELDS = ("instruction", "input", "output")
 
 
 class DataConfig(Section):
-    source: Literal["text", "hf"] = Field("text", description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset.")
+    source: Literal["text", "hf", "instructions"] = Field(
+        "text",
+        description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset. `instructions`: rows for `finetune.py`, "
+        "from a local file or the hub.",
+    )
     path: str | None = Field(
-        None, description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`."
+        None,
+        description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`. "
+        "`instructions`: a .json, .jsonl or .parquet file, used in place of `dataset`.",
     )
     val_path: str | None = Field(None, description="Validation text of its own, in place of a cut from the training text.")
-    dataset: str | None = Field(None, description="`hf`: a dataset's name on the hub, or the local format `json`, `parquet` or `text`.")
-    config: str | None = Field(None, description="`hf`: the dataset's configuration, e.g. `20231101.en`.")
-    revision: str | None = Field(None, description="`hf`: a commit of the dataset, so that it cannot change under you.")
-    split: str = Field("train", description="`hf`: the split to train on.")
-    val_split: str | None = Field(None, description="`hf`: the split to validate on. Default: documents cut from `split`.")
+    dataset: str | None = Field(
+        None, description="`hf`, `instructions`: a dataset's name on the hub; `hf` also the local format `json`, `parquet` or `text`."
+    )
+    config: str | None = Field(None, description="`hf`, `instructions`: the dataset's configuration, e.g. `20231101.en`.")
+    revision: str | None = Field(None, description="`hf`, `instructions`: a commit of the dataset, so that it cannot change under you.")
+    split: str = Field("train", description="`hf`, `instructions`: the split to train on.")
+    val_split: str | None = Field(None, description="`hf`, `instructions`: the split to validate on. Default: documents cut from `split`.")
     text_field: str = Field("text", description="The field that holds the text, in .jsonl files and datasets.")
     streaming: bool = Field(
         False, description="`hf`: read while training, nothing kept on disk. The first `val_docs` documents are then the validation set."
     )
-    train_docs: int | None = Field(None, gt=0, description="`hf`: use at most this many training documents.")
-    val_docs: int | None = Field(None, gt=0, description="`hf`: number of validation documents; with `streaming` the default is 200.")
+    train_docs: int | None = Field(None, gt=0, description="`hf`, `instructions`: at most this many training documents or rows.")
+    val_docs: int | None = Field(
+        None, gt=0, description="`hf`, `instructions`: number of validation documents or rows; with `streaming` the default is 200."
+    )
     val_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the text cut off for validation, by whole documents chosen by `seed`; of a single document, its end."
     )
@@ -67,16 +85,31 @@ class DataConfig(Section):
         True, description="Train on the blocks in an order drawn anew for each epoch. A stream shuffles its documents within groups of 1,000."
     )
     document_mask: bool = Field(False, description="Attention stays inside each document of a block, and positions restart with it.")
+    fields: dict[str, str] = Field(
+        {}, description="`instructions`: what the file calls `instruction`, `input` and `output`, e.g. `{instruction: prompt, output: response}`."
+    )
+    packing: bool = Field(
+        False, description="`instructions`: several pairs in each block of `seq_len`, instead of one a row with padding; same loss."
+    )
+    mask_prompt: bool = Field(True, description="`instructions`: train on responses alone. `false` trains on prompts too, to see what that changes.")
+    too_long: Literal["cut", "drop"] = Field(
+        "cut",
+        description="`instructions`: of a row longer than `seq_len`, `cut` takes away the prompt's start, or drops it where the response alone is "
+        "too long; `drop` drops each such row. They are counted.",
+    )
     errors: Literal["strict", "replace"] = Field(
         "strict", description="Bytes that are not UTF-8: `strict` stops and says where, `replace` reads them as U+FFFD."
     )
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        own, other = (TEXT_KEYS, HF_KEYS) if self.source == "text" else (HF_KEYS, TEXT_KEYS)
-        for key in sorted(other - own):
+        for key in sorted(set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[self.source]):
             if getattr(self, key) != DataConfig.model_fields[key].default:
                 raise ValueError(f"{key} does not belong to source={self.source}; remove it, or change source")
+        if odd := sorted(set(self.fields) - set(ROW_FIELDS)):
+            raise ValueError(f"fields: {odd[0]} is none of {', '.join(ROW_FIELDS)}; write e.g. {{instruction: prompt, output: response}}")
+        if self.source == "instructions" and not (self.path or self.dataset):
+            raise ValueError("source=instructions needs path: a .json, .jsonl or .parquet file, or dataset: a name on the hub")
         if self.source == "text" and not self.path:
             raise ValueError("source=text needs path: a .txt or .jsonl file, a folder or a glob")
         if self.source == "hf" and not self.dataset:
@@ -116,6 +149,9 @@ class TrainingConfig(Section):
     val_every: int = Field(100, gt=0, description="Steps between validations; the last step always validates.")
     val_batches: int | None = Field(None, gt=0, description="Validate on this many micro-batches only. Default: the whole validation set.")
     log_every: int = Field(10, gt=0, description="Steps between rows of metrics.jsonl and of the console.")
+    freeze: list[str] = Field(
+        [], description="Parameters that are not trained: names, beginnings of names or patterns, e.g. `[embed_tokens, layers.0]`, `['*norm*']`."
+    )
     sample_every: int | None = Field(None, gt=0, description="Steps between printed text samples. Default: none.")
     sample_prompts: list[str] = Field([], description="Prompts of those samples.")
     sample_temperature: float = Field(0.8, ge=0, description="Temperature of those samples; 0 is greedy.")
@@ -173,7 +209,16 @@ class LoggingConfig(Section):
     wandb: bool = Field(False, description="Also log to Weights & Biases (pip install wandb).")
 
 
+class LoraConfig(Section):
+    rank: int = Field(8, gt=0, description="Rows of A and columns of B: what the adapter of a matrix can express, and what it costs.")
+    alpha: float = Field(16.0, gt=0, description="The product of B and A is multiplied by `alpha / rank`.")
+    targets: list[str] | None = Field(None, min_length=1, description="Names of the matrices, e.g. `[q_proj, v_proj]`. Default: all in the blocks.")
+
+
 class Config(Section):
+    base_ckpt: str | None = Field(
+        None, description="`finetune.py`: the checkpoint to start from. Architecture and tokenizer are its own, so those sections are left out."
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="Decides initial weights, data order, validation cut, dropout and samples.")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     model: GPTConfig = Field(default_factory=GPTConfig)
@@ -182,6 +227,24 @@ class Config(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters of the matrices, and nothing else; `lora.rank=8` is enough to say so.")
+    template: Template | None = Field(
+        None, description="`finetune.py`: the layout of a conversation, by name (`chat`, `alpaca`) or written out. Default for instructions: `chat`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_template(cls, data: Any) -> Any:
+        """`template: alpaca` stands for the texts of that name."""
+        if not isinstance(data, dict):
+            return data
+        for_instructions = isinstance(data.get("data"), dict) and data["data"].get("source") == "instructions"
+        name = data.get("template") or (DEFAULT if for_instructions else None)
+        if isinstance(name, str):
+            if name not in TEMPLATES:
+                raise ValueError(f"template={name} is none of {', '.join(TEMPLATES)}; name one, or write out prompt and prompt_with_input")
+            data = data | {"template": TEMPLATES[name]}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -212,73 +275,6 @@ class Config(Section):
         return self.model_dump(exclude={"model": {"vocab_size"}})
 
 
-# What other projects call our keys. Looked up by full name, then by the last part.
-FOREIGN_NAMES = {
-    "n_embd": "model.d_model",
-    "hidden_size": "model.d_model",
-    "n_layer": "model.n_layers",
-    "num_hidden_layers": "model.n_layers",
-    "n_head": "model.n_heads",
-    "num_heads": "model.n_heads",
-    "num_attention_heads": "model.n_heads",
-    "num_key_value_heads": "model.n_kv_heads",
-    "intermediate_size": "model.d_ff",
-    "mlp_ratio": "model.d_ff",
-    "context_length": "model.max_seq_len",
-    "max_pos": "model.max_seq_len",
-    "qkv_bias": "model.bias",
-    "rms_norm_eps": "model.norm_eps",
-    "model.name": "model.norm, model.mlp and model.position",
-    "block_size": "training.seq_len",
-    "batch_size": "training.micro_batch_size",
-    "per_device_train_batch_size": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.grad_accum_steps",
-    "learning_rate": "training.lr",
-    "lr": "training.lr",
-    "max_lr": "training.lr",
-    "warmup_iters": "training.warmup_steps",
-    "warmup": "training.warmup_steps",
-    "lr_decay_iters": "training.schedule_steps",
-    "lr_schedule": "training.schedule",
-    "lr_scheduler_type": "training.schedule",
-    "max_iters": "training.max_steps",
-    "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs",
-    "optim.optimizer": "training.optimizer",
-    "beta1": "training.betas",
-    "beta2": "training.betas",
-    "max_grad_norm": "training.grad_clip",
-    "clip_grad": "training.grad_clip",
-    "gradient_clip_val": "training.grad_clip",
-    "eval_interval": "training.val_every",
-    "eval_every": "training.val_every",
-    "eval_iters": "training.val_batches",
-    "eval_subset": "training.val_batches",
-    "eval_subset_tokens": "training.val_batches",
-    "log_interval": "training.log_every",
-    "sample_n": "training.sample_prompts",
-    "dropout": "model.dropout",
-    "device": "hardware.accelerator",
-    "dtype": "hardware.precision",
-    "amp": "hardware.precision",
-    "runtime.seed": "seed",
-    "save_dir": "checkpoint.dir",
-    "out_dir": "checkpoint.dir",
-    "checkpoint_dir": "checkpoint.dir",
-    "logdir": "checkpoint.dir",
-    "keep_last_k": "checkpoint.keep_last",
-    "save_interval": "checkpoint.save_every",
-    "best_by": "nothing: best.ckpt has the lowest val_loss",
-    "data_dir": "data.path",
-    "train_path": "data.path",
-    "input_file": "data.path",
-    "val_frac": "data.val_fraction",
-    "train_frac": "data.val_fraction",
-    "data.tokenizer": "tokenizer.kind",
-    "doc_mask": "data.document_mask",
-}
-
-
 def read_config_file(path: str | Path) -> dict:
     """The mapping in a YAML or JSON file. Raises UserError where there is none."""
     return read_mapping(path, "config file", "try --config config_smoke.yaml", "see docs/CONFIG_REFERENCE.md")
@@ -300,17 +296,20 @@ def apply_override(tree: dict, override: str) -> None:
     tree[leaf] = parse_yaml(value, f"--override {override}")
 
 
-def _key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    names = []
-    for name, field in model.model_fields.items():
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        names += [prefix + name] + (_key_names(field.annotation, f"{prefix}{name}.") if is_section else [])
-    return names
+def sections() -> dict[str, type[BaseModel]]:
+    """The sections of a config by name, those that may be left out too."""
+    kinds = {name: (field.annotation, *typing.get_args(field.annotation)) for name, field in Config.model_fields.items()}
+    found = {name: [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)] for name, options in kinds.items()}
+    return {name: models[0] for name, models in found.items() if models}
+
+
+def _key_names() -> list[str]:
+    return [*Config.model_fields, *(f"{section}.{key}" for section, model in sections().items() for key in model.model_fields)]
 
 
 def _unknown_key(key: str) -> str:
     """One line for a key we do not have: the name we use for what other projects call so, else the nearest name."""
-    leaf, known = key.rsplit(".", 1)[-1], _key_names(Config)
+    leaf, known = key.rsplit(".", 1)[-1], _key_names()
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     ours = FOREIGN_NAMES.get(key) or (same_leaf[0] if same_leaf else FOREIGN_NAMES.get(leaf))
     nearest = [ours] if ours else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -343,12 +342,17 @@ def validate_config(tree: dict, source: str = "config") -> Config:
         raise UserError(f"{source}: " + "\n       ".join(problems)) from None
 
 
-def load_config(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> Config:
-    """File (or `base`, a checkpoint's own config), then overrides, then checks. Raises UserError."""
+def config_tree(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> dict:
+    """File (or `base`, a checkpoint's own config), then overrides; not checked yet. Raises UserError."""
     tree = read_config_file(path) if path is not None else copy.deepcopy(base)
     for override in overrides:
         apply_override(tree, override)
-    return validate_config(tree, str(path or "config"))
+    return tree
+
+
+def load_config(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> Config:
+    """File (or `base`), then overrides, then checks. Raises UserError."""
+    return validate_config(config_tree(path, overrides, base), str(path or "config"))
 
 
 def flag_overrides(args: Any) -> list[str]:
@@ -366,14 +370,14 @@ def reference_markdown() -> str:
         "Any of them can be set on the command line: `--override training.lr=3e-4`.",
         "",
     ]
-    sections = [("Top level", "", Config)] + [
-        (f"`{name}`", name + ".", field.annotation) for name, field in Config.model_fields.items() if name != "seed"
-    ]
-    for title, prefix, model in sections:
+    parts = [("Top level", "", Config), *((f"`{name}`", name + ".", model) for name, model in sections().items())]
+    for title, prefix, model in parts:
         lines += [f"## {title}", "", "| key | default | effect |", "|---|---|---|"]
         for name, field in model.model_fields.items():
             if field.description and (prefix + name) != "model.vocab_size":
-                default = yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
+                default = (
+                    "required" if field.is_required() else yaml.safe_dump(field.default, default_flow_style=True).removesuffix("\n...\n").strip()
+                )
                 lines.append(f"| `{prefix}{name}` | `{default}` | {field.description} |")
         lines.append("")
     return "\n".join(lines)

@@ -109,10 +109,10 @@ def parse_json_row(line: str, where: str) -> dict:
     return row
 
 
-def row_text(row: dict, text_field: str, where: str) -> str:
+def row_text(row: dict, text_field: str, where: str, hint: str = "set data.text_field") -> str:
     text = row.get(text_field)
     if not isinstance(text, str):
-        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); set data.text_field")
+        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); {hint}")
     if not text.isascii():
         try:
             text.encode()

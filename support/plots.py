@@ -164,3 +164,51 @@ def draw_categories(figure: Any, lines: list[Line], chance: dict[str, float | No
         axes.grid(alpha=0.3)
     guessing = any(value is not None for value in chance.values())
     figure.supxlabel("step (dotted: what guessing among choices wins)" if guessing else "step", fontsize=9)
+
+
+def draw_mask(stem: Path, batches: dict[str, dict[str, Any]], decode: Any) -> Path:
+    """`stem`.svg and .png: each named batch as a table of tokens, a row a sequence, coloured by what it is for."""
+    pyplot = load_pyplot()
+    kinds = {
+        "prompt: given, not trained on": "#d5dde3",
+        "response: trained on": "#f2b880",
+        "its end (EOS): trained on": "#c2572b",
+        "padding": "white",
+    }
+    sizes = {name: batch["labels"].shape for name, batch in batches.items()}
+    width, height = max(T for _, T in sizes.values()) + 1, sum(B for B, _ in sizes.values())
+    with pyplot.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure, axes = pyplot.subplots(
+            len(batches), 1, figsize=(0.42 * width, 0.42 * height + 1.4), height_ratios=[B for B, _ in sizes.values()], squeeze=False
+        )
+        for axis, (name, batch) in zip(axes[:, 0], batches.items(), strict=True):
+            draw_mask_rows(axis, batch, decode, list(kinds.values()), width)
+            axis.set_title(name, loc="left", fontsize=9)
+        handles = [pyplot.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#999999") for color in kinds.values()]
+        figure.legend(handles, kinds, loc="lower center", ncols=len(kinds), fontsize=8, frameon=False)
+        figure.tight_layout(rect=(0, 0.5 / (0.42 * height + 1.4), 1, 1))
+        save_figure(figure, stem)
+    pyplot.close(figure)
+    return stem.with_suffix(".svg")
+
+
+def draw_mask_rows(axis: Any, batch: dict[str, Any], decode: Any, colors: list[str], width: int) -> None:
+    """One batch: a cell for each token, input or label, with a bar for EOS, which is a label only, where a pair ends."""
+    from matplotlib.patches import Rectangle
+
+    for row, (ids, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
+        segments = batch["segments"][row].tolist() if "segments" in batch else [0] * len(ids)
+        begins = [j for j in range(len(ids)) if j == 0 or segments[j] != segments[j - 1]]
+        used = max(j for j in range(len(ids)) if labels[j] != -100) + 1
+        for j, id in enumerate(ids):
+            before = None if j in begins else labels[j - 1]
+            kind = 3 if j >= used else 1 if before == id else 0
+            ends = j + 1 in begins or j + 1 == used
+            axis.add_patch(Rectangle((j, row), 0.96, 0.96, facecolor=colors[kind], edgecolor="#cccccc", linewidth=0.3))
+            text = "" if kind == 3 else decode([id]).replace("\n", "\\n")
+            axis.text(j + 0.5, row + 0.5, text[:8], ha="center", va="center", fontsize=5, clip_on=True)
+            if ends and j < used:
+                axis.plot([j + 0.96, j + 0.96], [row, row + 0.96], color=colors[2], linewidth=3)
+    axis.set(xlim=(0, width), ylim=(len(batch["input_ids"]), 0), xticks=[], yticks=[])
+    axis.set_frame_on(False)

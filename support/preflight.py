@@ -1,7 +1,10 @@
 """`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and time. Writes nothing."""
 
 import itertools
+import math
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,12 +13,14 @@ import torch
 
 from data import Batch, make_dataloaders
 from model import GPTConfig, GPTMini, KVCache
-from optim import build_optimizer, lr_factor
+from optim import build_optimizer, lr_factor, parameter_groups
+from support.base import net_on_meta
+from support.checkpoint import printable_lines
 from support.cli import UserError
 from support.config import Config
 from support.hardware import device_label, memory_total
-from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB
-from support.run import Plan, plan_run, refuse_unfinished, refuse_unwritable
+from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB, IGNORE
+from support.run import Plan, end_with_parent, plan_run, refuse_unfinished, refuse_unwritable
 
 LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
 PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
@@ -24,8 +29,8 @@ PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
 def estimate_memory(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> dict[str, int]:
     """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch, and their
     total. The first three are exact; activations count the tensors our blocks keep for the backward pass."""
-    with torch.device("meta"):
-        n_params = GPTMini(model_config).n_params()
+    net = net_on_meta(model_config, config)
+    n_params, n_trained = net.n_params(), count_trained(net)
     word = 2 if precision == "bf16-true" else 4
     matmul = 4 if precision == "32-true" else 2  # what autocast keeps for matrix products
     c, tokens = model_config, config.training.micro_batch_size * config.seq_len
@@ -40,19 +45,19 @@ def estimate_memory(model_config: GPTConfig, config: Config, precision: str, dev
         block += tokens * config.seq_len * c.n_heads * 12
     stream = tokens * c.d_model * word
     activations = c.n_layers * stream + max(block, head) if c.gradient_checkpointing else c.n_layers * block + head
-    hidden = sum(p.numel() for p in _muon_parameters(model_config)) if config.training.optimizer == "muon" else 0
+    hidden = sum(p.numel() for group in parameter_groups(net, config.training) if group["muon"] for p in group["params"])
     parts = {
         "parameters": n_params * word,
-        "gradients": n_params * word,
-        "optimizer": (2 * n_params - hidden) * word,
+        "gradients": n_trained * word,
+        "optimizer": (2 * n_trained - hidden) * word,
         "activations": activations + stream,
     }
     return parts | {"total": sum(parts.values())}
 
 
-def _muon_parameters(model_config: GPTConfig) -> list[torch.Tensor]:
-    with torch.device("meta"):
-        return [p for p in GPTMini(model_config).layers.parameters() if p.dim() == 2]
+def count_trained(net: GPTMini) -> int:
+    """Numbers that training moves: not those that are frozen."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def tiny_copy(config: GPTConfig) -> GPTConfig:
@@ -129,6 +134,69 @@ def show_step(plan: Plan, step: int) -> str:
         for row, ids in enumerate(batch["input_ids"].tolist(), 1):
             lines += [f"--- step {step}, micro-batch {micro}, row {row} ---", plan.tokenizer.decode(ids)]
     return "\n".join(lines)
+
+
+def prepare(args: Any) -> Plan:
+    """The checked plan of the run; `--check` and `--show-step` answer and exit here. Raises UserError."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent()
+    if args.check:
+        sys.exit(run_checks(args))
+    plan = plan_run(args)
+    if args.show_step is not None:
+        print(show_step(plan, args.show_step))
+        sys.exit(0)
+    return plan
+
+
+def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
+    """What will run, before it runs."""
+    c, training, n = plan.model_config, plan.config.training, plan.n_steps
+    n_trained = count_trained(net)
+    trained = f" of which {n_trained:,} are trained," if n_trained < net.n_params() else ""
+    print(
+        f"model: {net.n_params():,} parameters,{trained} {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and "
+        f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size:,} ({plan.tokenizer.kind})"
+    )
+    print("\n".join(plan.data.describe()))
+    up_to = "up to " if plan.config.data.source == "instructions" else ""
+    per_epoch = "" if plan.data.streaming else f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
+    processes = f" x {plan.world} processes" if plan.world > 1 else ""
+    print(
+        f"steps: {n:,} of {up_to}{plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x {training.grad_accum_steps} "
+        f"micro-batches{processes} x {plan.config.seq_len}), {up_to}{n * plan.tokens_per_step:,} in all{per_epoch}"
+    )
+    need = estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["total"]
+    has = memory_total(plan.device)
+    print(f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB needed of {has / 2**20:,.0f} MB")
+    if start_step:
+        print(f"resuming {plan.resume_from} behind step {start_step}")
+    elif plan.config.base_ckpt:
+        print(f"starting from {plan.config.base_ckpt}; at step 0 it is validated as it is")
+    else:
+        print(f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its logarithm): the first loss should be near it")
+
+
+def show_mask(plan: Plan, n: int) -> None:
+    """Print the first `n` training pairs: what is trained on in colour on a terminal, elsewhere between >>> and <<<.
+    Raises UserError where there are no pairs."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if plan.config.data.source != "instructions":
+        raise UserError("--show-mask shows instructions and responses; it needs data.source=instructions")
+    console = Console(highlight=False, soft_wrap=True)
+    data = plan.data.train
+    for number, example in enumerate(data.examples[: max(1, n)], 1):
+        trained = [False, *(example.labels(data.mask_prompt) != IGNORE).tolist()]  # of each id; the first is never a label
+        console.print(f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold")
+        text = Text()
+        for is_trained, group in itertools.groupby(zip(example.ids.tolist(), trained, strict=True), key=lambda pair: pair[1]):
+            part = printable_lines(plan.tokenizer.decode([id for id, _ in group]))
+            marked = f">>>{part}<<<" if is_trained and not console.is_terminal else part
+            text.append(marked, style="bold green" if is_trained else "dim")
+        console.print(text)
+    print("\n".join(plan.data.describe()))
 
 
 def run_checks(args: Any) -> int:

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from data import PackedData, load_corpus, pack_corpus, step_shape, tokenizer_documents
+from instruct import load_instructions
 from model import GPTConfig
+from support.base import net_on_meta, with_base
 from support.checkpoint import atomic_write, find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process
-from support.config import Config, flag_overrides, load_config, validate_config
+from support.config import Config, config_tree, flag_overrides, validate_config
 from support.hardware import resolve_device, resolve_precision
 from support.safe_yaml import dump_yaml
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
@@ -92,15 +94,20 @@ class Plan:
 def plan_run(args: Any) -> Plan:
     """Check the command line (`--config --override --seed --device --resume --fresh`) against files, data and hardware.
 
-    Raises UserError; writes nothing.
+    `args.finetuning` says whether `finetune.py` asks. Raises UserError; writes nothing.
     """
     metadata, resume_from = None, None
     if args.resume not in (None, "auto"):
         resume_from = Path(args.resume)
         metadata = read_run(resume_from)
     if args.config is None and metadata is None:
-        raise UserError("no config given; try --config config_smoke.yaml, or --resume CHECKPOINT to go on with a run's own")
-    config = load_config(args.config, flag_overrides(args), base=metadata and metadata["config"])
+        example = "config_finetune.yaml" if args.finetuning else "config_smoke.yaml"
+        raise UserError(f"no config given; try --config {example}, or --resume CHECKPOINT to go on with a run's own")
+    tree = config_tree(args.config, flag_overrides(args), base=metadata and metadata["config"])
+    check_task(tree, args.finetuning)
+    if args.finetuning and args.config:  # a checkpoint's own config has everything, so its base may be gone
+        tree = with_base(tree)
+    config = validate_config(tree, str(args.config or "config"))
     device = resolve_device(config.hardware.accelerator)
     check_loggers(config)
     check_strategy(config)
@@ -111,21 +118,16 @@ def plan_run(args: Any) -> Plan:
         metadata = read_run(resume_from) if resume_from else None
         if resume_from is None and not (folder / "run_config.yaml").exists():
             raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
-    if is_main_process() and not args.check and args.show_step is None:
+    if is_main_process() and not args.only_looks:
         refuse_unwritable(folder)
         if not args.fresh and not in_folder(resume_from, folder) and args.resume != "auto":
             refuse_unfinished(folder)
     if metadata:
         compare_configs(metadata["config"], config, resume_from)
 
-    corpus = load_corpus(config)
-    if metadata:
-        tokenizer = tokenizer_from_dict(metadata["tokenizer"])
-    else:
-        spec = config.tokenizer
-        tokenizer = build_tokenizer(spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path)
+    origin = metadata or (read_metadata(config.base_ckpt) if config.base_ckpt else None)
+    tokenizer, data = load_data(config, tokenizer_from_dict(origin["tokenizer"]) if origin else None)
     check_sample_prompts(config, tokenizer)
-    data = pack_corpus(corpus, tokenizer, config)
     n_steps = resolve_steps(config, data, metadata)
     plan = Plan(
         config,
@@ -139,9 +141,29 @@ def plan_run(args: Any) -> Plan:
         run_record(),
         f"python3 {shlex.join(sys.argv)}",
     )
+    net_on_meta(plan.model_config, config)  # for mistakes in lora.targets and training.freeze
     if metadata:
         compare_data(metadata, plan)
     return plan
+
+
+def check_task(tree: dict[str, Any], finetuning: bool) -> None:
+    """Raise UserError for a config of the other script."""
+    data = tree.get("data")
+    if not finetuning and (tree.get("base_ckpt") or (isinstance(data, dict) and data.get("source") == "instructions")):
+        raise UserError("this config (base_ckpt, data.source=instructions) is for fine-tuning; run it by python3 finetune.py")
+    if finetuning and not tree.get("base_ckpt"):
+        raise UserError("no checkpoint to start from; set base_ckpt, e.g. --override base_ckpt=checkpoints/final.ckpt (train.py makes one)")
+
+
+def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
+    """The data the config names, and the tokenizer: the one given, or else one built on it. Raises UserError."""
+    if config.data.source == "instructions":
+        return tokenizer, load_instructions(config, tokenizer)
+    corpus, spec = load_corpus(config), config.tokenizer
+    if tokenizer is None:
+        tokenizer = build_tokenizer(spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path)
+    return tokenizer, pack_corpus(corpus, tokenizer, config)
 
 
 def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:

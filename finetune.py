@@ -1,0 +1,109 @@
+"""Fine-tune a trained checkpoint: on instructions, so that it answers them, or on more text.
+
+python3 finetune.py --config config_finetune.yaml
+python3 finetune.py --config config_finetune.yaml --override data.path=my_instructions.json --override base_ckpt=checkpoints/best.ckpt
+python3 finetune.py --config config_finetune.yaml --override lora.rank=8           # train small adapters, merged at the end
+python3 finetune.py --config config_finetune.yaml --show-mask 3                    # what is trained on, and what is not
+python3 finetune.py --config config_finetune.yaml --resume                         # go on where it stopped
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from support.cli import UserError, add_run_flags, guarded, make_parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_run_flags(parser)
+    parser.add_argument("--show-mask", type=int, metavar="N", help="print N training examples, with what is trained on marked, and exit")
+    parser.add_argument("--picture", metavar="FILE", help="with --show-mask: also draw them as one batch, padded and packed (.svg and .png)")
+    args = parser.parse_args(argv)
+    if args.show_mask is not None and args.show_mask < 1:
+        raise UserError(f"--show-mask {args.show_mask} must be at least 1")
+    if args.picture and args.show_mask is None:
+        raise UserError("--picture goes with --show-mask N")
+    args.finetuning, args.only_looks = True, bool(args.check or args.show_step is not None or args.show_mask)
+    return args
+
+
+if __name__ == "__main__":
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+
+from torch import Tensor
+
+from data import Batch
+from instruct import InstructPairDataset, score_responses
+from support.checkpoint import KEY
+from support.plots import draw_mask
+from support.preflight import prepare, show_mask
+from support.run import Plan
+
+
+def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
+    """The first `n` pairs as a batch, one a row and packed."""
+    data: InstructPairDataset = plan.data.train
+    batches = {name: data.example_batch(n, packing) for name, packing in (("padded", False), ("packed", True))}
+    return draw_mask(stem, batches, plan.tokenizer.decode)
+
+
+def plan_or_answer(argv: list[str] | None) -> Plan:
+    """The checked plan of the run; --check, --show-step and --show-mask answer and exit here. Raises UserError."""
+    args = parse_args(argv)
+    plan = prepare(args)
+    if args.show_mask:
+        show_mask(plan, args.show_mask)
+        if args.picture:
+            print(f"picture: {draw_examples(plan, args.show_mask, Path(args.picture).with_suffix(''))}")
+        sys.exit(0)
+    return plan
+
+
+if __name__ == "__main__":
+    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
+    PLAN = guarded(plan_or_answer, sys.argv[1:])
+
+from train import LitCausalLM, run
+
+
+class LitSFT(LitCausalLM):
+    """Supervised fine-tuning: the training step of `train.py` as it is, on rows in which only the response has labels.
+
+    New is what is measured: the base before the first step, the change since, and how many answers are right.
+    """
+
+    validates_first = True
+    base_val_loss: float | None = None  # of the base checkpoint, before the first step
+
+    def validation_sums(self, batch: Batch) -> Tensor:
+        if self.config.data.source != "instructions":
+            return super().validation_sums(batch)
+        return score_responses(self.net, batch)
+
+    def metrics_of(self, n_targets: float, sums: list[float]) -> dict[str, float]:
+        """val_loss_change: val_loss minus that of the base. token_accuracy: the share of response tokens, each EOS among them,
+        that the model finds likeliest, given all before. response_accuracy: of responses in which each one is."""
+        if self.base_val_loss is None:
+            self.base_val_loss = self.val_loss
+        metrics = {"val_loss_change": self.val_loss - self.base_val_loss}
+        if sums:
+            right, responses, whole = sums
+            metrics |= {"token_accuracy": right / max(1.0, n_targets), "response_accuracy": whole / max(1.0, responses)}
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY]["metrics"]["base_val_loss"] = self.base_val_loss
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.base_val_loss = checkpoint[KEY]["metrics"]["base_val_loss"]
+
+
+def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
+    return run(plan or plan_or_answer(argv), LitSFT)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, plan=PLAN))

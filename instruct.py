@@ -1,0 +1,280 @@
+"""Instructions in, training rows out: a pair of question and answer -> ids -> input_ids and labels.
+
+    ids        ### User : \\n Name a color . \\n\\n ### Assistant : \\n   Red . EOS
+    input_ids  ### User : \\n Name a color . \\n\\n ### Assistant : \\n   Red .           all but the last
+    labels      -    -  -  -   -    -   -   -   -       -     -   Red   .   EOS         the next one; - is not scored
+
+The model is never trained to write the prompt, only to answer it (`mask_prompt`), and EOS is trained like a word: a model
+that has not learned it would never stop. Pairs have unequal lengths, so they are padded on the right, which no
+position before can see, or packed into blocks, in which attention stays inside each pair.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data import Batch, PackedData
+from support.cli import UserError, warn
+from support.config import ROW_FIELDS, Config, DataConfig
+from support.documents import memory_for_text, parse_json_row, read_lines, refuse_larger_than_memory, row_text
+from support.hub import open_dataset, read_rows
+from support.loss import IGNORE
+from support.template import Template, prompt_ids
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row of an instruction file, and where it stands."""
+
+    instruction: str
+    input: str
+    output: str
+    where: str
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_json_rows(path: Path) -> Iterator[dict]:
+    """The rows of a .json file: a list of objects."""
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        raise UserError(f"{path} is not JSON: {str(error)[:150]}; if it has a row a line, name it .jsonl") from None
+    if not isinstance(rows, list):
+        raise UserError(f'{path} should be a list of rows, [{{"instruction": ..., "input": ..., "output": ...}}, ...]')
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number} is {json.dumps(row)[:60]}, not an object with instruction and output")
+        yield row
+
+
+def read_file(path: Path, key: str) -> Iterator[tuple[dict, str]]:
+    """(row, where it stands) of a local file. Raises UserError for a file that is none of the three kinds."""
+    if not path.is_file():
+        what = "is a folder; name a file in it" if path.is_dir() else "does not exist; give a .json, .jsonl or .parquet file"
+        raise UserError(f"{key}={path} {what}")
+    refuse_larger_than_memory([path], str(path), key)
+    if path.suffix == ".jsonl":
+        lines = ((number, line) for number, line in enumerate(read_lines(path, "strict"), 1) if line.strip())
+        for number, line in lines:
+            yield parse_json_row(line, f"{path}, line {number}"), f"{path}, line {number}"
+        return
+    if path.suffix not in (".json", ".parquet"):
+        raise UserError(f"{key}={path}: instructions are read from .json, .jsonl and .parquet files")
+    rows = read_json_rows(path) if path.suffix == ".json" else read_rows(open_dataset("parquet", None, "train", str(path), None, False))
+    for number, row in enumerate(rows, 1):
+        yield row, f"{path}, row {number}"
+
+
+def read_hub(data: DataConfig, split: str) -> Iterator[tuple[dict, str]]:
+    for number, row in enumerate(read_rows(open_dataset(data.dataset, data.config, split, None, data.revision, False)), 1):
+        yield row, f"{data.dataset}, row {number} of {split}"
+
+
+def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: str) -> list[Pair]:
+    """Rows to pairs. One without an instruction or an output teaches nothing and is left out, with a warning that counts
+    them. Raises UserError for a row that lacks the field, or if no pair remains."""
+    names = {name: fields.get(name, name) for name in ROW_FIELDS}
+    hint = "data.fields says what they are called, e.g. {instruction: prompt, output: response}"
+    pairs, empty = [], []
+    for row, where in rows:
+        given = row if row.get(names["input"]) is not None else row | {names["input"]: ""}  # the one that may be missing
+        texts = {name: row_text(given, names[name], where, hint) for name in ROW_FIELDS}
+        if texts["instruction"].strip() and texts["output"].strip():
+            pairs.append(Pair(**texts, where=where))
+        else:
+            empty.append(where)
+    if not pairs:
+        raise UserError(f"{source} holds no instruction with an output; give rows like {{instruction: ..., input: ..., output: ...}}")
+    if empty:
+        warn(f"{len(empty):,} row{'s' * (len(empty) > 1)} without instruction or output left out, the first at {empty[0]}")
+    return pairs
+
+
+def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, validation pairs): whole rows, drawn by `seed`, unless validation has a file or split of its own."""
+    data = config.data
+    if data.path:
+        pairs = pairs_of(read_file(Path(data.path), "data.path"), data.fields, data.path)
+    else:
+        pairs = pairs_of(read_hub(data, data.split), data.fields, data.dataset)
+    if data.val_path:
+        val = pairs_of(read_file(Path(data.val_path), "data.val_path"), data.fields, data.val_path)[: data.val_docs]
+    elif data.val_split:
+        val = pairs_of(read_hub(data, data.val_split), data.fields, data.dataset)[: data.val_docs]
+    else:
+        n_val = data.val_docs or max(1, round(data.val_fraction * len(pairs)))
+        if n_val >= len(pairs):
+            raise UserError(
+                f"{len(pairs)} instructions, of which {n_val} are for validation, leave none to train on; give more, or lower data.val_docs"
+            )
+        drawn = set(np.random.default_rng(config.seed).permutation(len(pairs))[:n_val].tolist())
+        val = [pair for i, pair in enumerate(pairs) if i in drawn]
+        pairs = [pair for i, pair in enumerate(pairs) if i not in drawn]
+    return pairs[: data.train_docs], val
+
+
+# ---- rows to train on ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair as ids: prompt, response, EOS. The first `n_prompt` are the prompt."""
+
+    ids: np.ndarray
+    n_prompt: int
+
+    def __len__(self) -> int:
+        """Positions it takes: the last id is only ever a label."""
+        return len(self.ids) - 1
+
+    def labels(self, mask_prompt: bool) -> np.ndarray:
+        """For each position the id that follows; -100 where that is still prompt."""
+        labels = self.ids[1:].copy()
+        if mask_prompt:
+            labels[: self.n_prompt - 1] = IGNORE
+        return labels
+
+
+def encode_pair(pair: Pair, tokenizer: Tokenizer, template: Template) -> Example:
+    """Raises UserError, naming the row, for characters that the tokenizer does not know."""
+    try:
+        prompt, response = prompt_ids(template, tokenizer, pair.instruction, pair.input), tokenizer.encode(pair.output)
+    except UserError as error:
+        raise UserError(f"{pair.where}: {error}") from None
+    return Example(np.array([*prompt, *response, tokenizer.eos_id], np.int64), len(prompt))
+
+
+class InstructPairDataset(Dataset):
+    """Item i is a pair, padded to the longest of its batch, or with `packing` a block of several pairs.
+
+    A pair longer than `seq_len` positions loses the start of its prompt (`n_cut` counts them); one whose response alone is
+    too long, or with `too_long="drop"` each such pair, is left out (`n_dropped`): half an answer teaches to stop in the
+    middle. Raises UserError if none remains.
+    """
+
+    def __init__(
+        self,
+        pairs: list[Pair],
+        tokenizer: Tokenizer,
+        template: Template,
+        seq_len: int,
+        packing: bool = False,
+        mask_prompt: bool = True,
+        too_long: str = "cut",
+    ):
+        self.seq_len, self.packing, self.mask_prompt, self.pad_id = seq_len, packing, mask_prompt, tokenizer.eos_id
+        self.examples: list[Example] = []
+        self.n_cut = self.n_dropped = 0
+        for pair in pairs:
+            self._add(encode_pair(pair, tokenizer, template), too_long)
+        if not self.examples:
+            raise UserError(f"none of {len(pairs)} instructions fits training.seq_len={seq_len}; raise it, or give shorter ones")
+        self.blocks = self._pack(self.examples) if packing else [[example] for example in self.examples]
+
+    def _add(self, example: Example, too_long: str) -> None:
+        surplus = len(example) - self.seq_len
+        if surplus > 0 and (too_long == "drop" or surplus >= example.n_prompt):  # a prompt keeps at least one token
+            self.n_dropped += 1
+            return
+        if surplus > 0:
+            self.n_cut += 1
+            example = Example(example.ids[surplus:], example.n_prompt - surplus)
+        self.examples.append(example)
+
+    def _pack(self, examples: list[Example]) -> list[list[Example]]:
+        """Blocks of whole pairs, in the order of the rows: a pair that does not fit any more begins the next block."""
+        blocks, room = [], 0
+        for example in examples:
+            if len(example) > room:
+                blocks.append([])
+                room = self.seq_len
+            blocks[-1].append(example)
+            room -= len(example)
+        return blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> Batch:
+        return {name: tensor[0] for name, tensor in self.batch([i]).items()}
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """input_ids and labels (B, T), T the longest of the batch; with packing T is `seq_len`, and segments (B, T) number
+        the pairs of each row. What fills up a row is EOS, not scored, and a segment of its own."""
+        return self.batch_of([self.blocks[i] for i in indices], self.packing)
+
+    def batch_of(self, blocks: list[list[Example]], packing: bool) -> Batch:
+        width = self.seq_len if packing else max(len(block[0]) for block in blocks)
+        ids = np.full((len(blocks), width), self.pad_id, np.int64)
+        labels, segments = np.full_like(ids, IGNORE), np.empty_like(ids)
+        for row, block in enumerate(blocks):
+            start = 0
+            for number, example in enumerate(block):
+                here = slice(start, start + len(example))
+                ids[row, here], labels[row, here], segments[row, here] = example.ids[:-1], example.labels(self.mask_prompt), number
+                start = here.stop
+            segments[row, start:] = len(block)
+        batch = {"input_ids": ids, "labels": labels} | ({"segments": segments} if packing else {})
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def example_batch(self, n: int, packing: bool) -> Batch:
+        """The first `n` pairs as one batch, packed or not."""
+        examples = self.examples[:n]
+        return self.batch_of(self._pack(examples) if packing else [[example] for example in examples], packing)
+
+    def fingerprint(self) -> str:
+        """sha256 of all ids and of where the responses begin."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(example.ids.tobytes() + example.n_prompt.to_bytes(8, "little"))
+        return digest.hexdigest()
+
+    def describe(self, n_rows: int) -> str:
+        n_tokens = sum(len(example.ids) for example in self.examples)
+        n_trained = sum(int((example.labels(self.mask_prompt) != IGNORE).sum()) for example in self.examples)
+        text = f"{n_rows:,} instructions, {n_tokens:,} tokens, {n_trained:,} of them scored"
+        text += f", packed into {len(self):,} blocks of {self.seq_len}" if self.packing else f", rows of up to {max(map(len, self.examples))}"
+        counts = [f"{self.n_cut:,} cut at the start of their prompt"] * bool(self.n_cut) + [f"{self.n_dropped:,} dropped"] * bool(self.n_dropped)
+        return text + (f" ({' and '.join(counts)}: longer than {self.seq_len})" if counts else "")
+
+
+@torch.no_grad()
+def score_responses(net: torch.nn.Module, batch: Batch) -> Tensor:
+    """(5,) float32: the summed loss, its number of targets, how many of them the model finds likeliest, the number of
+    responses, and how many it gets right from beginning to end, so that greedy decoding would write just them."""
+    labels = batch["labels"]  # (B, T)
+    scored = labels != IGNORE
+    targets = labels[scored]  # (n,)
+    logits = net(**{name: tensor for name, tensor in batch.items() if name != "labels"})[scored].float()  # (n, V)
+    segments = batch.get("segments", torch.zeros_like(labels))
+    pair = segments + labels.shape[1] * torch.arange(len(labels), device=labels.device)[:, None]  # (B, T), one number for each pair
+    nothing = torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
+    n_targets = nothing.index_add(0, pair[scored], torch.ones_like(targets))
+    n_right = nothing.index_add(0, pair[scored], (logits.argmax(dim=-1) == targets).long())
+    answered = n_targets > 0
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss, n_targets.sum(), n_right.sum(), answered.sum(), (answered & (n_right == n_targets)).sum()]).float()
+
+
+def pair_dataset(pairs: list[Pair], tokenizer: Tokenizer, config: Config) -> InstructPairDataset:
+    data = config.data
+    return InstructPairDataset(pairs, tokenizer, config.template, config.seq_len, data.packing, data.mask_prompt, data.too_long)
+
+
+@memory_for_text()
+def load_instructions(config: Config, tokenizer: Tokenizer) -> PackedData:
+    """The pairs that the config names, ready to train on. Raises UserError."""
+    train, val = split_pairs(config)
+    text = config.template.fill(train[0].instruction, train[0].input) + train[0].output
+    return PackedData(pair_dataset(train, tokenizer, config), pair_dataset(val, tokenizer, config), len(train), len(val), text)

@@ -1,0 +1,83 @@
+"""How an instruction becomes a prompt. A template is data: a few texts in the config, kept in every fine-tuned checkpoint,
+so that training, chat and evaluation lay a question out in the same way.
+
+    ### User:                 \\
+    Name a primary color.      | the prompt: given, not trained on
+                               |
+    ### Assistant:            /
+    Red.<|endoftext|>            the response, closed by EOS: what the model learns to write, and to end
+"""
+
+import re
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tokenizer import Tokenizer
+
+SLOT = re.compile(r"\{(instruction|input)\}")
+
+
+class Template(BaseModel):
+    """The layout of a conversation. The response begins where the prompt ends, and EOS ends it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    system: str = Field("", description="Stands once, before the first prompt.")
+    prompt: str = Field(description="A prompt; `{instruction}` is where the instruction goes.")
+    prompt_with_input: str = Field(description="The prompt of a row that has an input, which goes to `{input}`.")
+    multi_turn: bool = Field(False, description="Whether the next prompt may follow an answer, so that chat remembers what was said.")
+    stop: list[str] = Field([], description="Texts that end an answer in chat, besides EOS: what a model writes when it goes on for the user.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Template":
+        for name, slots in (("prompt", ["instruction"]), ("prompt_with_input", ["input", "instruction"])):
+            if sorted(SLOT.findall(getattr(self, name))) != slots:
+                raise ValueError(f"{name} must hold {' and '.join(f'{{{slot}}}' for slot in reversed(slots))}, each once")
+        if not all(self.stop):
+            raise ValueError("stop: an empty text would end every answer at once")
+        return self
+
+    def fill(self, instruction: str, input: str = "") -> str:
+        """One prompt, without what stands before the first. What looks like a slot inside the texts stays as it is."""
+        values = {"instruction": instruction, "input": input}
+        return SLOT.sub(lambda slot: values[slot[1]], self.prompt_with_input if input else self.prompt)
+
+
+TEMPLATES = {
+    "chat": Template(
+        prompt="### User:\n{instruction}\n\n### Assistant:\n",
+        prompt_with_input="### User:\n{instruction}\n\n{input}\n\n### Assistant:\n",
+        multi_turn=True,
+        stop=["### User:"],
+    ),
+    "alpaca": Template(  # Taori et al., "Stanford Alpaca" (2023)
+        prompt="Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        prompt_with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        stop=["### Instruction:"],
+    ),
+}
+DEFAULT = "chat"
+
+
+def prompt_ids(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
+    """The ids of a first prompt. It is encoded apart from the response, here and everywhere, so that the border is the same
+    whether the response is known or still to be written. Raises UserError for characters that the tokenizer lacks."""
+    return tokenizer.encode(template.system + template.fill(instruction, input))
+
+
+def conversation_ids(template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, list[int]]], question: str, room: int) -> list[int]:
+    """The ids of a conversation up to where the next answer begins: `turns` are (question, ids of its answer). The oldest
+    are forgotten where all together have more than `room` ids; of a single question that has, the end is kept."""
+    turns = list(turns) if template.multi_turn else []
+    while True:
+        ids = tokenizer.encode(template.system) if template.system else []
+        for said, answer in turns:
+            ids += tokenizer.encode(template.fill(said)) + answer + [tokenizer.eos_id]
+        ids += tokenizer.encode(template.fill(question))
+        if len(ids) <= room or not turns:
+            return ids[-room:]
+        turns.pop(0)
