@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import torch
 
 from data import PackedLMDataset, ValBatches, load_corpus, tokenize
+from instruct import Pair, score_responses, split_pairs, validation_pairs
 from model import GPTMini
 from support.checkpoint import load_model, saved_config, warn_of_other_tokenizer
 from support.config import Config, flag_overrides, load_config
@@ -51,34 +52,59 @@ class Validation:
     n_tokens: int
     n_bytes: int
     seq_len: int
+    token_accuracy: float | None = None  # of responses, the share of tokens found likeliest; None for a text
+    response_accuracy: float | None = None  # the share of responses of which each token is
 
 
-def documents_of(config: Config, data: str | None) -> list[str]:
-    """The validation documents of a config, or all documents under the path `data`. Raises UserError."""
-    return text_documents(data, config.data, "--data") if data else load_corpus(config).val
+def scoring_config(model: GPTMini, metadata: dict, source: str, path: str | None, overrides: list[str] = ()) -> Config:
+    """The config in the file `path`, or the checkpoint's own, for scoring `model`. Raises UserError."""
+    config = load_config(path, overrides, base=None if path else saved_config(metadata, source))
+    if config.base_ckpt:  # a config for fine-tuning names no model: it takes that of its base
+        config.model = model.config
+    return config
+
+
+def documents_of(config: Config, data: str | None) -> list[str] | list[Pair]:
+    """The validation documents (or instructions) of a config, or all documents under the path `data`. Raises UserError."""
+    if data:
+        return text_documents(data, config.data, "--data")
+    return split_pairs(config)[1] if config.data.source == "instructions" else load_corpus(config).val
+
+
+def text_blocks(documents: list[str], tokenizer: Tokenizer, config: Config, seq_len: int) -> tuple[PackedLMDataset, int]:
+    """(the documents as validation blocks, their bytes without those of the first token, which nothing predicts)."""
+    tokens = tokenize(documents, tokenizer)
+    blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=tokenizer.eos_id if config.data.document_mask else None)
+    if len(blocks) == 0:
+        raise UserError(f"the text has {len(tokens)} tokens with its end, and two are needed to score one; give more text")
+    return blocks, sum(len(document.encode()) for document in documents) - len(tokenizer.decode([int(tokens[0])]).encode())
 
 
 @torch.no_grad()
 def validate(
-    model: GPTMini, tokenizer: Tokenizer, documents: list[str], config: Config, batch_size: int | None = None, precision: str = "32-true"
+    model: GPTMini, tokenizer: Tokenizer, documents: list[str] | list[Pair], config: Config, batch_size: int | None = None, precision: str = "32-true"
 ) -> Validation:
-    """Loss of `model` (in eval mode) on documents, packed into blocks as in training. Raises UserError if they are too short."""
+    """Loss of `model` (in eval mode) on documents, packed into blocks as in training, or on the responses of instructions.
+    Raises UserError if they are too short."""
     device, seq_len = next(model.parameters()).device, min(config.seq_len, model.config.max_seq_len)
-    mask_eos = tokenizer.eos_id if config.data.document_mask else None
-    tokens = tokenize(documents, tokenizer)
-    blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=mask_eos)
-    if len(blocks) == 0:
-        raise UserError(f"the text has {len(tokens)} tokens with its end, and two are needed to score one; give more text")
+    answers = isinstance(documents[0], Pair)
+    if answers:
+        blocks = validation_pairs(documents, tokenizer, config, seq_len)
+        n_bytes = blocks.n_bytes
+    else:
+        blocks, n_bytes = text_blocks(documents, tokenizer, config, seq_len)
     batches = ValBatches(blocks, batch_size or config.training.micro_batch_size, rank=0, world=1, limit=None)
-    loss_sum, n_targets = 0.0, 0
+    totals = torch.zeros(5 if answers else 2, dtype=torch.float64)  # loss, targets; right tokens, responses, right responses
     for i in progress(range(len(batches)), "scoring"):
         batch = {name: value.to(device) for name, value in batches[i].items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
-            batch_loss, n = model(**batch)
-        loss_sum, n_targets = loss_sum + batch_loss.item(), n_targets + n.item()
+            sums = score_responses(model, batch) if answers else torch.stack(model(**batch))
+        totals += sums.double().cpu()
+    loss_sum, n_targets, *right = totals.tolist()
     loss = loss_sum / n_targets
-    n_bytes = sum(len(document.encode()) for document in documents) - len(tokenizer.decode([int(tokens[0])]).encode())
-    return Validation(loss, math.exp(min(loss, 700)), loss_sum / math.log(2) / max(1, n_bytes), len(documents), n_targets, n_bytes, seq_len)
+    accuracy = {"token_accuracy": right[0] / n_targets, "response_accuracy": right[2] / right[1]} if answers else {}
+    bits_per_byte = loss_sum / math.log(2) / max(1, n_bytes)
+    return Validation(loss, math.exp(min(loss, 700)), bits_per_byte, len(documents), int(n_targets), n_bytes, seq_len, **accuracy)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device or "auto")
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
-    config = load_config(args.config, flag_overrides(args), base=None if args.config else saved_config(metadata, args.ckpt))
+    config = scoring_config(model, metadata, args.ckpt, args.config, flag_overrides(args))
     texts = documents_of(config, args.data)
     if config.seq_len > model.config.max_seq_len:
         warn(f"training.seq_len={config.seq_len}, and the model reads {model.config.max_seq_len} tokens, so blocks of as many are scored")
@@ -99,9 +125,12 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(about | asdict(found)))
         return 0
     print(f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, tokenizer {tokenizer.kind} {tokenizer.vocab_size:,}")
-    documents = f"{found.n_documents:,} document{'s' * (found.n_documents != 1)}"
-    print(f"text: {documents}, {found.n_tokens:,} tokens to predict in blocks of {found.seq_len}, {found.n_bytes:,} bytes")
+    what, where = ("document", f"in blocks of {found.seq_len}") if found.token_accuracy is None else ("instruction", "in their responses")
+    documents = f"{found.n_documents:,} {what}{'s' * (found.n_documents != 1)}"
+    print(f"text: {documents}, {found.n_tokens:,} tokens to predict {where}, {found.n_bytes:,} bytes")
     print(f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits per byte")
+    if found.token_accuracy is not None:
+        print(f"token_accuracy {found.token_accuracy:.4f}, response_accuracy {found.response_accuracy:.4f}")
     if metrics.get("val_loss") is not None and not args.config and not args.data:
         print(f"its newest validation in training gave {metrics['val_loss']:.4f}")
     return 0

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, print_wide, progress, warn
+from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, print_wide, printable, progress, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -53,16 +53,17 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from eval_val import Validation, documents_of, validate
+from eval_val import Validation, documents_of, scoring_config, validate
 from model import GPTMini
 from support.cases import Case, read_cases
-from support.checkpoint import atomic_write, find_checkpoints, load_model, other_names, printable, saved_config, warn_of_other_tokenizer
-from support.config import Config, load_config
+from support.checkpoint import atomic_write, find_checkpoints, load_model, other_names, saved_template, warn_of_other_tokenizer
+from support.config import Config
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 from support.hardware import resolve_device, resolve_precision
 from support.harness import find_tasks, run_tasks
 from support.run import run_record
 from support.scoring import continuations, encode, log_likelihoods
+from support.template import DEFAULT, TEMPLATES, Template
 from tokenizer import Tokenizer
 
 RESAMPLES = 2000  # of the bootstrap
@@ -76,10 +77,13 @@ def options_of(case: Case) -> list[str]:
     return case.choices or ([case.target] if case.target is not None else [])
 
 
-def score_cases(model: GPTMini, tokenizer: Tokenizer, cases: list[Case]) -> list[CaseResult]:
+def score_cases(model: GPTMini, tokenizer: Tokenizer, cases: list[Case], template: Template | None = None) -> list[CaseResult]:
     """Every case's result, all of them in a few batches. A prompt starts where a text starts only if it is empty: behind
-    an EOS. A text the tokenizer has no characters for has probability zero."""
-    prompts = [encode(tokenizer, case.prompt) if case.prompt else [tokenizer.eos_id] for case in cases]
+    an EOS. An instruction is laid out by `template`; for a model that has none, by the one named chat. A text the tokenizer
+    has no characters for has probability zero."""
+    layout = template or TEMPLATES[DEFAULT]
+    laid_out = [layout.system + layout.fill(case.prompt, case.input) if case.instruction else case.prompt for case in cases]
+    prompts = [encode(tokenizer, prompt) if prompt else [tokenizer.eos_id] for prompt in laid_out]
     followings = [[encode(tokenizer, option) for option in options_of(case)] for case in cases]
     readable = [(n, k) for n, ids in enumerate(followings) for k, option in enumerate(ids) if option is not None and prompts[n] is not None]
     found = dict(zip(readable, log_likelihoods(model, [(prompts[n], followings[n][k]) for n, k in readable]), strict=True))
@@ -122,13 +126,12 @@ def judge(case: Case, likelihoods: list[tuple[float, bool]], ids: list[list[int]
     )
 
 
-def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace, device: str, texts: dict[str, list[str]]) -> CheckpointResult:
+def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace, device: str, texts: dict[str, list]) -> CheckpointResult:
     """One checkpoint's results. Raises UserError if it cannot be opened or is too small for a case."""
     model, tokenizer, metadata = load_model(path, device)
     metrics, found = metadata["metrics"], None
     if args.val:
-        own = None if args.config else saved_config(metadata, path)
-        found = validation(model, tokenizer, load_config(args.config, base=own), device, texts)
+        found = validation(model, tokenizer, scoring_config(model, metadata, str(path), args.config), device, texts)
     return CheckpointResult(
         file=str(path),
         names=other_names(path),
@@ -137,13 +140,13 @@ def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace,
         tokens=metrics["tokens"],
         n_params=model.n_params(),
         tokenizer=f"{tokenizer.kind} {tokenizer.vocab_size}",
-        results=score_cases(model, tokenizer, cases),
+        results=score_cases(model, tokenizer, cases, saved_template(metadata, path)),
         val_loss=found.loss if found else None,
         bits_per_byte=found.bits_per_byte if found else None,
     )
 
 
-def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str, texts: dict[str, list[str]]) -> Validation:
+def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str, texts: dict[str, list]) -> Validation:
     """As by eval_val.py; `texts` keeps the documents, so that checkpoints of one config read them once."""
     key = json.dumps([config.data.model_dump(), config.seed])
     if key not in texts:
@@ -211,7 +214,7 @@ def each_checkpoint(paths: Iterable[Path], n: int, score: Callable[[Path], Any])
 def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evaluation:
     """Score every checkpoint on the cases. Raises UserError."""
     cases = read_cases(args.cases)
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list] = {}
     checkpoints = each_checkpoint(progress(paths, "checkpoints"), len(paths), lambda path: evaluate_checkpoint(path, cases, args, device, texts))
     for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
         kind, vocab_size = name.split()

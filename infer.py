@@ -4,14 +4,15 @@ python3 infer.py --ckpt checkpoints/final.ckpt --prompt "Attention is"
 python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --temperature 0.7 --top-k 40 --num-samples 3
 echo "The loss is" | python3 infer.py --ckpt checkpoints/final.ckpt
 python3 infer.py --ckpt checkpoints/final.ckpt --interactive
+python3 infer.py --ckpt checkpoints_sft/final.ckpt --chat                # a fine-tuned one answers; /reset, /quit
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from support.cli import UserError, add_model_flags, guarded, make_parser, warn
+from support.cli import UserError, add_model_flags, guarded, make_parser, printable_lines, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -21,6 +22,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--prompt", help="the text to continue; without it, standard input is read")
     source.add_argument("--prompt-file", metavar="FILE", help="a file that holds the prompt")
     source.add_argument("--interactive", action="store_true", help="ask for prompts until end of input (Ctrl-D)")
+    source.add_argument("--chat", action="store_true", help="talk to a fine-tuned checkpoint, with its own template; /reset forgets, /quit ends")
     parser.add_argument(
         "--max-new-tokens", type=int, default=200, metavar="N", help="stop after this many tokens, or at end of document (default 200)"
     )
@@ -41,8 +43,9 @@ import torch
 from pydantic import ValidationError
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import load_model, printable_lines, warn_of_other_tokenizer
+from support.checkpoint import load_model, saved_template, warn_of_other_tokenizer
 from support.hardware import resolve_device
+from support.template import Template, conversation_ids, prompt_ids
 from tokenizer import TextStream, Tokenizer
 
 
@@ -72,12 +75,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stream_text(
-    model: GPTMini, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: SamplingConfig | None = None, seed: int = 42
+    model: GPTMini, tokenizer: Tokenizer, prompt: str | list[int], max_new_tokens: int, sampling: SamplingConfig | None = None, seed: int = 42
 ) -> Iterator[str]:
-    """The continuation of `prompt`, piece by piece; whole characters only; ends before EOS. Raises UserError if the
-    prompt is empty or has characters the tokenizer does not know. A prompt beyond the context is read from its end."""
+    """The continuation of `prompt` (a text, or ids), piece by piece; whole characters only; ends before EOS. Raises UserError
+    if the prompt is empty or has characters the tokenizer does not know. A prompt beyond the context is read from its end."""
     device = next(model.parameters()).device
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     text = TextStream(tokenizer)
     for token in model.stream(ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
@@ -85,6 +88,25 @@ def stream_text(
             break
         yield text.push(token.item())
     yield text.flush()
+
+
+def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """The pieces up to the first of the `stops`. What may be the beginning of one is held back until it is known not to be.
+
+    >>> list(until(["Yes", ".#", "## ", "User: and"], ["### User"]))
+    ['Yes', '.', '']
+    """
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        found = [waiting.index(stop) for stop in stops if stop in waiting]
+        if found:
+            yield waiting[: min(found)]
+            return
+        held = max((n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0)
+        yield waiting[: len(waiting) - held]
+        waiting = waiting[len(waiting) - held :]
+    yield waiting
 
 
 def generate_text(
@@ -155,12 +177,76 @@ def interact(model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sam
         seed += 1
 
 
+class Chat:
+    """A conversation: what has been said, within the context of the model and by the rules of its template."""
+
+    def __init__(self, model: GPTMini, tokenizer: Tokenizer, template: Template, max_new_tokens: int, sampling: SamplingConfig):
+        self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
+        window = model.config.max_seq_len
+        self.max_new_tokens = min(max_new_tokens, window // 2)
+        self.room = window - self.max_new_tokens  # for the question and what was said before
+        self.turns: list[tuple[str, list[int]]] = []  # (question, ids of the answer)
+
+    def answer(self, question: str, seed: int) -> Iterator[str]:
+        """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C. Raises UserError."""
+        ids = conversation_ids(self.template, self.tokenizer, self.turns, question, self.room)
+        if (n := len(prompt_ids(self.template, self.tokenizer, question))) > self.room:
+            warn(f"the question has {n} tokens with its template, and {self.room} fit: only its end is read")
+        said = ""
+        try:
+            for piece in until(stream_text(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, seed), self.template.stop):
+                said += piece
+                yield piece
+        finally:
+            self.turns.append((question, self.tokenizer.encode(said.strip())))
+
+
+def talk(chat: Chat, seed: int) -> None:
+    """Question by question, until /quit or end of input. Ctrl-C ends an answer, and at a question the program."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        memory = "remembers what was said" if chat.template.multi_turn else "answers each question by itself"
+        print(f"This model {memory}, within {chat.model.config.max_seq_len} tokens. /reset forgets, /quit ends, Ctrl-C stops an answer.")
+    while True:
+        try:
+            question = input("you> " if terminal else "").strip()
+        except EOFError:
+            print()
+            return
+        if question == "/quit":
+            return
+        if question == "/reset":
+            chat.turns.clear()
+            print("(forgotten)")
+        elif question.startswith("/"):
+            print(f"{question.split()[0]} is no command; there are /reset and /quit", file=sys.stderr)
+        elif question:
+            try:
+                for piece in chat.answer(question, seed):
+                    print(shown(piece), end="", flush=True)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+            print(flush=True)
+            seed += 1
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     sampling, device = make_sampling(args), resolve_device(args.device)
-    prompt = None if args.interactive else read_prompt(args)
-    model, tokenizer, _ = load_model(args.ckpt, device)
+    prompt = None if args.interactive or args.chat else read_prompt(args)
+    model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
+    if args.chat:
+        if (template := saved_template(metadata, args.ckpt)) is None:
+            raise UserError(
+                f"{args.ckpt} is no instruction model: it continues texts (--interactive) and does not answer. "
+                f"Make it one:\n       python3 finetune.py --config config_finetune.yaml --override base_ckpt={args.ckpt}"
+            )
+        talk(Chat(model, tokenizer, template, args.max_new_tokens, sampling), args.seed)
+        return 0
     if prompt is None:
         interact(model, tokenizer, args, sampling)
         return 0

@@ -175,22 +175,24 @@ class InstructPairDataset(Dataset):
     ):
         self.seq_len, self.packing, self.mask_prompt, self.pad_id = seq_len, packing, mask_prompt, tokenizer.eos_id
         self.examples: list[Example] = []
-        self.n_cut = self.n_dropped = 0
+        self.n_cut = self.n_dropped = self.n_bytes = 0  # bytes of the responses
         for pair in pairs:
-            self._add(encode_pair(pair, tokenizer, template), too_long)
+            if self._add(encode_pair(pair, tokenizer, template), too_long):
+                self.n_bytes += len(pair.output.encode())
         if not self.examples:
             raise UserError(f"none of {len(pairs)} instructions fits training.seq_len={seq_len}; raise it, or give shorter ones")
         self.blocks = self._pack(self.examples) if packing else [[example] for example in self.examples]
 
-    def _add(self, example: Example, too_long: str) -> None:
+    def _add(self, example: Example, too_long: str) -> bool:
         surplus = len(example) - self.seq_len
         if surplus > 0 and (too_long == "drop" or surplus >= example.n_prompt):  # a prompt keeps at least one token
             self.n_dropped += 1
-            return
+            return False
         if surplus > 0:
             self.n_cut += 1
             example = Example(example.ids[surplus:], example.n_prompt - surplus)
         self.examples.append(example)
+        return True
 
     def _pack(self, examples: list[Example]) -> list[list[Example]]:
         """Blocks of whole pairs, in the order of the rows: a pair that does not fit any more begins the next block."""
@@ -267,14 +269,15 @@ def score_responses(net: torch.nn.Module, batch: Batch) -> Tensor:
     return torch.stack([loss, n_targets.sum(), n_right.sum(), answered.sum(), (answered & (n_right == n_targets)).sum()]).float()
 
 
-def pair_dataset(pairs: list[Pair], tokenizer: Tokenizer, config: Config) -> InstructPairDataset:
-    data = config.data
-    return InstructPairDataset(pairs, tokenizer, config.template, config.seq_len, data.packing, data.mask_prompt, data.too_long)
+def validation_pairs(pairs: list[Pair], tokenizer: Tokenizer, config: Config, seq_len: int) -> InstructPairDataset:
+    """Validation always scores responses alone, so that its loss compares, whatever was trained on."""
+    return InstructPairDataset(pairs, tokenizer, config.template, seq_len, config.data.packing, True, config.data.too_long)
 
 
 @memory_for_text()
 def load_instructions(config: Config, tokenizer: Tokenizer) -> PackedData:
     """The pairs that the config names, ready to train on. Raises UserError."""
-    train, val = split_pairs(config)
-    text = config.template.fill(train[0].instruction, train[0].input) + train[0].output
-    return PackedData(pair_dataset(train, tokenizer, config), pair_dataset(val, tokenizer, config), len(train), len(val), text)
+    (pairs, val_pairs), data = split_pairs(config), config.data
+    train = InstructPairDataset(pairs, tokenizer, config.template, config.seq_len, data.packing, data.mask_prompt, data.too_long)
+    text = config.template.fill(pairs[0].instruction, pairs[0].input) + pairs[0].output
+    return PackedData(train, validation_pairs(val_pairs, tokenizer, config, config.seq_len), len(pairs), len(val_pairs), text)

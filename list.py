@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, guarded, make_parser, print_wide
+from support.cli import UserError, guarded, make_parser, print_wide, printable
 
 COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
     "file": ("file", "{}"),
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
-from support.checkpoint import KEY, empty_model, find_checkpoints, other_names, printable, read_checkpoint, read_metadata, saved_config
+from support.checkpoint import KEY, empty_model, find_checkpoints, other_names, read_checkpoint, read_metadata, saved_config
 
 
 def config_hash(config: dict[str, Any]) -> str:

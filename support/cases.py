@@ -18,6 +18,8 @@ class Case(BaseModel):
 
     id: str = ""
     prompt: str
+    input: str = ""  # of an instruction
+    instruction: bool = False  # whether the prompt goes into the checkpoint's template
     target: Annotated[str, Field(min_length=1)] | None = None
     choices: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=2, max_length=100)
     contains: list[Annotated[str, Field(min_length=1)]] = []
@@ -55,6 +57,10 @@ class Case(BaseModel):
                 raise ValueError(f"target {self.target!r} must be one of the choices {self.choices}")
         if self.target is None and not self.contains and self.regex is None:
             raise ValueError("nothing to score; give a target, contains or regex")
+        if self.input and not self.instruction:
+            raise ValueError("input goes with an instruction; set instructions: true for the file")
+        if self.instruction and not self.prompt.strip():
+            raise ValueError("an instruction cannot be empty")
         return self
 
     @property
@@ -73,6 +79,7 @@ class CaseFile(BaseModel):
 
     name: str = ""
     description: str = ""
+    instructions: bool = False  # whether all prompts are instructions
     cases: list[Any] = Field(min_length=1)
 
 
@@ -107,10 +114,10 @@ def read_case_file(path: Path) -> list[Case]:
     tree = read_mapping(path, "case file", "try --cases cases/wiki_basics.yaml", "it has a list `cases`; see docs/EVALUATION.md")
     problems, cases, ids = [], [], set()
     try:
-        entries = CaseFile.model_validate(tree).cases
+        file = CaseFile.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n       ".join(explain(e, str(path)) for e in error.errors())) from None
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(file.cases, start=1):
         where = f"{path}, case {number}"
         if not isinstance(entry, dict):
             problems.append(f"{where}: {repr(entry)[:60]} is not a mapping with a prompt; see docs/EVALUATION.md")
@@ -118,7 +125,7 @@ def read_case_file(path: Path) -> list[Case]:
         if isinstance(entry.get("id"), str):
             where += f" ({entry['id'][:40]})"
         try:
-            case = Case.model_validate(entry | {"file": str(path)})
+            case = Case.model_validate({"instruction": file.instructions} | entry | {"file": str(path)})
         except ValidationError as error:
             problems += [explain(e, where) for e in error.errors()]
             continue

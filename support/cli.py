@@ -90,6 +90,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 
 
+def printable(text: object) -> str:
+    """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`, `\\ud800`."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines, whose line ends and tabs stay."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
 def print_wide(table: Any) -> None:
     """A rich table on lines of any length, so that no name is ever cut: a narrow terminal folds the line itself. Names are
     shown as they are, brackets too."""

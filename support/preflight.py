@@ -15,8 +15,7 @@ from data import Batch, make_dataloaders
 from model import GPTConfig, GPTMini, KVCache
 from optim import build_optimizer, lr_factor, parameter_groups
 from support.base import net_on_meta
-from support.checkpoint import printable_lines
-from support.cli import UserError
+from support.cli import UserError, printable_lines
 from support.config import Config
 from support.hardware import device_label, memory_total
 from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB, IGNORE

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import KEY, check_pickle, find_latest_checkpoint, first_not_finite, load_model, read_checkpoint
+from support.archive import check_pickle
+from support.checkpoint import KEY, find_latest_checkpoint, first_not_finite, load_model, read_checkpoint
 from support.cli import UserError
 from support.config import load_config, read_config_file
 from support.safe_yaml import parse_yaml
