@@ -64,7 +64,6 @@ FOREIGN_NAMES = {
     "train_frac": "data.val_fraction",
     "data.tokenizer": "tokenizer.kind",
     "doc_mask": "data.document_mask",
-    "checkpoint": "base_ckpt",
     "checkpoint_path": "base_ckpt",
     "pretrained_model_name_or_path": "base_ckpt",
     "init_from": "base_ckpt",

@@ -15,7 +15,10 @@ from support.checkpoint import atomic_write, first_not_finite, link_or_copy, loa
 from support.cli import UserError
 from tokenizer import ByteTokenizer
 
-FIELDS = {"format_version", "model", "tokenizer", "config", "template", "metrics", "stream_state", "data_fingerprint", "sequences_per_step", "run"}
+FIELDS = {
+    *("format_version", "model", "tokenizer", "config", "template", "lora"),
+    *("metrics", "stream_state", "data_fingerprint", "sequences_per_step", "run"),
+}
 
 
 def byte_model(**changes) -> GPTMini:

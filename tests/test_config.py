@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from model import GPTConfig, GPTMini
 from optim import build_optimizer
 from support.cli import UserError
-from support.config import FOREIGN_NAMES, Config, apply_override, load_config, read_config_file, reference_markdown, validate_config
+from support.config import Config, apply_override, load_config, read_config_file, reference_markdown, sections, validate_config
+from support.foreign_names import FOREIGN_NAMES
 from support.safe_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -37,13 +38,8 @@ def refusal(sections: dict) -> str:
     return str(caught.value)
 
 
-def key_names(model: type[BaseModel], prefix: str = "") -> set[str]:
-    names = set()
-    for name, field in model.model_fields.items():
-        names.add(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names |= key_names(field.annotation, f"{prefix}{name}.")
-    return names
+def key_names() -> set[str]:
+    return set(Config.model_fields) | {f"{section}.{key}" for section, model in sections().items() for key in model.model_fields}
 
 
 def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
@@ -218,7 +214,7 @@ def test_names_of_other_projects_are_answered_with_ours(theirs, ours):
 @pytest.mark.parametrize("theirs", FOREIGN_NAMES)
 def test_every_foreign_name_is_foreign_and_leads_to_keys_that_exist(theirs):
     """Nobody gets an answer that is itself refused."""
-    known = key_names(Config)
+    known = key_names()
     assert theirs not in known
     answer = FOREIGN_NAMES[theirs]
     if not answer.startswith("nothing"):
@@ -599,14 +595,14 @@ def random_value(draw: random.Random, depth: int) -> object:
     if depth and kind < 0.15:
         return [random_value(draw, depth - 1) for _ in range(draw.randrange(4))]
     if depth and kind < 0.3:
-        keys = [*FOREIGN_NAMES, *(name.rsplit(".", 1)[-1] for name in key_names(Config)), "", "a.b", 1, None, 2.5, (1, 2)]
+        keys = [*FOREIGN_NAMES, *(name.rsplit(".", 1)[-1] for name in key_names()), "", "a.b", 1, None, 2.5, (1, 2)]
         return {draw.choice(keys): random_value(draw, depth - 1) for _ in range(draw.randrange(4))}
     return draw.choice(SCALARS)
 
 
 def test_random_trees_are_accepted_or_refused_with_a_user_error():
     """Valid configs with a few keys turned into anything, and trees of nothing but noise."""
-    draw, names, accepted = random.Random(11), sorted(key_names(Config)), 0
+    draw, names, accepted = random.Random(11), sorted(key_names()), 0
     for _ in range(3000):
         changed = validate_config(tree()).to_dict() if draw.random() < 0.8 else random_value(draw, 3)
         for _ in range(draw.randrange(4) if isinstance(changed, dict) else 0):

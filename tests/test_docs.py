@@ -22,7 +22,7 @@ import yaml
 from conftest import REPO
 
 from support.cases import read_case_file
-from support.config import Config, flag_overrides, load_config
+from support.config import Config, flag_overrides, load_config, sections
 
 GUIDES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 PAGES = [*GUIDES, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md"]
@@ -35,7 +35,7 @@ QUICKSTART = [  # what the project has promised to be enough, in this order
     "python3 train.py --config config.yaml",
     "python3 train.py --config config_smoke.yaml --override data.path=my_book.txt --override training.max_steps=1000",
 ]
-SECTIONS = [name for name in Config.model_fields if name != "seed"]
+SECTIONS = sections()
 WRITTEN_BY_RUNS = {"run_config.yaml"}
 WRITTEN = re.compile(r"[\w*-]+\.(ckpt|jsonl|svg|png|json|csv|html)")
 THE_USERS = {"my_book.txt", "data/shakespeare.txt", "data/wikitext2.txt", "tokenizer.json"}
@@ -113,8 +113,7 @@ LINES = [pytest.param(page, line, id=f"{name(page)}: {line[:90]}") for page in P
 
 @functools.cache
 def config_keys() -> frozenset[str]:
-    sections = {section: Config.model_fields[section].annotation for section in SECTIONS}
-    return frozenset({"seed"} | {f"{section}.{key}" for section, model in sections.items() for key in model.model_fields})
+    return frozenset({*Config.model_fields, *(f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields)})
 
 
 @functools.cache

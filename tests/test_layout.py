@@ -19,7 +19,8 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 450, 60
 # What each file may import of ours. Scripts are run and import anything below them; nouns (data, model, optim,
 # tokenizer) are imported; support/ is plumbing. A new arrow is a decision: argue for it where the change is reviewed.
 ARROWS = {
-    "train": "data model optim support.base support.callbacks support.checkpoint support.cli support.loss support.plots support.preflight support.run",
+    "train": "data model optim support.base support.callbacks support.checkpoint support.cli support.loss support.plots support.preflight "
+    "support.run",
     "finetune": "data instruct support.checkpoint support.cli support.plots support.preflight support.run train",
     "infer": "model support.checkpoint support.cli support.hardware support.template tokenizer",
     "list": "support.checkpoint support.cli",
