@@ -88,8 +88,8 @@ def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: s
     hint = "data.fields says what they are called, e.g. {instruction: prompt, output: response}"
     pairs, empty = [], []
     for row, where in rows:
-        given = row if row.get(names["input"]) is not None else row | {names["input"]: ""}  # the one that may be missing
-        texts = {name: row_text(given, names[name], where, hint) for name in ROW_FIELDS}
+        present = [name for name in ROW_FIELDS if name != "input" or row.get(names["input"]) is not None]  # that one may be missing
+        texts = {"input": ""} | {name: row_text(row, names[name], where, hint) for name in present}
         if texts["instruction"].strip() and texts["output"].strip():
             pairs.append(Pair(**texts, where=where))
         else:
