@@ -47,8 +47,9 @@ def with_base(tree: dict[str, Any]) -> dict[str, Any]:
                     f"leave {section}.{key} out"
                 )
         merged[section] = theirs | {key: value for key, value in asked.items() if value is not None}
-    if tree.get("template") is None and metadata.get("template"):
-        merged["template"] = metadata["template"]
+    on_text = not isinstance(tree.get("data"), dict) or tree["data"].get("source") != "instructions"
+    if on_text or tree.get("template") is None:  # more text does not make a model answer, nor forget that it does
+        merged["template"] = metadata.get("template")
     return merged
 
 

@@ -130,8 +130,9 @@ def show_step(plan: Plan, step: int) -> str:
         raise UserError(f"--show-step {step}: this run has steps 1 to {plan.n_steps}")
     lines = []
     for micro, batch in enumerate(batches_of_step(plan, step - 1), 1):
-        for row, ids in enumerate(batch["input_ids"].tolist(), 1):
-            lines += [f"--- step {step}, micro-batch {micro}, row {row} ---", plan.tokenizer.decode(ids)]
+        for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True), 1):
+            used = int((labels != IGNORE).nonzero().max()) + 1  # behind it stands padding
+            lines += [f"--- step {step}, micro-batch {micro}, row {row} ---", plan.tokenizer.decode(ids[: used + 1].tolist())]
     return "\n".join(lines)
 
 
