@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -422,6 +424,28 @@ def test_other_rows_are_another_run(sft, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows(23)))
     with pytest.raises(UserError, match="the training text has changed"):
         sft(tmp_path / "sft", f"data.path={tmp_path / 'rows.json'}", "--resume")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(sft, tmp_path):
+    """Adapters and padded rows over processes, started as a user starts them: copies (DDP) give the same bits; pieces (FSDP),
+    stopped and resumed, the same but for rounding."""
+    words = (*LORA, "data.shuffle=false", "training.micro_batch_size=3", "training.val_every=6", "checkpoint.save_every=6")
+
+    def by_command(name: str, *more: str) -> str:
+        argv = sft.argv(tmp_path / name, *words, "training.grad_accum_steps=1", "hardware.devices=2", *more)
+        process = subprocess.run([sys.executable, "finetune.py", *argv], capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        return process.stdout.splitlines()[-1]
+
+    one = sft(tmp_path / "one", *words, "training.grad_accum_steps=2")
+    assert by_command("ddp") == one.out.splitlines()[-1]
+    fsdp = ("hardware.strategy=fsdp",)
+    by_command("fsdp", *fsdp, "training.max_steps=3")
+    by_command("fsdp", *fsdp, "--resume")
+    ours, theirs = weights_of(tmp_path / "fsdp" / "final.ckpt"), weights_of(tmp_path / "one" / "final.ckpt")
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # ---- looking ------------------------------------------------------------------------------------------------------
