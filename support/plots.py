@@ -179,12 +179,12 @@ def draw_mask(stem: Path, batches: dict[str, dict[str, Any]], decode: Any) -> Pa
     sizes = {name: batch["labels"].shape for name, batch in batches.items()}
     width, height = max(T for _, T in sizes.values()) + 1, sum(B for B, _ in sizes.values())
     cell = min(0.42, 18 / width)  # inches
-    with pyplot.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    with pyplot.rc_context({"text.parse_math": False, "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         rows = [B for B, _ in sizes.values()]
         figure, axes = pyplot.subplots(len(batches), 1, figsize=(max(8, cell * width), 0.42 * height + 1.4), height_ratios=rows, squeeze=False)
         for axis, (name, batch) in zip(axes[:, 0], batches.items(), strict=True):
-            draw_mask_rows(axis, batch, decode if cell > 0.25 else None, list(kinds.values()), width)
+            draw_mask_rows(axis, batch, decode if cell > 0.22 else None, list(kinds.values()), width)
             axis.set_title(name, loc="left", fontsize=9)
         handles = [pyplot.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#999999") for color in kinds.values()]
         figure.legend(handles, kinds, loc="lower center", ncols=len(kinds), fontsize=8, frameon=False)
@@ -209,7 +209,7 @@ def draw_mask_rows(axis: Any, batch: dict[str, Any], decode: Any, colors: list[s
             ends = j + 1 in begins or j + 1 == used
             axis.add_patch(Rectangle((j, row), 0.96, 0.96, facecolor=colors[kind], edgecolor="#cccccc", linewidth=0.3))
             if decode and kind < 3:
-                axis.text(j + 0.48, row + 0.5, decode([id]).replace("\n", "\\n")[:8], ha="center", va="center", fontsize=6, clip_on=True)
+                axis.text(j + 0.48, row + 0.5, decode([id]).replace("\n", "\\n")[:7], ha="center", va="center", fontsize=5, clip_on=True)
             if ends and j < used:
                 axis.plot([j + 0.96, j + 0.96], [row, row + 0.96], color=colors[2], linewidth=3)
     axis.set(xlim=(0, width), ylim=(len(batch["input_ids"]), 0), xticks=[], yticks=[])

@@ -134,7 +134,7 @@ def test_our_files_are_sound(path):
 
 
 def test_our_files_are_those_that_the_readme_promises():
-    assert [path.stem for path in OURS] == ["grammar", "shakespeare", "tiny_corpus", "wiki_basics"]
+    assert [path.stem for path in OURS] == ["grammar", "instructions", "shakespeare", "tiny_corpus", "wiki_basics"]
     assert {"geography", "history", "science", "language"} == {case.category for case in read_case_file(REPO / "cases" / "wiki_basics.yaml")}
     assert all(case.prompt == "" and len(case.choices) == 2 for case in read_case_file(REPO / "cases" / "grammar.yaml"))
 

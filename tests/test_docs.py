@@ -26,7 +26,7 @@ from support.config import Config, flag_overrides, load_config, sections
 
 GUIDES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 PAGES = [*GUIDES, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md"]
-EXECUTED = ["README.md", "docs/LEARNING_PATH.md", "docs/TROUBLESHOOTING.md", "docs/ARCHITECTURE.md", "docs/EVALUATION.md"]
+EXECUTED = ["README.md", "docs/LEARNING_PATH.md", "docs/TROUBLESHOOTING.md", "docs/ARCHITECTURE.md", "docs/EVALUATION.md", "docs/FINETUNING.md"]
 QUICKSTART = [  # what the project has promised to be enough, in this order
     "pip install -r requirements.txt",
     "python3 train.py --config config_smoke.yaml",
@@ -38,7 +38,7 @@ QUICKSTART = [  # what the project has promised to be enough, in this order
 SECTIONS = sections()
 WRITTEN_BY_RUNS = {"run_config.yaml"}
 WRITTEN = re.compile(r"[\w*-]+\.(ckpt|jsonl|svg|png|json|csv|html)")
-THE_USERS = {"my_book.txt", "data/shakespeare.txt", "data/wikitext2.txt", "tokenizer.json"}
+THE_USERS = {"my_book.txt", "my_instructions.json", "data/instructions.json", "data/shakespeare.txt", "data/wikitext2.txt", "tokenizer.json"}
 OUTSIDE = {  # names in backticks that are not ours: the environment's, Lightning's, PyTorch's, and what other projects call our fields
     *("HF_HOME", "HTTPS_PROXY", "lr_schedulers", "optimizer_states", "torch._dynamo", "torch._inductor", "model_state_dict", "optimizer_state_dict")
 }
@@ -365,6 +365,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     here = tmp_path / "clone"
     shutil.copytree(REPO, here, ignore=shutil.ignore_patterns(".git", ".venv*", "checkpoints*", "runs", "results", "__pycache__", ".*_cache"))
     shutil.copy(here / "data" / "tiny_corpus.txt", here / "my_book.txt")
+    shutil.copy(here / "data" / "tiny_instructions.json", here / "my_instructions.json")
     monkeypatch.chdir(here)
     return here
 
@@ -373,15 +374,17 @@ def needs_network(argv: list[str]) -> bool:
     """Whether the config names a dataset of the Hugging Face hub, or the harness one of its tasks."""
     if "--config" not in argv:
         return "--lm-eval" in argv
-    data = load_config(REPO / argv[argv.index("--config") + 1]).data
-    return data.source == "hf" and data.path is None
+    overrides = [argv[i + 1] for i, word in enumerate(argv) if word == "--override"]
+    data = load_config(REPO / argv[argv.index("--config") + 1], overrides).data
+    return data.source != "text" and data.path is None
 
 
 def shrunk(script: str, argv: list[str]) -> list[str]:
     """The same command, with two steps where it trains."""
-    if script != "train.py" or "--show-step" in argv or "training.max_steps=0" in argv:
+    if script not in ("train.py", "finetune.py") or {"--show-step", "--show-mask", "training.max_steps=0"} & set(argv):
         return argv
-    return argv + [word for key in ("max_steps=2", "warmup_steps=0", "schedule_steps=2") for word in ("--override", f"training.{key}")]
+    keys = ("max_steps=2", "warmup_steps=0", "schedule_steps=2", "epochs=null")
+    return argv + [word for key in keys for word in ("--override", f"training.{key}")]
 
 
 def run_here(script: str, argv: list[str]) -> None:
