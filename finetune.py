@@ -44,6 +44,7 @@ from support.run import Plan
 def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
     """The first `n` pairs as a batch, one a row and packed."""
     data: InstructPairDataset = plan.data.train
+    stem.parent.mkdir(parents=True, exist_ok=True)
     batches = {name: data.example_batch(n, packing) for name, packing in (("padded", False), ("packed", True))}
     return draw_mask(stem, batches, plan.tokenizer.decode)
 
