@@ -56,7 +56,7 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
         return datasets.load_dataset(name, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error  # of a damaged file, the library wraps the reason
-        offline = "; without the hub, name local files by data.path (docs/TROUBLESHOOTING.md, offline)" if "OfflineMode" in str(reason) else ""
+        offline = "; without the hub, name local files by data.path (docs/TROUBLESHOOTING.md, offline)" if "Couldn't reach" in str(reason) else ""
         raise UserError(
             f"data.dataset={name} (config {config}, split {split}) cannot be opened: {' '.join(str(reason).split())[:300]}{offline}"
         ) from None

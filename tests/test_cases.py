@@ -1,5 +1,6 @@
 """Case files: what is read, and what is said about mistakes in them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,55 @@ def test_three_thousand_cases_fit_into_a_file(tmp_path):
     assert len(read_case_file(path)) == 3000
 
 
+# ---- instructions -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_instructions_has_inputs_and_may_hold_plain_prompts_too(tmp_path):
+    path = write(
+        tmp_path,
+        """
+instructions: true
+cases:
+  - {prompt: Translate., input: le chat, target: The cat.}
+  - {prompt: Name a color., choices: [Red., Rad.], target: Red.}
+  - {prompt: The sky is, target: " blue", instruction: false}
+  - {prompt: "", choices: [It is., It are.], target: It is., instruction: false}
+""",
+    )
+    translate, name, sky, grammar = read_case_file(path)
+    assert translate == Case(id="some-1", file=str(path), prompt="Translate.", input="le chat", instruction=True, target="The cat.")
+    assert (name.instruction, name.input, name.choices) == (True, "", ["Red.", "Rad."])
+    assert (sky.instruction, sky.prompt) == (False, "The sky is")
+    assert (grammar.instruction, grammar.continued) == (False, False)
+
+
+@pytest.mark.parametrize("head", ["", "instructions: false\n"])
+def test_prompts_are_no_instructions_unless_it_is_said(tmp_path, head):
+    path = write(tmp_path, head + "cases:\n  - {prompt: a, target: b}\n  - {prompt: a, input: c, target: b, instruction: true}\n")
+    assert [(case.instruction, case.input) for case in read_case_file(path)] == [(False, ""), (True, "c")]
+
+
+@pytest.mark.parametrize(
+    ("head", "case", "said"),
+    [
+        ("", "{prompt: a, input: b, target: c}", "case 1: input goes with an instruction; set instructions: true for the file"),
+        ("", "{id: x, prompt: a, input: b, target: c, instruction: false}", "case 1 (x): input goes with an instruction"),
+        ("instructions: true", "{prompt: a, input: b, target: c, instruction: false}", "case 1: input goes with an instruction"),
+        ("instructions: true", '{prompt: "", target: c}', "case 1: an instruction cannot be empty"),
+        ("instructions: true", '{prompt: " \\n", input: b, target: c}', "case 1: an instruction cannot be empty"),
+        ("instructions: true", "{input: b, target: c}", "case 1: prompt is required"),
+        ("", '{prompt: "", target: c, instruction: true}', "case 1: an instruction cannot be empty"),
+        ("instructions: true", "{prompt: a, input: 5, target: c}", "case 1: input=5: input should be a valid string; put it in quotes"),
+        ("instructions: true", '{prompt: a, target: c, instruction: "no"}', "case 1: instruction='no': input should be a valid boolean"),
+        ("instructions: maybe", "{prompt: a, target: c}", "instructions='maybe': input should be a valid boolean"),
+        ("instruction: true", "{prompt: a, target: c}", "unknown key instruction; did you mean instruction"),
+        ("instructions: true", "{prompt: a, target: c, inptu: b}", "unknown key inptu; did you mean input?"),
+    ],
+)
+def test_a_mistake_in_an_instruction_is_named_with_its_place(tmp_path, head, case, said):
+    assert said in refusal(write(tmp_path, f"{head}\ncases:\n  - {case}\n"))
+
+
 # ---- our own ------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +197,15 @@ def test_verbatim_cases_of_the_bundled_corpus_stand_in_it():
     cases = [case for case in read_case_file(REPO / "cases" / "tiny_corpus.yaml") if case.id in verbatim and case.target]
     assert len(cases) > 30
     assert [case.id for case in cases if case.prompt + case.target not in text] == []
+
+
+def test_our_instructions_are_none_that_the_bundled_rows_teach():
+    """What was learned by heart would measure nothing."""
+    rows = json.loads((REPO / "data" / "tiny_instructions.json").read_text(encoding="utf-8"))
+    cases = read_case_file(REPO / "cases" / "instructions.yaml")
+    assert all(case.instruction for case in cases)
+    asked = {(row["instruction"].strip().lower(), row.get("input", "").strip().lower()) for row in rows}
+    assert [case.id for case in cases if (case.prompt.strip().lower(), case.input.strip().lower()) in asked] == []
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2"])

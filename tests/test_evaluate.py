@@ -1,5 +1,6 @@
 """evaluate_checkpoints.py: likelihoods against a naive loop, scores by hand, ranks that follow the training."""
 
+import argparse
 import csv
 import json
 import math
@@ -15,11 +16,14 @@ import evaluate_checkpoints
 import support.scoring
 from evaluate_checkpoints import chance_of, judge, rank, score_cases
 from infer import generate_text
+from model import GPTConfig, GPTMini
 from support.cases import Case, read_cases
-from support.checkpoint import load_model
+from support.checkpoint import KEY, load_model
 from support.cli import UserError, guarded
 from support.evaluation import CaseResult, CheckpointResult
 from support.scoring import continuations, log_likelihoods
+from support.template import TEMPLATES, Template, prompt_ids
+from tokenizer import CharTokenizer
 
 CORPUS_CASES = str(REPO / "cases" / "tiny_corpus.yaml")
 
@@ -172,6 +176,80 @@ def test_an_empty_prompt_is_the_start_of_a_document(loaded):
     assert result.continuation is None
     for value, text in zip(result.logprobs, ("It is.", "It are."), strict=True):
         assert value == pytest.approx(naive(model, [tokenizer.eos_id], tokenizer.encode(text))[0], rel=1e-5)
+
+
+# ---- instructions -------------------------------------------------------------------------------------------------
+
+TEMPLATE = Template(system="Be. ", prompt="Ask {instruction} Say ", prompt_with_input="Ask {instruction} {input} Say ")
+INSTRUCTIONS = [
+    Case(prompt="the loss", instruction=True, target="is high."),
+    Case(prompt="a head", input="it", instruction=True, choices=["one", "none", "two"], target="none"),
+    Case(prompt="the loss", target="is high."),
+    Case(prompt="a step", instruction=True, contains=["x"], max_new_tokens=4),
+]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None, TEMPLATES["alpaca"]], ids=["given", "none", "alpaca"])
+def test_an_instruction_is_laid_out_by_the_models_template_and_else_by_the_one_named_chat(loaded, template):
+    model, tokenizer = loaded
+    results = score_cases(model, tokenizer, INSTRUCTIONS, template)
+    layout = template or TEMPLATES["chat"]
+    for case, result in zip(INSTRUCTIONS, results, strict=True):
+        prompt = prompt_ids(layout, tokenizer, case.prompt, case.input) if case.instruction else tokenizer.encode(case.prompt)
+        following = [tokenizer.encode(text) for text in case.choices or ([case.target] if case.target else [])]
+        expected = log_likelihoods(model, [(prompt, ids) for ids in following])
+        assert result.logprobs == pytest.approx([value for value, _ in expected], rel=1e-5)
+        assert result.continuation == continuations(model, tokenizer, [prompt], [case.max_new_tokens])[0]
+
+
+def test_the_layout_matters_to_instructions_and_to_nothing_else(loaded):
+    model, tokenizer = loaded
+    other = TEMPLATE.model_copy(update={"prompt": "{instruction}? ", "prompt_with_input": "{instruction}: {input}? "})
+    results = [score_cases(model, tokenizer, INSTRUCTIONS[:3], template) for template in (TEMPLATE, other, None)]
+    for n, case in enumerate(INSTRUCTIONS[:3]):
+        assert len({tuple(round(value, 4) for value in found[n].logprobs) for found in results}) == (3 if case.instruction else 1)
+
+
+def test_likelihoods_of_an_answer_equal_a_naive_loop_over_the_written_out_text(loaded):
+    model, tokenizer = loaded
+    [one, two] = score_cases(model, tokenizer, INSTRUCTIONS[:2], TEMPLATE)
+    [value] = one.logprobs
+    assert value == pytest.approx(naive(model, tokenizer.encode("Be. Ask the loss Say "), tokenizer.encode("is high."))[0], rel=1e-5)
+    prompt = tokenizer.encode("Be. Ask a head it Say ")
+    assert two.logprobs == pytest.approx([naive(model, prompt, tokenizer.encode(text))[0] for text in ("one", "none", "two")], rel=1e-5)
+
+
+def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tmp_path):
+    checkpoint, args = tiny_run.checkpoint(), argparse.Namespace(val=False)
+    model, tokenizer, _ = load_model(tiny_run.folder / "final.ckpt")
+    for name, template in (("own", TEMPLATE), ("none", None)):
+        checkpoint[KEY]["template"] = template and template.model_dump()
+        torch.save(checkpoint, tmp_path / f"{name}.ckpt")
+        found = evaluate_checkpoints.evaluate_checkpoint(tmp_path / f"{name}.ckpt", INSTRUCTIONS, args, "cpu", {})
+        assert found.results == score_cases(model, tokenizer, INSTRUCTIONS, template)
+    checkpoint[KEY]["template"] = {"prompt": "no slot"}
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    with pytest.raises(UserError, match=r"damaged\.ckpt has a damaged template"):
+        evaluate_checkpoints.evaluate_checkpoint(tmp_path / "damaged.ckpt", INSTRUCTIONS, args, "cpu", {})
+
+
+def test_a_layout_that_the_tokenizer_cannot_write_scores_nothing():
+    """The template named chat has characters that this vocabulary lacks; the same words without it are readable."""
+    tokenizer = CharTokenizer.train(["the loss is high."])
+    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=40)).eval()
+    results = score_cases(model, tokenizer, [INSTRUCTIONS[0], INSTRUCTIONS[2], Case(prompt="the loss", instruction=True, contains=["i"])])
+    assert [result.logprobs == [-math.inf] for result in results[:2]] == [True, False]
+    assert (results[0].score, results[2].score, results[2].continuation) == (0, 0, None)
+
+
+def test_the_command_reads_files_of_instructions(evaluate, tiny_run, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"instructions": True, "cases": [{"prompt": "Name it.", "input": "a", "choices": ["one", "two"], "target": "two"}]}))
+    [row], _ = evaluate("--checkpoints", tiny_run.folder / "final.ckpt", "--cases", file)
+    model, tokenizer, _ = load_model(tiny_run.folder / "final.ckpt")
+    prompt = prompt_ids(TEMPLATES["chat"], tokenizer, "Name it.", "a")
+    (one, _), (two, _) = log_likelihoods(model, [(prompt, tokenizer.encode(text)) for text in ("one", "two")])
+    assert row["score"] == float(two > one)
 
 
 # ---- ranks --------------------------------------------------------------------------------------------------------

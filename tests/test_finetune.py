@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, Run
+from loopback_hub import LoopbackHub, dataset_card
 
 import finetune
 import train
@@ -486,3 +489,39 @@ def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
         assert end.value.code == 0, capsys.readouterr().out
     out = capsys.readouterr().out
     assert "everything passed" in out and not (tmp_path / "sft").exists()
+
+
+# ---- the hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_config_finetune_yaml_downloads_its_rows_from_the_hub(tiny_run, tmp_path):
+    """As it is, but for the base and the number of steps, in a process as a user starts it; the second time from the cache,
+    where there is no hub any more."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"text": "-"} for row in rows(60)]), file)
+    files = {"README.md": dataset_card({"default": {"train": "data/train-*"}}), "data/train-00000-of-00001.parquet": file.getvalue()}
+    overrides = (f"base_ckpt={tiny_run.folder / 'final.ckpt'}", PLAIN, "training.epochs=null", "training.max_steps=2", "training.warmup_steps=1")
+
+    def by_command(name: str, environment: dict[str, str]) -> Run:
+        argv = [f"--override={override}" for override in (*overrides, f"checkpoint.dir={tmp_path / name}")]
+        process = subprocess.run(
+            [sys.executable, "finetune.py", "--config", "config_finetune.yaml", "--device", "cpu", *argv],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return Run(tmp_path / name, process.returncode, process.stdout, process.stderr)
+
+    with LoopbackHub("tatsu-lab/alpaca", files) as hub:
+        online = by_command("online", hub.environment(tmp_path / "cache"))
+    assert online.code == 0 and "57 instructions" in online.out and "val:   3 instructions" in online.out, online.err
+    assert [row["step"] for row in online.val_rows] == [0, 2]
+    cached = by_command("cached", {**hub.environment(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"})
+    assert cached.code == 0 and cached.sha256 == online.sha256, cached.err
+    nowhere = by_command("nowhere", hub.environment(tmp_path / "empty"))
+    assert nowhere.code == 2 and re.match(r"error: data.dataset=tatsu-lab/alpaca .*name local files by data.path", nowhere.err), nowhere.err

@@ -1,18 +1,23 @@
 """infer.py: a prompt and its continuation on stdout, everything else on stderr."""
 
 import io
+import itertools
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import infer
+from infer import Chat, until
 from model import GPTConfig, GPTMini, SamplingConfig
-from support.checkpoint import load_model
+from support.checkpoint import KEY, load_model
 from support.cli import UserError
+from support.template import Template
 from tokenizer import ByteTokenizer, CharTokenizer
 
 PROMPT = "Attention is"
@@ -179,6 +184,312 @@ def test_another_tokenizers_name_only_warns(say, ckpt, name, warns):
     assert (err == "") == (not warns)
 
 
+# ---- where an answer stops ----------------------------------------------------------------------------------------
+
+
+def up_to(text: str, stops: list[str]) -> str:
+    """The text before the first stop in it."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def cut_anywhere(rng: np.random.Generator, text: str) -> list[str]:
+    """The text in pieces of 0 to 3 characters."""
+    ends = [0, *np.cumsum(rng.integers(0, 4, len(text) + 1)).clip(max=len(text)).tolist(), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def texts_and_stops(seed: int, n: int):
+    """(pieces, their text, stops), of few letters, so that stops, beginnings of stops and stops side by side are common."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        text = "".join(rng.choice(["#", "a", "\n", "é"], rng.integers(0, 25)))
+        stops = ["".join(rng.choice(["#", "a", "\n"], rng.integers(1, 6))) for _ in range(rng.integers(0, 4))]
+        yield cut_anywhere(rng, text), text, stops
+
+
+def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_pieces():
+    n_stopped = n_whole = 0
+    for pieces, text, stops in texts_and_stops(1, 4000):
+        if any(one in other[1:-1] for one in stops for other in stops):
+            continue  # which of the two comes first is then a matter of taste
+        found = "".join(until(pieces, stops))
+        assert found == up_to(text, stops), (pieces, stops)
+        n_stopped, n_whole = n_stopped + (found != text), n_whole + (found == text != "" and bool(stops))
+    assert n_stopped > 500 and n_whole > 500
+
+
+def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
+    """At each moment what has been given is a beginning of the answer, and lacks at most a stop less its last character."""
+    for pieces, text, stops in texts_and_stops(2, 2000):
+        asked, shown = [], ""
+
+        def asking(pieces: list[str] = pieces, asked: list[str] = asked):
+            for piece in pieces:
+                asked.append(piece)
+                yield piece
+
+        for given in until(asking(), stops):
+            shown += given
+            assert text.startswith(shown)
+            assert not any(stop in shown for stop in stops)
+            read = "".join(asked)
+            if not any(stop in read for stop in stops):
+                assert len(read) - len(shown) < max(map(len, stops), default=1)
+
+
+def test_after_a_stop_nothing_more_is_asked_for():
+    """The model need not write what nobody will see."""
+    pieces = iter(["one", "#", "#two", "three", "four"])
+    assert "".join(until(pieces, ["##"])) == "one"
+    assert list(pieces) == ["three", "four"]
+
+
+def test_what_only_looked_like_a_stop_is_given_at_the_end():
+    assert "".join(until(["a#", "#"], ["###"])) == "a##"
+    assert "".join(until(["a##", "##b"], ["####"])) == "a"
+    assert "".join(until(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", "a beginning inside a beginning"
+    assert "".join(until(["a", "", "b"], [])) == "ab"
+    assert "".join(until([], ["#"])) == ""
+
+
+# ---- chat ---------------------------------------------------------------------------------------------------------
+
+ASK = {"system": "", "prompt": "Ask {instruction} Say ", "prompt_with_input": "Ask {instruction} {input} Say ", "multi_turn": True, "stop": []}
+GREEDY = ("--temperature", "0", "--top-p", "1", "--max-new-tokens", "5")
+
+
+@pytest.fixture
+def chatty(tiny_run, tmp_path) -> Callable[..., str]:
+    """chatty(stop=["x"]): the tiny run with a template. Its weights are drawn anew, and large: after 12 steps a model writes
+    blanks whatever it reads, and here each answer should depend on all that stands before it."""
+
+    def make(**changes: object) -> str:
+        checkpoint, generator = tiny_run.checkpoint(), torch.Generator().manual_seed(4)
+        weights = checkpoint["state_dict"]
+        for name in sorted(weights):
+            if weights[name].dim() == 2:
+                weights[name] = torch.randn(weights[name].shape, generator=generator) * 0.4
+        weights["net.lm_head.weight"] = weights["net.embed_tokens.weight"].roll(1, dims=0)
+        checkpoint[KEY]["model"]["tie_embeddings"] = False
+        checkpoint[KEY]["template"] = changes.pop("template", ASK | changes)
+        path = tmp_path / f"chat-{len(list(tmp_path.iterdir()))}.ckpt"
+        torch.save(checkpoint, path)
+        return str(path)
+
+    return make
+
+
+def answer_to(ckpt: str, *questions: str, n: int = 5, system: str = "") -> str:
+    """What `model.generate` says to the last question when the others have been asked before it, the ids put together by hand."""
+    model, tokenizer, _ = load_model(ckpt)
+    ids, answer = tokenizer.encode(system) if system else [], ""
+    for i, question in enumerate(questions):
+        ids = [*ids, *([*tokenizer.encode(answer.strip()), tokenizer.eos_id] if i else []), *tokenizer.encode(f"Ask {question} Say ")]
+        assert len(ids) + n <= model.config.max_seq_len
+        new = model.generate(torch.tensor([ids]), n, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()[len(ids) :]
+        answer = tokenizer.decode([i for i in new if i != tokenizer.eos_id])
+    return answer
+
+
+@pytest.fixture
+def chat(say, monkeypatch):
+    """chat(ckpt, "a question", "/reset") runs infer.py --chat with these lines as its input: (stdout, stderr)."""
+
+    def call(ckpt: str, *lines: str, flags: tuple[str, ...] = GREEDY) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return say("--ckpt", ckpt, "--chat", *flags)
+
+    return call
+
+
+def test_a_model_that_only_continues_texts_refuses_to_chat(ckpt, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # not even read
+    with pytest.raises(UserError) as error:
+        infer.main(["--ckpt", ckpt, "--chat", "--device", "cpu"])
+    message = str(error.value)
+    assert f"{ckpt} is no instruction model" in message and "--interactive" in message
+    assert f"python3 finetune.py --config config_finetune.yaml --override base_ckpt={ckpt}" in message
+    assert len(message.splitlines()) <= 3 and capsys.readouterr().out == ""
+
+
+def test_each_question_is_answered_and_the_end_of_input_ends_the_talk(chat, chatty):
+    ckpt = chatty()
+    first, second = answer_to(ckpt, "who"), answer_to(ckpt, "who", "why")
+    assert first != second and len(first) > 1
+    assert chat(ckpt, "who") == (first + "\n\n", "")
+    assert chat(ckpt, "  who ", "why") == (f"{first}\n{second}\n\n", ""), "blanks around a question are no part of it"
+    assert chat(ckpt) == ("\n", "")
+
+
+def test_an_answer_depends_on_what_was_said_unless_it_is_forgotten(chat, chatty):
+    ckpt = chatty()
+    who, how, alone = (answer_to(ckpt, question) for question in ("who", "how", "why"))
+    behind_who, behind_how = answer_to(ckpt, "who", "why"), answer_to(ckpt, "how", "why")
+    assert len({alone, behind_who, behind_how}) == 3, "the model hears the first question"
+    assert chat(ckpt, "who", "why", "/quit")[0] == f"{who}\n{behind_who}\n"
+    assert chat(ckpt, "how", "why", "/quit")[0] == f"{how}\n{behind_how}\n"
+    assert chat(ckpt, "who", "/reset", "why", "/quit") == (f"{who}\n(forgotten)\n{alone}\n", "")
+
+
+def test_a_single_turn_template_answers_each_question_by_itself(chat, chatty):
+    ckpt = chatty(multi_turn=False)
+    assert chat(ckpt, "who", "why", "/quit")[0] == f"{answer_to(ckpt, 'who')}\n{answer_to(ckpt, 'why')}\n"
+
+
+def test_commands_and_empty_lines_are_no_questions(chat, chatty):
+    ckpt = chatty()
+    who, why = answer_to(ckpt, "who"), answer_to(ckpt, "who", "why")
+    out, err = chat(ckpt, "", "   ", "who", "/help me", "/", "", "why", "/quit", "who")
+    assert out == f"{who}\n{why}\n", "and what stands behind /quit is not read"
+    assert err.splitlines() == ["/help is no command; there are /reset and /quit", "/ is no command; there are /reset and /quit"]
+
+
+def test_the_system_text_stands_before_the_first_question_only(chat, chatty):
+    ckpt = chatty(system="Be.\n")
+    who, why = answer_to(ckpt, "who", n=2, system="Be.\n"), answer_to(ckpt, "who", "why", n=2, system="Be.\n")
+    assert who != answer_to(ckpt, "who", n=2)
+    assert chat(ckpt, "who", "why", "/quit", flags=(*GREEDY[:-1], "2"))[0] == f"{who}\n{why}\n"
+
+
+def test_a_stop_ends_an_answer_and_is_neither_shown_nor_remembered(chat, chatty):
+    plain = answer_to(chatty(), "who", n=9)
+    place = next(i for i in range(2, len(plain)) if plain.index(plain[i : i + 2]) == i and not plain[:i].isspace())
+    ckpt = chatty(stop=["never said by it", plain[place : place + 2]])
+    assert chat(ckpt, "who", "/quit", flags=(*GREEDY[:-1], "9")) == (plain[:place] + "\n", "")
+    model, tokenizer, metadata = load_model(ckpt)
+    talk = Chat(model, tokenizer, Template.model_validate(metadata["template"]), 9, SamplingConfig(temperature=0))
+    assert "".join(talk.answer("who", 1)) == plain[:place]
+    assert talk.turns == [("who", tokenizer.encode(plain[:place].strip()))]
+
+
+def test_samples_follow_the_seed_and_each_question_has_another(chat, chatty):
+    ckpt, drawn = chatty(), ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "5")
+    assert chat(ckpt, "who", "why", flags=drawn) == chat(ckpt, "who", "why", flags=(*drawn, "--seed", "42"))
+    assert chat(ckpt, "who", flags=drawn) != chat(ckpt, "who", flags=(*drawn, "--seed", "43"))
+    both, later = (
+        chat(ckpt, "/reset", *lines, "/quit", flags=(*drawn, "--seed", seed))[0] for lines, seed in ((("a", "/reset", "b"), "5"), (("b",), "6"))
+    )
+    assert both.endswith(later.removeprefix("(forgotten)\n"))
+
+
+def test_a_question_that_is_too_long_is_read_from_its_end_with_a_warning(chat, chatty):
+    ckpt = chatty()
+    model, tokenizer, _ = load_model(ckpt)
+    long = "what do we know of the loss of a model that reads " * 3
+    ids = tokenizer.encode(f"Ask {long.strip()} Say ")
+    assert len(ids) > 32
+    new = model.generate(torch.tensor([ids[-27:]]), 5, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()[27:]
+    out, err = chat(ckpt, "who", long, "/quit")
+    assert out == f"{answer_to(ckpt, 'who')}\n{tokenizer.decode([i for i in new if i != tokenizer.eos_id])}\n"
+    assert err == f"warning: the question has {len(ids)} tokens with its template, and 27 fit: only its end is read\n"
+
+
+@pytest.mark.parametrize(("wanted", "n"), [(3, 3), (15, 15), (16, 16), (17, 16), (1000, 16)])
+def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(chatty, monkeypatch, wanted, n):
+    """The context has 32 tokens, of which an answer may take half."""
+    model, tokenizer, metadata = load_model(chatty())
+    given, stream = [], infer.stream_text
+
+    def watched(model, tokenizer, ids, max_new_tokens, *rest):
+        given.append((ids, max_new_tokens))
+        return stream(model, tokenizer, ids, max_new_tokens, *rest)
+
+    monkeypatch.setattr(infer, "stream_text", watched)
+    talk = Chat(model, tokenizer, Template.model_validate(metadata["template"]), wanted, SamplingConfig(temperature=0))
+    said, kept = [], []
+    for question in ["a", "bb", "c", "d e", "f", "gg g", "h", "i"]:
+        answer = "".join(talk.answer(question, 1))
+        asked = tokenizer.encode(f"Ask {question} Say ")
+        fitting = []
+        for start in range(len(said), -1, -1):
+            ids = [i for turn in said[start:] for i in turn] + asked
+            fitting += [(ids, len(said) - start)] * (len(ids) + n <= 32)
+        expected, n_kept = fitting[-1] if fitting else (asked[-(32 - n) :], 0)
+        assert given[-1] == (expected, n)
+        kept.append(n_kept)
+        said.append([*asked, *tokenizer.encode(answer.strip()), tokenizer.eos_id])
+    assert (max(kept) > 0) == (wanted == 3), "room for some, never for all"
+    assert max(kept) < 7
+
+
+def test_characters_that_the_tokenizer_lacks_are_answered_and_the_talk_goes_on(say, monkeypatch, tmp_path):
+    tokenizer = CharTokenizer.train(["Ask abc Say ."])
+    path = craft(tmp_path / "char.ckpt", tiny_model(tokenizer.vocab_size, max_seq_len=64), tokenizer)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint[KEY]["template"] = ASK
+    torch.save(checkpoint, path)
+    outs = []
+    for lines in ("a∑\nb\n/quit\n", "b\n/quit\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        outs.append(say("--ckpt", path, "--chat", *GREEDY))
+    assert outs[0][1].startswith("error: unknown characters '∑'") and outs[1][1] == ""
+    assert outs[0][0] == "\n" + outs[1][0], "what could not be read is not remembered"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("multi_turn", "said"), [(True, "remembers what was said"), (False, "answers each question by itself")])
+def test_on_a_terminal_the_rules_are_told_first(say, chatty, monkeypatch, multi_turn, said):
+    ckpt = chatty(multi_turn=multi_turn)
+    monkeypatch.setattr(sys, "stdin", Terminal("who\n/quit\n"))
+    out, _ = say("--ckpt", ckpt, "--chat", *GREEDY)
+    rules, rest = out.split("\n", 1)
+    assert said in rules and "within 32 tokens" in rules and "/reset" in rules and "/quit" in rules
+    assert rest == f"you> {answer_to(ckpt, 'who')}\nyou> "
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_ends_an_answer_on_a_terminal_and_else_the_program(chatty, monkeypatch, capsys, terminal):
+    """What had been said by then is remembered."""
+    model, tokenizer, metadata = load_model(chatty())
+    chat = Chat(model, tokenizer, Template.model_validate(metadata["template"]), 5, SamplingConfig(temperature=0))
+
+    def interrupted(*_):
+        yield "so "
+        yield "far"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "stream_text", interrupted)
+    monkeypatch.setattr(sys, "stdin", (Terminal if terminal else io.StringIO)("who\n/quit\n"))
+    if terminal:
+        infer.talk(chat, 1)
+        assert capsys.readouterr().out.endswith("you> so far\nyou> ")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            infer.talk(chat, 1)
+    assert chat.turns == [("who", tokenizer.encode("so far"))]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "chat",
+        5,
+        [],
+        {},
+        {"prompt": "{instruction}"},
+        ASK | {"prompt": "no slot"},
+        ASK | {"prompt_with_input": "{input}"},
+        ASK | {"stop": [""]},
+        ASK | {"stop": [1]},
+        ASK | {"multi_turn": 1},
+        ASK | {"prompt": None},
+        ASK | {"more": "\n\x1b[2J" * 99},
+    ],
+)
+def test_a_damaged_template_is_one_line(chatty, capsys, template):
+    ckpt = chatty(template=template)
+    with pytest.raises(UserError) as error:
+        infer.main(["--ckpt", ckpt, "--chat", "--device", "cpu"])
+    message = str(error.value)
+    assert message.startswith(f"checkpoint {ckpt} has a damaged template (") and message.endswith("take another one")
+    assert message.isprintable()
+    assert capsys.readouterr().out == ""
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +541,16 @@ def test_bad_standard_input_is_a_clear_error(char_ckpt, monkeypatch, content, wo
 
 
 @pytest.mark.parametrize(
-    "flags", [["--prompt", "a", "--interactive"], ["--prompt", "a", "--prompt-file", "b"], ["--top-k", "many"], []], ids=" ".join
+    "flags",
+    [
+        ["--prompt", "a", "--interactive"],
+        ["--prompt", "a", "--prompt-file", "b"],
+        ["--prompt", "a", "--chat"],
+        ["--chat", "--interactive"],
+        ["--top-k", "many"],
+        [],
+    ],
+    ids=" ".join,
 )
 def test_flags_that_contradict_each_other_exit_2(capsys, flags):
     with pytest.raises(SystemExit) as stop:
