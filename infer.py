@@ -91,7 +91,7 @@ def stream_text(
 
 
 def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The pieces up to the first of the `stops`. What may be the beginning of one is held back until it is known not to be.
+    """The pieces up to the first of the `stops` that is complete. What may be the beginning of one is held back until it is known not to be.
 
     >>> list(until(["Yes", ".#", "## ", "User: and"], ["### User"]))
     ['Yes', '.', '']
@@ -99,9 +99,9 @@ def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     waiting = ""
     for piece in pieces:
         waiting += piece
-        found = [waiting.index(stop) for stop in stops if stop in waiting]
-        if found:
-            yield waiting[: min(found)]
+        found = [(waiting.index(stop) + len(stop), waiting.index(stop)) for stop in stops if stop in waiting]
+        if found:  # several: the one that is complete first
+            yield waiting[: min(found)[1]]
             return
         held = max((n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0)
         yield waiting[: len(waiting) - held]
@@ -189,6 +189,7 @@ class Chat:
 
     def answer(self, question: str, seed: int) -> Iterator[str]:
         """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C. Raises UserError."""
+        encode_prompt(self.tokenizer, question)  # refuses what is no text
         ids = conversation_ids(self.template, self.tokenizer, self.turns, question, self.room)
         if (n := len(prompt_ids(self.template, self.tokenizer, question))) > self.room:
             warn(f"the question has {n} tokens with its template, and {self.room} fit: only its end is read")
@@ -203,6 +204,8 @@ class Chat:
 
 def talk(chat: Chat, seed: int) -> None:
     """Question by question, until /quit or end of input. Ctrl-C ends an answer, and at a question the program."""
+    if sys.stdin is None:
+        raise UserError("--chat reads questions from standard input, which is closed")
     terminal = sys.stdin.isatty()
     if terminal:
         memory = "remembers what was said" if chat.template.multi_turn else "answers each question by itself"

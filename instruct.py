@@ -9,6 +9,7 @@ that has not learned it would never stop. Pairs have unequal lengths, so they ar
 position before can see, or packed into blocks, in which attention stays inside each pair.
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,8 @@ from support.hub import open_dataset, read_rows
 from support.loss import IGNORE
 from support.template import Template, prompt_ids
 from tokenizer import Tokenizer
+
+EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,34 @@ def read_json_rows(path: Path) -> Iterator[dict]:
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         raise UserError(f"{path} is not JSON: {str(error)[:150]}; if it has a row a line, name it .jsonl") from None
     if not isinstance(rows, list):
-        raise UserError(f'{path} should be a list of rows, [{{"instruction": ..., "input": ..., "output": ...}}, ...]')
+        raise UserError(f"{path} should be a list of rows, [{EXAMPLE}, ...]")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number} is {json.dumps(row)[:60]}, not an object with instruction and output")
         yield row
 
 
-def read_file(path: Path, key: str) -> Iterator[tuple[dict, str]]:
+def read_parquet_rows(path: Path) -> Iterator[dict]:
+    try:
+        yield from read_rows(open_dataset("parquet", None, "train", glob.escape(str(path)), None, False))
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_file(path: Path, key: str, errors: str = "strict") -> Iterator[tuple[dict, str]]:
     """(row, where it stands) of a local file. Raises UserError for a file that is none of the three kinds."""
     if not path.is_file():
         what = "is a folder; name a file in it" if path.is_dir() else "does not exist; give a .json, .jsonl or .parquet file"
         raise UserError(f"{key}={path} {what}")
-    refuse_larger_than_memory([path], str(path), key)
+    refuse_larger_than_memory([path], str(path), key, "give a part of it")
     if path.suffix == ".jsonl":
-        lines = ((number, line) for number, line in enumerate(read_lines(path, "strict"), 1) if line.strip())
-        for number, line in lines:
-            yield parse_json_row(line, f"{path}, line {number}"), f"{path}, line {number}"
+        for number, line in enumerate(read_lines(path, errors), 1):
+            if line.strip():
+                yield parse_json_row(line, f"{path}, line {number}", EXAMPLE), f"{path}, line {number}"
         return
     if path.suffix not in (".json", ".parquet"):
         raise UserError(f"{key}={path}: instructions are read from .json, .jsonl and .parquet files")
-    rows = read_json_rows(path) if path.suffix == ".json" else read_rows(open_dataset("parquet", None, "train", str(path), None, False))
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_json_rows(path) if path.suffix == ".json" else read_parquet_rows(path), 1):
         yield row, f"{path}, row {number}"
 
 
@@ -86,16 +95,19 @@ def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: s
     them. Raises UserError for a row that lacks the field, or if no pair remains."""
     names = {name: fields.get(name, name) for name in ROW_FIELDS}
     hint = "data.fields says what they are called, e.g. {instruction: prompt, output: response}"
-    pairs, empty = [], []
+    pairs, empty, with_input = [], [], 0
     for row, where in rows:
         present = [name for name in ROW_FIELDS if name != "input" or row.get(names["input"]) is not None]  # that one may be missing
+        with_input += "input" in present
         texts = {"input": ""} | {name: row_text(row, names[name], where, hint) for name in present}
         if texts["instruction"].strip() and texts["output"].strip():
             pairs.append(Pair(**texts, where=where))
         else:
             empty.append(where)
     if not pairs:
-        raise UserError(f"{source} holds no instruction with an output; give rows like {{instruction: ..., input: ..., output: ...}}")
+        raise UserError(f"{source} holds no instruction with an output; give rows like {EXAMPLE}")
+    if "input" in fields and not with_input:
+        raise UserError(f"no row of {source} has {names['input']!r}, which data.fields names as input; mend it, or leave it out")
     if empty:
         warn(f"{len(empty):,} row{'s' * (len(empty) > 1)} without instruction or output left out, the first at {empty[0]}")
     return pairs
@@ -105,11 +117,11 @@ def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, validation pairs): whole rows, drawn by `seed`, unless validation has a file or split of its own."""
     data = config.data
     if data.path:
-        pairs = pairs_of(read_file(Path(data.path), "data.path"), data.fields, data.path)
+        pairs = pairs_of(read_file(Path(data.path), "data.path", data.errors), data.fields, data.path)
     else:
         pairs = pairs_of(read_hub(data, data.split), data.fields, data.dataset)
     if data.val_path:
-        val = pairs_of(read_file(Path(data.val_path), "data.val_path"), data.fields, data.val_path)[: data.val_docs]
+        val = pairs_of(read_file(Path(data.val_path), "data.val_path", data.errors), data.fields, data.val_path)[: data.val_docs]
     elif data.val_split:
         val = pairs_of(read_hub(data, data.val_split), data.fields, data.dataset)[: data.val_docs]
     else:
@@ -142,7 +154,7 @@ class Example:
         """For each position the id that follows; -100 where that is still prompt."""
         labels = self.ids[1:].copy()
         if mask_prompt:
-            labels[: self.n_prompt - 1] = IGNORE
+            labels[: max(0, self.n_prompt - 1)] = IGNORE
         return labels
 
 

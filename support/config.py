@@ -45,7 +45,7 @@ HUB_KEYS = {"path", "dataset", "config", "revision", "split", "val_split", "trai
 SOURCE_KEYS = {  # what belongs to some sources only
     "text": {"path", "val_path", "text_field", "val_fraction", "errors", "stride", "document_mask"},
     "hf": HUB_KEYS | {"text_field", "streaming", "stride", "document_mask"},
-    "instructions": HUB_KEYS | {"val_path", "fields", "packing", "mask_prompt", "too_long"},
+    "instructions": HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"},
 }
 ROW_FIELDS = ("instruction", "input", "output")
 

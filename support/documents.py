@@ -33,13 +33,13 @@ def memory_for_text() -> Iterator[None]:
         ) from None
 
 
-def refuse_larger_than_memory(files: list[Path], path: str, key: str) -> None:
+def refuse_larger_than_memory(files: list[Path], path: str, key: str, advice: str = SMALLER) -> None:
     """Before anything is read: a process that takes more than there is gets killed by the system, without a word."""
     size, has = sum(file.stat().st_size for file in files), memory_total("cpu")
     if size * MEMORY_PER_BYTE > has:
         raise UserError(
             f"{key}={path}: {size / 2**20:,.0f} MB of text need at least {size * MEMORY_PER_BYTE / 2**20:,.0f} MB of memory, and there are "
-            f"{has / 2**20:,.0f} MB; {SMALLER}"
+            f"{has / 2**20:,.0f} MB; {advice}"
         )
 
 
@@ -99,13 +99,13 @@ def read_documents(file: Path, text_field: str = "text", errors: str = "strict")
     yield "".join(document).strip("\n") if separated else "".join(document)
 
 
-def parse_json_row(line: str, where: str) -> dict:
+def parse_json_row(line: str, where: str, example: str = '{"text": "..."}') -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, lists in lists without end
+        raise UserError(f"{where} is not JSON: {str(error)[:150]}") from None
     if not isinstance(row, dict):
-        raise UserError(f'{where} is not a JSON object; write {{"text": "..."}}')
+        raise UserError(f"{where} is not a JSON object; write {example}")
     return row
 
 

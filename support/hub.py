@@ -35,7 +35,7 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
         files = sorted(glob.glob(path, recursive=True)) if path else []
         if not files:
             raise UserError(f"data.path={path}: no such file; dataset={name} reads local files, so give data.path a file or a quoted glob")
-        options["data_files"] = {split: files}
+        options["data_files"] = {split: [glob.escape(file) for file in files]}  # they are read as patterns again
         if name == "text":
             options["sample_by"] = "document"  # one file, one document; the default is a document a line
     else:

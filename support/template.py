@@ -34,6 +34,10 @@ class Template(BaseModel):
         for name, slots in (("prompt", ["instruction"]), ("prompt_with_input", ["input", "instruction"])):
             if sorted(SLOT.findall(getattr(self, name))) != slots:
                 raise ValueError(f"{name} must hold {' and '.join(f'{{{slot}}}' for slot in reversed(slots))}, each once")
+        try:
+            "".join([self.system, self.prompt, self.prompt_with_input, *self.stop]).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character ({error.object[error.start]!a}), which is no text") from None
         if not all(self.stop):
             raise ValueError("stop: an empty text would end every answer at once")
         return self
@@ -51,7 +55,7 @@ TEMPLATES = {
         multi_turn=True,
         stop=["### User:"],
     ),
-    "alpaca": Template(  # Taori et al., "Stanford Alpaca" (2023)
+    "alpaca": Template(  # Taori et al., "Stanford Alpaca" (2023), with a line end behind "### Response:", as alpaca-lora has it
         prompt="Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n",
         prompt_with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -74,10 +78,10 @@ def conversation_ids(template: Template, tokenizer: Tokenizer, turns: Sequence[t
     are forgotten where all together have more than `room` ids; of a single question that has, the end is kept."""
     turns = list(turns) if template.multi_turn else []
     while True:
-        ids = tokenizer.encode(template.system) if template.system else []
-        for said, answer in turns:
-            ids += tokenizer.encode(template.fill(said)) + answer + [tokenizer.eos_id]
-        ids += tokenizer.encode(template.fill(question))
+        ids: list[int] = []
+        for n, said in enumerate([*(said for said, _ in turns), question]):
+            ids += prompt_ids(template, tokenizer, said) if n == 0 else tokenizer.encode(template.fill(said))
+            ids += [*turns[n][1], tokenizer.eos_id] if n < len(turns) else []
         if len(ids) <= room or not turns:
             return ids[-room:]
         turns.pop(0)

@@ -250,6 +250,8 @@ def test_what_only_looked_like_a_stop_is_given_at_the_end():
     assert "".join(until(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", "a beginning inside a beginning"
     assert "".join(until(["a", "", "b"], [])) == "ab"
     assert "".join(until([], ["#"])) == ""
+    for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
+        assert "".join(until(pieces, ["abcd", "c"])) == "ab", "the one that is complete first, however it arrives"
 
 
 # ---- chat ---------------------------------------------------------------------------------------------------------
@@ -319,6 +321,19 @@ def test_each_question_is_answered_and_the_end_of_input_ends_the_talk(chat, chat
     assert chat(ckpt, "who") == (first + "\n\n", "")
     assert chat(ckpt, "  who ", "why") == (f"{first}\n{second}\n\n", ""), "blanks around a question are no part of it"
     assert chat(ckpt) == ("\n", "")
+
+
+def test_a_question_that_is_no_text_is_answered_by_an_error_and_forgotten(chat, chatty):
+    """Bytes that are not UTF-8 arrive as halves of characters."""
+    ckpt = chatty()
+    out, err = chat(ckpt, "a\udcffb", "who")
+    assert "not UTF-8 text (character 1)" in err and out == f"\n{answer_to(ckpt, 'who')}\n\n"
+
+
+def test_chat_without_standard_input_says_so(chatty, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="reads questions from standard input, which is closed"):
+        infer.main(["--ckpt", chatty(), "--chat", "--device", "cpu"])
 
 
 def test_an_answer_depends_on_what_was_said_unless_it_is_forgotten(chat, chatty):
