@@ -34,7 +34,7 @@ import torch
 from data import PackedLMDataset, ValBatches, load_corpus, tokenize
 from instruct import Pair, score_responses, split_pairs, validation_pairs
 from model import GPTMini
-from support.checkpoint import load_model, saved_config, warn_of_other_tokenizer
+from support.checkpoint import load_model, saved_config, saved_template, warn_of_other_tokenizer
 from support.config import Config, flag_overrides, load_config
 from support.documents import text_documents
 from support.hardware import resolve_device, resolve_precision
@@ -61,6 +61,7 @@ def scoring_config(model: GPTMini, metadata: dict, source: str, path: str | None
     config = load_config(path, overrides, base=None if path else saved_config(metadata, source))
     if config.base_ckpt:  # a config for fine-tuning names no model: it takes that of its base
         config.model = model.config
+    config.template = saved_template(metadata, source) or config.template  # a model is asked as it was taught
     return config
 
 

@@ -152,6 +152,11 @@ def check_task(tree: dict[str, Any], finetuning: bool) -> None:
     data = tree.get("data")
     if not finetuning and (tree.get("base_ckpt") or (isinstance(data, dict) and data.get("source") == "instructions")):
         raise UserError("this config (base_ckpt, data.source=instructions) is for fine-tuning; run it by python3 finetune.py")
+    for key in ("lora", "template"):
+        if not finetuning and tree.get(key):
+            raise UserError(
+                f"{key} belongs to fine-tuning, where there is a model to adapt; leave it out, or run python3 finetune.py with a base_ckpt"
+            )
     if finetuning and not tree.get("base_ckpt"):
         raise UserError("no checkpoint to start from; set base_ckpt, e.g. --override base_ckpt=checkpoints/final.ckpt (train.py makes one)")
 

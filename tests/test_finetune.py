@@ -155,6 +155,24 @@ def test_each_script_refuses_the_config_of_the_other(tmp_path):
         finetune.main(["--config", "config_smoke.yaml", "--override", f"checkpoint.dir={tmp_path}"])
 
 
+@pytest.mark.parametrize("override", ["lora.rank=4", "template=chat"])
+def test_pretraining_takes_no_adapters_and_no_template(argv_of, tmp_path, override):
+    """Adapters of random weights, and nothing else trained, would be a model that cannot learn."""
+    with pytest.raises(UserError, match=r"belongs to fine-tuning, where there is a model to adapt"):
+        train.main(argv_of(tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_asked_as_it_was_taught(sft, tmp_path):
+    """Under another config, whose template is another, its own layout is used; the config says only which rows."""
+    made = sft(tmp_path / "sft", "training.max_steps=1")
+    model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
+    (tmp_path / "other.yaml").write_text((made.folder / "run_config.yaml").read_text().replace("Ask {instruction}", "Q {instruction}"))
+    config = scoring_config(model, metadata, "final.ckpt", str(tmp_path / "other.yaml"))
+    assert config.template.model_dump() == metadata["template"]
+    assert validate(model, tokenizer, documents_of(config, None), config).loss == pytest.approx(made.val_rows[-1]["val_loss"], rel=1e-5)
+
+
 def test_plain_text_can_be_trained_on_too(sft, tmp_path):
     """Nothing of instructions, the rest as for pretraining: and the change of the loss on the new text is there."""
     text = f"data={{source: text, path: {REPO / 'README.md'}}}"
