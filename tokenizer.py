@@ -182,12 +182,22 @@ class FileTokenizer(Tokenizer):
                 f"end-of-document token {eos_text!r} is not in the vocabulary; name the right one as eos_token in a "
                 "tokenizer_config.json beside the file"
             )
-        if self.eos_id in self.encode(eos_text):
+        if self._spells_eos():
             raise UserError(f"text that spells {eos_text!r} becomes the end-of-document token in this tokenizer.json; take another one")
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def _spells_eos(self) -> bool:
+        try:
+            return self.eos_id in self.encode(self.eos_text)
+        except UserError:  # some of its characters are not in the vocabulary
+            return False
+
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Raises UserError for characters that the vocabulary lacks, where the file has nothing to put in their place."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"this tokenizer.json cannot encode the text ({str(error)[:150]})") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]

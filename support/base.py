@@ -12,7 +12,7 @@ from torch import nn
 
 from lora import add_adapters
 from model import GPTConfig, GPTMini
-from support.checkpoint import load_weights, model_weights, read_checkpoint, read_metadata, saved_config
+from support.checkpoint import load_weights, model_weights, read_checkpoint, read_metadata
 from support.cli import UserError
 from support.config import Config
 
@@ -34,7 +34,7 @@ def with_base(tree: dict[str, Any]) -> dict[str, Any]:
             f"base_ckpt: {error}\n       fine-tuning starts from a trained model; python3 train.py --config config_smoke.yaml makes one"
         ) from None
     model = {key: value for key, value in metadata["model"].items() if key != "vocab_size"}
-    own = {"model": model, "tokenizer": saved_config(metadata, path).get("tokenizer", {})}
+    own = {"model": model, "tokenizer": tokenizer_section(metadata, path)}
     merged = dict(tree)
     for section, theirs in own.items():
         asked = tree.get(section) or {}
@@ -51,6 +51,14 @@ def with_base(tree: dict[str, Any]) -> dict[str, Any]:
     if on_text or tree.get("template") is None:  # more text does not make a model answer, nor forget that it does
         merged["template"] = metadata.get("template")
     return merged
+
+
+def tokenizer_section(metadata: dict[str, Any], path: str) -> dict[str, Any]:
+    """What a config would say of the tokenizer in a checkpoint; one that was imported has no config to ask."""
+    if isinstance(config := metadata.get("config"), dict):
+        return config.get("tokenizer", {})
+    kind = metadata["tokenizer"].get("kind")
+    return {"kind": kind, "path": path} if kind == "file" else {"kind": kind}
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -141,6 +141,14 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pytorch_model.bin, mapped and not read, after the same checks. Raises UserError."""
+    found = open_archive(path, mmap=True)
+    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()):
+        raise UserError(f"{path} holds something else than named weights")
+    return found
+
+
 def first_not_finite(tree: Any, name: str = "") -> str | None:
     """The name of the first tensor in nested dicts and lists that holds a NaN or an infinity, None if there is none.
 
@@ -211,6 +219,21 @@ def write_merged(path: Path, target: Path) -> None:
     kept = {name: checkpoint[name] for name in ("epoch", "global_step", "pytorch-lightning_version") if name in checkpoint}
     with atomic_write(target) as file:
         torch.save(kept | {"state_dict": state, KEY: ours | {"lora": None}}, file)
+
+
+def write_model(path: Path, model: GPTMini, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
+    """A checkpoint of a model that was not trained here: complete for every use but going on with a run."""
+    ours = {
+        "format_version": FORMAT_VERSION,
+        "model": model.config.model_dump(),
+        "tokenizer": tokenizer.to_dict(),
+        **dict.fromkeys(("config", "template", "lora", "stream_state")),
+        "metrics": {"step": 0, "tokens": 0} | dict.fromkeys(("epoch", "train_loss", "lr", "val_loss", "best_val_loss")),
+        "run": record,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save({"state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()}, "global_step": 0, KEY: ours}, file)
 
 
 def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:

@@ -1,0 +1,217 @@
+"""Weights in, weights out: published models to checkpoints of ours, our checkpoints to what other programs load.
+
+python3 convert.py --from gpt2 --output checkpoints/gpt2.ckpt                  # a name on the hub, or a local folder
+python3 convert.py --from path/to/hf_llama_folder --output checkpoints/llama.ckpt
+python3 convert.py --ckpt checkpoints/final.ckpt --to hf --output export/      # for transformers, vLLM, lm-eval
+python3 convert.py --ckpt checkpoints/final.ckpt --to gguf --output model.gguf    # for llama.cpp, Ollama, LM Studio
+python3 convert.py --ckpt checkpoints/final.ckpt --to weights --output small.ckpt    # without the optimizer's state
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from support.cli import UserError, guarded, make_parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--from", dest="source", metavar="NAME", help="a model on the Hugging Face hub, or a local folder: GPT-2, Llama, Mistral, Qwen3"
+    )
+    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint of ours")
+    parser.add_argument(
+        "--to", choices=("hf", "gguf", "weights"), help="with --ckpt: hf is a folder of safetensors, weights a checkpoint to use, not to resume"
+    )
+    parser.add_argument("--dtype", choices=("f32", "f16", "q8_0"), help="with --to gguf: f32 (default), half of its size, or a quarter")
+    parser.add_argument("--output", metavar="PATH", required=True, help="the checkpoint, or the folder, to write")
+    parser.add_argument("--revision", metavar="COMMIT", help="with --from: a commit of the hub's repository")
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help="with --from: the context to keep (default: all, at most 4096)")
+    args = parser.parse_args(argv)
+    if args.source and args.to:
+        parser.error("--to goes with --ckpt")
+    if args.ckpt and not args.to:
+        parser.error("--ckpt needs --to hf or --to weights")
+    if args.ckpt and (args.revision or args.max_seq_len is not None):
+        parser.error("--revision and --max-seq-len go with --from")
+    if args.dtype and args.to != "gguf":
+        parser.error("--dtype goes with --to gguf")
+    if args.max_seq_len is not None and args.max_seq_len < 2:
+        raise UserError(f"--max-seq-len {args.max_seq_len} must be at least 2")
+    return args
+
+
+if __name__ == "__main__":
+    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+
+import torch
+
+from model import GPTMini, SamplingConfig
+from support.checkpoint import atomic_write, load_model, saved_template, write_merged, write_model
+from support.exchange import config_json, to_theirs
+from support.pretrained import read_pretrained
+from support.run import run_record
+from support.scoring import encode
+from support.template import Template
+from support.tokenizer_files import tokenizer_config, tokenizer_json
+from tokenizer import Tokenizer
+
+PROBE = (2, 64)  # rows and tokens whose logits are compared
+
+
+# ---- proof --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def verify(model: GPTMini, folder: Path) -> str:
+    """Compare our logits with those of transformers for the model in `folder`, in float32; what was found, in words.
+
+    Raises UserError above 1e-4 x max(1, largest logit / 10).
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return "NOT VERIFIED: transformers is not installed, so nothing could be compared with it"
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    rows, length = PROBE[0], min(PROBE[1], model.config.max_seq_len)
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    expected = theirs(input_ids=ids).logits[..., : model.config.vocab_size]
+    difference, largest = (model(ids) - expected).abs().max().item(), expected.abs().max().item()
+    bound = 1e-4 * max(1.0, largest / 10)
+    found = f"largest difference of {expected.numel():,} logits from transformers {transformers.__version__}: {difference:.1e} (allowed {bound:.1e})"
+    if not difference <= bound:
+        raise UserError(f"{found}; the conversion is wrong, and nothing has been kept. Please report it with the model's config.json")
+    return f"verified: {found}"
+
+
+# ---- in -----------------------------------------------------------------------------------------------------------
+
+
+def import_model(args: argparse.Namespace) -> None:
+    output = Path(args.output)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model.ckpt'}")
+    model, tokenizer, folder = read_pretrained(args.source, args.revision, args.max_seq_len, print)
+    c = model.config
+    print(
+        f"{args.source}: {model.n_params():,} parameters, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and {c.n_kv_heads} "
+        f"key/value heads, context {c.max_seq_len:,}, vocabulary {c.vocab_size:,} ({tokenizer.kind})"
+    )
+    print(verify(model, folder))
+    ids = torch.tensor([encode(tokenizer, "The ") or [tokenizer.eos_id]])
+    text = tokenizer.decode(model.generate(ids, 20, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist())
+    print(f"it continues, greedily: {text!r}")
+    write_model(output, model, tokenizer, run_record())
+    print(f"written: {output}; python3 infer.py --ckpt {output} --prompt ...")
+
+
+# ---- out ----------------------------------------------------------------------------------------------------------
+
+
+def model_card(model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, template: Template | None) -> str:
+    """README.md: what the run's config and metrics say of the model."""
+    c, metrics, config = model.config, metadata["metrics"], metadata.get("config") or {}
+    data = config.get("data", {})
+    text = data.get("path") or data.get("dataset") or "unknown"
+    losses = "".join(f"- {name}: {metrics[name]:.4f}\n" for name in ("train_loss", "val_loss", "token_accuracy") if metrics.get(name) is not None)
+    talk = "It was fine-tuned on instructions: use `apply_chat_template`.\n\n" if template else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {Path(ckpt).resolve().parent.name}
+
+A decoder-only transformer of {model.n_params():,} parameters, trained with Tiny Transformer.
+
+{talk}- {c.n_layers} layers, width {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, context {c.max_seq_len}
+- tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens
+- trained for {metrics["step"]:,} steps on {metrics["tokens"]:,} target tokens of `{text}`
+{losses}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+ids = tokenizer("Once", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+"""
+
+
+def export_hf(args: argparse.Namespace) -> None:
+    """The folder, complete and compared, or not at all."""
+    from safetensors.torch import save_file
+
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is there already; name a folder that is not, or remove it")
+    model, tokenizer, metadata = load_model(args.ckpt)
+    template = saved_template(metadata, args.ckpt)
+    config = config_json(model.config, tokenizer.eos_id)  # refuses before anything is written
+    texts = {
+        "config.json": json.dumps(config, indent=2),
+        "generation_config.json": json.dumps({"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}),
+        "tokenizer.json": tokenizer_json(tokenizer),
+        "tokenizer_config.json": json.dumps(tokenizer_config(tokenizer, template, model.config.max_seq_len), indent=2),
+        "README.md": model_card(model, tokenizer, metadata, args.ckpt, template),
+    }
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        for name, text in texts.items():
+            with atomic_write(temporary / name) as file:
+                file.write(text.encode())
+        save_file(to_theirs(model.config, model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
+        print(verify(model, temporary))
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"written: {output} ({config['architectures'][0]}), {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def export_gguf(args: argparse.Namespace) -> None:
+    """The file, complete and compared where that is possible, or not at all."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("--to gguf needs a package that is not installed; pip install gguf")
+    from support.gguf_file import verify_gguf, write_gguf
+
+    output, dtype = Path(args.output), args.dtype or "f32"
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model.gguf'}")
+    model, tokenizer, metadata = load_model(args.ckpt)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        write_gguf(temporary, model, tokenizer, saved_template(metadata, args.ckpt), dtype, Path(args.ckpt).resolve().parent.name)
+        print(verify_gguf(temporary, model, dtype))
+        temporary.rename(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written: {output} ({dtype}), {output.stat().st_size / 2**20:,.1f} MB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.source:
+        import_model(args)
+    elif args.to == "hf":
+        export_hf(args)
+    elif args.to == "gguf":
+        export_gguf(args)
+    else:
+        write_merged(Path(args.ckpt), Path(args.output))
+        print(f"written: {args.output}, of {Path(args.output).stat().st_size / 2**20:,.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

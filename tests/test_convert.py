@@ -1,0 +1,398 @@
+"""Weights in, weights out: what convert.py reads and writes is compared with transformers and llama.cpp, text and logits."""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+import convert
+import finetune
+import train
+from model import GPTConfig, GPTMini, SamplingConfig
+from support.checkpoint import KEY, load_model, read_checkpoint, write_model
+from support.cli import UserError
+from support.exchange import config_json, family_of, model_fields, to_ours, to_theirs
+from support.template import TEMPLATES, conversation_ids
+from support.tokenizer_files import tokenizer_json
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, GPT2Tokenizer
+
+HOSTILE = [
+    "hello  world\n\tx 1234 na\u00efve \u6771\u4eac \U0001f389 don't",
+    " leading, trailing ",
+    "\u200d\ufeff\u0301 combining",
+    "a" * 300,
+    " " * 40 + "\n\n\n",
+    "I'll we've they'd 12345678901234567890",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \U0001f468\u200d\U0001f469\u200d\U0001f467",
+]
+SIZES = {"vocab_size": 257, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "max_seq_len": 80}
+GPT2 = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True, "n_kv_heads": 4}
+SHAPES = {
+    "llama": {},
+    "llama, untied": {"tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-3},
+    "llama, biases, wide heads": {"bias": True, "head_dim": 12},
+    "qwen3": {"qk_norm": True},
+    "qwen3, untied, wide heads": {"qk_norm": True, "tie_embeddings": False, "head_dim": 20, "norm_eps": 1e-6},
+    "gpt2": GPT2,
+    "gpt2, untied": GPT2 | {"tie_embeddings": False},
+}
+SHAPE = pytest.mark.parametrize("switches", SHAPES.values(), ids=SHAPES)
+
+
+def random_model(seed: int = 3, **switches) -> GPTMini:
+    """Weights large enough that logits differ, norms and biases not at their first values."""
+    torch.manual_seed(seed)
+    model = GPTMini(GPTConfig(**(SIZES | switches)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 2 else 0.3))
+    return model.eval()
+
+
+def call(*argv: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert convert.main([str(word) for word in argv]) == 0
+    return out.getvalue()
+
+
+@pytest.fixture
+def saved(tmp_path) -> Callable[..., Path]:
+    """saved(name, model, tokenizer): a checkpoint without a run."""
+
+    def save(name: str, model: GPTMini, tokenizer=None) -> Path:
+        write_model(tmp_path / f"{name}.ckpt", model, tokenizer or ByteTokenizer(), {})
+        return tmp_path / f"{name}.ckpt"
+
+    return save
+
+
+def same_weights(one: GPTMini, other: GPTMini) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- there and back -----------------------------------------------------------------------------------------------
+
+
+@SHAPE
+def test_a_model_goes_to_hugging_face_and_comes_back_with_the_same_bits(saved, tmp_path, switches):
+    import transformers
+
+    model = random_model(**switches)
+    said = call("--ckpt", saved("ours", model), "--to", "hf", "--output", tmp_path / "hf")
+    assert "verified: largest difference" in said
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+    assert expected.std() > 0.3, "logits near zero would agree by chance"
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+    text = theirs.generate(ids[:1, :5], attention_mask=torch.ones(1, 5), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.generate(ids[:1, :5], 64, SamplingConfig(temperature=0)).tolist() == text.tolist()
+
+    said = call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
+    assert "verified: largest difference" in said and "it continues, greedily" in said
+    back, tokenizer, _ = load_model(tmp_path / "back.ckpt")
+    assert same_weights(back, model)
+    assert back.config == model.config
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.eos_id) == ("file", 257, 256)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_transformers_saves_is_read(tmp_path, kind, sharded):
+    """Their own random models, also cut into several files, also with more rows than the tokenizer has tokens."""
+    import transformers
+
+    llama = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama |= {"intermediate_size": 48, "max_position_embeddings": 90, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    made = {
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
+        "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**llama, sliding_window=70)),
+        "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**llama, head_dim=12, tie_word_embeddings=True)),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=90, bos_token_id=None, eos_token_id=None)
+        ),
+    }
+    torch.manual_seed(0)
+    theirs = made[kind]().eval()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB" if sharded else "1GB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2 if sharded else 1
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer_json(ByteTokenizer()))
+    said = call("--from", tmp_path / "hf", "--output", tmp_path / "ours.ckpt")
+    assert "verified" in said and "vocabulary: 257 of 300 rows" in said
+    model, _, _ = load_model(tmp_path / "ours.ckpt")
+    assert model.config.max_seq_len == (70 if kind == "mistral" else 90)
+    ids = torch.randint(257, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(input_ids=ids).logits[..., :257], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pytorch_bin_is_read_safely(tmp_path):
+    model = random_model()
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_json(model.config, 256)))
+    (folder / "tokenizer.json").write_text(tokenizer_json(ByteTokenizer()))
+    torch.save(to_theirs(model.config, model.state_dict()), folder / "pytorch_model.bin")
+    call("--from", folder, "--output", tmp_path / "ours.ckpt")
+    assert same_weights(load_model(tmp_path / "ours.ckpt")[0], model)
+    torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="would run code when opened"):
+        call("--from", folder, "--output", tmp_path / "evil.ckpt")
+
+
+def test_bf16_weights_become_float32_and_a_shorter_context_can_be_asked_for(tmp_path):
+    model = random_model(**GPT2)
+    call_folder = tmp_path / "hf"
+    call("--ckpt", _write(tmp_path, model), "--to", "hf", "--output", call_folder)
+    from safetensors.torch import load_file, save_file
+
+    save_file(
+        {name: t.bfloat16() for name, t in load_file(call_folder / "model.safetensors").items()}, call_folder / "model.safetensors", {"format": "pt"}
+    )
+    said = call("--from", call_folder, "--output", tmp_path / "short.ckpt", "--max-seq-len", "50")
+    short = load_model(tmp_path / "short.ckpt")[0]
+    assert "context: 50 of its 80 tokens" in said and short.config.max_seq_len == 50
+    assert torch.equal(short.embed_positions.weight, model.embed_positions.weight[:50].bfloat16().float())
+    with pytest.raises(UserError, match="--max-seq-len 81 is more than the 80"):
+        call("--from", call_folder, "--output", tmp_path / "long.ckpt", "--max-seq-len", "81")
+
+
+def _write(folder: Path, model: GPTMini) -> Path:
+    write_model(folder / "plain.ckpt", model, ByteTokenizer(), {})
+    return folder / "plain.ckpt"
+
+
+# ---- names and shapes ---------------------------------------------------------------------------------------------
+
+
+@SHAPE
+def test_names_there_and_back_are_inverse(switches):
+    model = random_model(**switches)
+    theirs = to_theirs(model.config, model.state_dict())
+    back = {}
+    for name, tensor in theirs.items():
+        back |= to_ours(family_of(model.config), name, tensor)
+    expected = {name: t for name, t in model.state_dict().items() if not (model.config.tie_embeddings and name == "lm_head.weight")}
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], tensor) for name, tensor in expected.items())
+    fields = model_fields(config_json(model.config, 256))
+    assert GPTConfig(**fields, vocab_size=257) == model.config
+
+
+def test_the_fused_matrix_of_gpt2_is_cut_as_its_paper_code_does():
+    """x W + b with W (D, 3 D): the first D columns are q, the next k, the last v."""
+    W, b, x = torch.arange(48.0).view(4, 12), torch.arange(12.0), torch.randn(5, 4)
+    q, k, v = (x @ W + b).split(4, dim=-1)
+    parts = to_ours("gpt2", "transformer.h.3.attn.c_attn.weight", W) | to_ours("gpt2", "h.3.attn.c_attn.bias", b)
+    for letter, expected in zip("qkv", (q, k, v), strict=True):
+        name = f"layers.3.self_attn.{letter}_proj"
+        torch.testing.assert_close(torch.nn.functional.linear(x, parts[f"{name}.weight"], parts[f"{name}.bias"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "qwen2"}, "q, k and v have biases"),
+        ({"model_type": "bert"}, "'bert' cannot be read"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias and mlp_bias differ"),
+        ({"num_attention_heads": 5}, "describes no model"),
+        ({"intermediate_size": 60}, r"layers.0.mlp.\w+.weight should have shape"),
+        ({"num_hidden_layers": 3}, "9 weights are missing, the first is layers.2"),
+        ({"num_hidden_layers": 1}, "which the model does not have"),
+        ({"vocab_size": 200}, "its embedding has 200 rows, and its tokenizer 257"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(saved, tmp_path, changed, said):
+    call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=said):
+        call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
+    assert not (tmp_path / "new.ckpt").exists()
+
+
+def test_missing_and_damaged_files_are_one_line(saved, tmp_path):
+    call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    for name, said in (("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "holds no weights"), ("config.json", "does not exist")):
+        (tmp_path / "hf" / name).rename(tmp_path / "kept")
+        with pytest.raises(UserError, match=said):
+            call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
+        (tmp_path / "kept").rename(tmp_path / "hf" / name)
+    whole = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
+    (tmp_path / "hf" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        call("--from", "nobody/nothing", "--output", tmp_path / "new.ckpt")
+    with pytest.raises(UserError, match="does not exist; give a folder"):
+        call("--from", "./nowhere", "--output", tmp_path / "new.ckpt")
+
+
+def test_a_wrong_conversion_is_noticed_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    """The proof can fail: with k and v swapped on the way out it does, and no folder stays."""
+    right = convert.to_theirs
+
+    def swapped(config, weights):
+        out = right(config, weights)
+        names = [f"model.layers.0.self_attn.{letter}_proj.weight" for letter in "kv"]
+        return out | {names[0]: out[names[1]].clone(), names[1]: out[names[0]].clone()}
+
+    monkeypatch.setattr(convert, "to_theirs", swapped)
+    with pytest.raises(UserError, match="the conversion is wrong"):
+        call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("switches", "said"),
+    [
+        ({"embed_scale": True}, "embed_scale"),
+        ({"position": "sinusoidal"}, "sinusoidal"),
+        ({"norm": "layernorm"}, "neither Llama nor GPT-2"),
+        (GPT2 | {"n_kv_heads": 2}, "neither Llama nor GPT-2"),
+        ({"qk_norm": True, "bias": True}, "has no counterpart"),
+    ],
+)
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_switch_that_no_family_has_is_refused_before_anything_is_written(saved, tmp_path, switches, said, to):
+    pytest.importorskip("gguf", reason="gguf is not installed") if to == "gguf" else None
+    path = saved("ours", random_model(**switches), BPETokenizer.train(["some text to train on " * 20], 257))
+    with pytest.raises(UserError, match=said):
+        call("--ckpt", path, "--to", to, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_overwritten(saved, tmp_path):
+    path = saved("ours", random_model())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    for output in (tmp_path / "full", path):
+        with pytest.raises(UserError, match="is there already"):
+            call("--ckpt", path, "--to", "hf", "--output", output)
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        call("--from", tmp_path / "full", "--output", tmp_path / "full")
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gpt2"])
+def test_the_exported_tokenizer_is_ours(saved, tmp_path, kind):
+    import transformers
+
+    train_on = ["".join(HOSTILE) * 3, "some more text, " * 50]
+    made = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
+    tokenizer = made[kind]() if kind in made else {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(train_on, 400)
+    path = saved("ours", random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    call("--ckpt", path, "--to", "hf", "--output", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in HOSTILE:
+        ids = tokenizer.encode(text)
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == tokenizer.eos_id and len(theirs) <= tokenizer.vocab_size + 1
+    again = FileTokenizer.from_file(tmp_path / "hf")
+    assert all(again.encode(text) == tokenizer.encode(text) for text in HOSTILE) and again.eos_id == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_chat_template_lays_out_as_ours(tiny_run, tmp_path, name):
+    import transformers
+
+    checkpoint = tiny_run.checkpoint()
+    template = TEMPLATES[name].model_copy(update={"system": 'Say "yes" or {no}.\n'})
+    checkpoint[KEY]["template"] = template.model_dump()
+    torch.save(checkpoint, tmp_path / "chat.ckpt")
+    call("--ckpt", tmp_path / "chat.ckpt", "--to", "hf", "--output", tmp_path / "hf")
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), load_model(tmp_path / "chat.ckpt")[1]
+    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And {instruction}?"}]
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    ours = tokenizer.decode(conversation_ids(template, tokenizer, [("How?", tokenizer.encode("So."))], "And {instruction}?", 10**6))
+    assert text == ours
+
+
+# ---- gguf ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained_bpe() -> BPETokenizer:
+    return BPETokenizer.train(["".join(HOSTILE) * 3, "attention is a weighted sum of values. " * 50], 400)
+
+
+@pytest.mark.parametrize("switches", [SHAPES[name] for name in ("llama", "llama, untied", "qwen3", "gpt2")], ids=["llama", "untied", "qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe, switches, dtype):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    model = random_model(vocab_size=trained_bpe.vocab_size, max_seq_len=256, **switches)
+    said = call("--ckpt", saved("ours", model, trained_bpe), "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
+    assert f"from llama.cpp ({dtype})" in said and said.startswith("verified")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, verbose=False, flash_attn=False, type_k=0, type_v=0)
+    for text in HOSTILE:
+        assert llama.tokenize(text.encode(), add_bos=False) == trained_bpe.encode(text), text
+    if dtype == "f32":
+        prompt, written = trained_bpe.encode("attention is"), []
+        for token in llama.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0):
+            written.append(token)
+            if len(written) == 64:
+                break
+        ours = model.generate(torch.tensor([prompt]), 64, SamplingConfig(temperature=0))[0].tolist()[len(prompt) :]
+        assert written == ours
+    llama.close()
+
+
+def test_gguf_refuses_what_it_cannot_hold(saved, tmp_path, trained_bpe):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    for tokenizer in (ByteTokenizer(), CharTokenizer.train(["abc"])):
+        path = saved("ours", random_model(vocab_size=tokenizer.vocab_size), tokenizer)
+        with pytest.raises(UserError, match=f"kind {tokenizer.kind} does not fit into GGUF"):
+            call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
+    path = saved("odd", random_model(vocab_size=trained_bpe.vocab_size, d_ff=40), trained_bpe)
+    with pytest.raises(UserError, match="q8_0 keeps 32 numbers to a scale"):
+        call("--ckpt", path, "--to", "gguf", "--dtype", "q8_0", "--output", tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+# ---- what can be done with it -------------------------------------------------------------------------------------
+
+
+def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeypatch):
+    call("--ckpt", saved("ours", random_model(max_seq_len=64)), "--to", "hf", "--output", tmp_path / "hf")
+    call("--from", tmp_path / "hf", "--output", tmp_path / "base.ckpt")
+    monkeypatch.setattr(train, "draw_loss", lambda folder: None)
+    overrides = [f"base_ckpt={tmp_path / 'base.ckpt'}", f"checkpoint.dir={tmp_path / 'sft'}", "training.epochs=null", "training.max_steps=2"]
+    argv = ["--config", "configs/finetune_tiny.yaml", "--device", "cpu", *(f"--override={o}" for o in [*overrides, "training.warmup_steps=0"])]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert finetune.main(argv) == 0
+    rows = Run(tmp_path / "sft", 0, "", "").val_rows
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    call("--ckpt", tmp_path / "sft" / "final.ckpt", "--to", "hf", "--output", tmp_path / "hf2")
+    assert "chat_template" in json.loads((tmp_path / "hf2" / "tokenizer_config.json").read_text())
+    assert "apply_chat_template" in (tmp_path / "hf2" / "README.md").read_text()
+
+
+def test_weights_alone_are_a_third_and_answer_the_same(tiny_run, tmp_path):
+    call("--ckpt", tiny_run.folder / "final.ckpt", "--to", "weights", "--output", tmp_path / "small.ckpt")
+    small, whole = load_model(tmp_path / "small.ckpt")[0], load_model(tiny_run.folder / "final.ckpt")[0]
+    assert same_weights(small, whole) and "optimizer_states" not in read_checkpoint(tmp_path / "small.ckpt")
+    assert (tmp_path / "small.ckpt").stat().st_size < 0.6 * (tiny_run.folder / "final.ckpt").stat().st_size
+
+
+@pytest.mark.parametrize("argv", [["--ckpt", "a"], ["--from", "a", "--to", "hf"], ["--ckpt", "a", "--to", "hf", "--dtype", "f16"], []])
+def test_flags_that_do_not_go_together(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        convert.main([*argv, "--output", "b"])
+    assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
