@@ -24,6 +24,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--show-mask {args.show_mask} must be at least 1")
     if args.picture and args.show_mask is None:
         raise UserError("--picture goes with --show-mask N")
+    if args.picture and (Path(args.picture).is_dir() or Path(args.picture).suffix not in (".svg", ".png")):
+        raise UserError(f"--picture {args.picture}: name a file that ends in .svg; a .png is drawn beside it")
     args.finetuning, args.only_looks = True, bool(args.check or args.show_step is not None or args.show_mask)
     return args
 

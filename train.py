@@ -345,6 +345,9 @@ def finish(plan: Plan) -> None:
     """Draw the curves; say where things are."""
     drawn = draw(plan.folder)
     final = plan.folder / "final.ckpt"
+    if not final.exists():  # a full disk: the warning has said so
+        print(f"done, but {final} could not be written; make room, and the same command with --resume writes it")
+        return
     metrics = read_metadata(final)["metrics"]
     best = f", best val_loss {metrics['best_val_loss']:.4f}" if metrics["best_val_loss"] is not None else ""
     print(f"done: {final} at step {metrics['step']}{best}" + (f"; curves in {drawn}" if drawn else ""))

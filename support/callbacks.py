@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
-from support.checkpoint import atomic_write, first_not_finite, link_or_copy, read_checkpoint, read_metadata, step_files, write_merged
+from support.checkpoint import atomic_write, first_not_finite, link_or_copy, read_checkpoint, read_metadata, save_archive, step_files, write_merged
 from support.cli import UserError, is_main_process, warn
 from support.hardware import bf16_peak_flops, memory_used_mb
 
@@ -39,13 +39,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.failure = None
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch hides the reason behind one of its own
-            if not isinstance(cause, OSError):
-                raise
-            self.failure = cause.strerror or str(cause)
+            save_archive(checkpoint, Path(path))
+        except OSError as error:
+            self.failure = error.strerror or str(error)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, mmap=False)

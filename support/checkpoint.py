@@ -34,6 +34,17 @@ FORMAT_VERSION = 1
 MAX_CONTEXT = 2**22  # tokens: the one size of a model that no weight need bear out
 
 
+def save_archive(content: Any, path: Path) -> None:
+    """torch.save, whole or not at all. Raises OSError where the disk refuses, which torch hides behind an error of its own."""
+    try:
+        with atomic_write(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` at the end: complete, or as it was before if anything goes wrong."""
@@ -217,8 +228,7 @@ def write_merged(path: Path, target: Path) -> None:
     ours = {name: value for name, value in checkpoint[KEY].items() if name not in ("sequences_per_step", "data_fingerprint")}
     state = {f"net.{name}": tensor for name, tensor in model_weights(checkpoint).items()}
     kept = {name: checkpoint[name] for name in ("epoch", "global_step", "pytorch-lightning_version") if name in checkpoint}
-    with atomic_write(target) as file:
-        torch.save(kept | {"state_dict": state, KEY: ours | {"lora": None}}, file)
+    save_archive(kept | {"state_dict": state, KEY: ours | {"lora": None}}, target)
 
 
 def write_model(path: Path, model: GPTMini, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
@@ -232,8 +242,7 @@ def write_model(path: Path, model: GPTMini, tokenizer: Tokenizer, record: dict[s
         "run": record,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        torch.save({"state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()}, "global_step": 0, KEY: ours}, file)
+    save_archive({"state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()}, "global_step": 0, KEY: ours}, path)
 
 
 def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:

@@ -114,6 +114,8 @@ class DataConfig(Section):
             raise ValueError("source=text needs path: a .txt or .jsonl file, a folder or a glob")
         if self.source == "hf" and not self.dataset:
             raise ValueError("source=hf needs dataset: a name on the hub, or json, parquet or text with path")
+        if self.source == "instructions" and self.val_split and (self.path or self.val_path):
+            raise ValueError(f"val_split={self.val_split} is of a dataset on the hub; with path or val_path leave it out")
         if self.val_split == self.split:
             raise ValueError(f"val_split={self.val_split} is the training split too; leave it out, and documents are cut off for validation")
         if self.val_split and self.dataset in LOCAL_FORMATS:

@@ -271,11 +271,9 @@ def check_overfit(plan: Plan) -> str:
     torch.manual_seed(plan.config.seed)
     model = GPTMini(tiny_copy(plan.model_config)).to(plan.device).train()
     length = model.config.max_seq_len
-    batch = {
-        name: tensor[:, :length].to(plan.device)
-        for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    batch = {name: tensor for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items() if name != "stream_state"}
+    end = int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1  # of a row with a long prompt, the end is what is learned
+    batch = {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
     first, last = overfit_probe(model, batch)
     text = f"a small copy of the model goes from loss {first:.2f} to {last:.2f} on one batch"
     if not last < first / 2:

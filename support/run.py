@@ -124,6 +124,11 @@ def plan_run(args: Any) -> Plan:
             refuse_unfinished(folder)
     if metadata:
         compare_configs(metadata["config"], config, resume_from)
+    elif config.base_ckpt and Path(config.base_ckpt).resolve() in [file.resolve() for file in run_files(folder)]:
+        raise UserError(
+            f"base_ckpt={config.base_ckpt} lies in checkpoint.dir, whose run this one would move aside; write elsewhere by "
+            f"--override checkpoint.dir={folder}-2"
+        )
 
     origin = metadata or (read_metadata(config.base_ckpt) if config.base_ckpt else None)
     tokenizer, data = load_data(config, tokenizer_from_dict(origin["tokenizer"]) if origin else None)

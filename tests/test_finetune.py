@@ -134,6 +134,7 @@ def test_a_base_in_bf16_is_trained_in_float32(sft, tiny_run, tmp_path):
         ("data.streaming=true", "streaming does not belong to source=instructions"),
         ("data.document_mask=true", "document_mask does not belong to source=instructions"),
         ("data.fields={question: instruction}", "fields: question is none of instruction, input, output"),
+        ("data.val_split=test", "val_split=test is of a dataset on the hub; with path or val_path leave it out"),
         ("training.seq_len=2", r"none of \d+ instructions fits training.seq_len=2"),
     ],
 )
@@ -426,6 +427,31 @@ def test_a_run_goes_on_without_its_base(sft, tiny_run, tmp_path):
     assert out.getvalue().splitlines()[-1] == whole.out.splitlines()[-1]
 
 
+def test_a_base_that_would_be_moved_aside_is_refused(sft, tmp_path):
+    """Fine-tuning again, into the folder where the base lies."""
+    first = sft(tmp_path / "sft", "training.max_steps=1")
+    files = sorted(path.name for path in first.folder.iterdir())
+    for name in ("final", "step-0000001"):
+        with pytest.raises(UserError, match=r"lies in checkpoint.dir, whose run this one would move aside; write elsewhere by .*sft-2"):
+            sft(tmp_path / "sft", f"base_ckpt={first.folder / name}.ckpt")
+    assert sorted(path.name for path in first.folder.iterdir()) == files
+
+
+def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypatch):
+    """The step file is there, the plain model does not fit: a warning, and --resume writes it once there is room."""
+    whole = sft(tmp_path / "whole", *LORA)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("support.callbacks.write_merged", full)
+        made = sft(tmp_path / "full", *LORA)
+    assert made.code == 0 and "final.ckpt could not be written" in made.err and "--resume writes it" in made.out
+    assert not (made.folder / "final.ckpt").exists() and (made.folder / "last.ckpt").exists()
+    assert sft(tmp_path / "full", *LORA, "--resume").sha256 == whole.sha256
+
+
 def test_the_merged_file_is_no_place_to_go_on_from(sft, tmp_path):
     sft(tmp_path, *LORA)
     with pytest.raises(UserError, match="holds a model but no run to go on with"):
@@ -494,14 +520,24 @@ def test_show_mask_draws_a_picture(sft, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--show-mask", "0"], "must be at least 1"), (["--picture", "a.svg"], "goes with --show-mask")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--show-mask", "0"], "must be at least 1"),
+        (["--picture", "a.svg"], "goes with --show-mask"),
+        (["--show-mask", "1", "--picture", "docs"], r"ends in \.svg"),
+        (["--show-mask", "1", "--picture", "v1.2"], r"ends in \.svg"),
+    ],
+)
 def test_wrong_flags(flags, said):
     with pytest.raises(UserError, match=said):
         finetune.main(["--config", "config_finetune.yaml", *flags])
 
 
 def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
-    for words in ((), LORA, ("data.packing=true",)):
+    words = "one two three four five"
+    long_prompt = f"template={{prompt: '{words} {{instruction}} Say ', prompt_with_input: '{words} {{instruction}} {{input}} Say '}}"
+    for words in ((), LORA, ("data.packing=true",), (long_prompt,)):
         with pytest.raises(SystemExit) as end:
             finetune.main(sft.argv(tmp_path / "sft", "--check", *words))
         assert end.value.code == 0, capsys.readouterr().out

@@ -14,6 +14,7 @@ import torch
 from test_resume import BYTE, assert_same_run, stop_before, stopped_run
 
 import support.callbacks
+import support.checkpoint
 import train
 from data import leave_signals_alone
 from support.callbacks import Console, StopOnSignal, StopRun
@@ -87,14 +88,14 @@ def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(run, tmp_path,
 
 def read_only(monkeypatch, folder: Path) -> None:
     """Nothing more can be written to `folder`; by substitution, since root may write everywhere."""
-    write = support.callbacks.atomic_write
+    write = support.checkpoint.atomic_write
 
     def refused(path):
         if Path(path).parent == folder:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return write(path)
 
-    monkeypatch.setattr(support.callbacks, "atomic_write", refused)
+    monkeypatch.setattr(support.checkpoint, "atomic_write", refused)
 
 
 @pytest.mark.parametrize("signum", [None, signal.SIGTERM], ids=["at the end", "at a signal"])
