@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.source and args.to:
         parser.error("--to goes with --ckpt")
     if args.ckpt and not args.to:
-        parser.error("--ckpt needs --to hf or --to weights")
+        parser.error("--ckpt needs --to hf, gguf or weights")
     if args.ckpt and (args.revision or args.max_seq_len is not None):
         parser.error("--revision and --max-seq-len go with --from")
     if args.dtype and args.to != "gguf":

@@ -193,7 +193,7 @@ class InstructPairDataset(Dataset):
                 self.n_bytes += len(pair.output.encode())
         if not self.examples:
             raise UserError(f"none of {len(pairs)} instructions fits training.seq_len={seq_len}; raise it, or give shorter ones")
-        self.blocks = self._pack(self.examples) if packing else [[example] for example in self.examples]
+        self.blocks = self._blocks(self.examples, packing)
 
     def _add(self, example: Example, too_long: str) -> bool:
         surplus = len(example) - self.seq_len
@@ -206,11 +206,11 @@ class InstructPairDataset(Dataset):
         self.examples.append(example)
         return True
 
-    def _pack(self, examples: list[Example]) -> list[list[Example]]:
-        """Blocks of whole pairs, in the order of the rows: a pair that does not fit any more begins the next block."""
+    def _blocks(self, examples: list[Example], packing: bool) -> list[list[Example]]:
+        """A pair each, or packed: whole pairs in the order of the rows, and one that does not fit any more begins the next block."""
         blocks, room = [], 0
         for example in examples:
-            if len(example) > room:
+            if not packing or len(example) > room:
                 blocks.append([])
                 room = self.seq_len
             blocks[-1].append(example)
@@ -244,8 +244,7 @@ class InstructPairDataset(Dataset):
 
     def example_batch(self, n: int, packing: bool) -> Batch:
         """The first `n` pairs as one batch, packed or not."""
-        examples = self.examples[:n]
-        return self.batch_of(self._pack(examples) if packing else [[example] for example in examples], packing)
+        return self.batch_of(self._blocks(self.examples[:n], packing), packing)
 
     def fingerprint(self) -> str:
         """sha256 of all ids and of where the responses begin."""
@@ -291,5 +290,5 @@ def load_instructions(config: Config, tokenizer: Tokenizer) -> PackedData:
     """The pairs that the config names, ready to train on. Raises UserError."""
     (pairs, val_pairs), data = split_pairs(config), config.data
     train = InstructPairDataset(pairs, tokenizer, config.template, config.seq_len, data.packing, data.mask_prompt, data.too_long)
-    text = config.template.fill(pairs[0].instruction, pairs[0].input) + pairs[0].output
+    text = config.template.first(pairs[0].instruction, pairs[0].input) + pairs[0].output
     return PackedData(train, validation_pairs(val_pairs, tokenizer, config, config.seq_len), len(pairs), len(val_pairs), text)

@@ -100,6 +100,11 @@ def turned(tensor: Tensor) -> Tensor:
     return tensor.T if tensor.dim() == 2 else tensor
 
 
+def fused_qkv(weights: dict[str, Tensor], q_name: str) -> Tensor:
+    """q, k and v of a block below each other, (3 D, D), or (3 D,) for a bias; `q_name` is q's."""
+    return torch.cat([weights[q_name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+
+
 # ---- weights in ---------------------------------------------------------------------------------------------------
 
 
@@ -191,8 +196,7 @@ def to_theirs(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor
         elif top in GPT2_TOP:
             out[f"transformer.{GPT2_TOP[top]}.{kind_of}"] = tensor
         elif ".self_attn.q_proj." in name:
-            fused = torch.cat([weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])  # (3 D, D), or (3 D,)
-            out[f"transformer.h.{name.split('.')[1]}.attn.c_attn.{kind_of}"] = turned(fused)
+            out[f"transformer.h.{name.split('.')[1]}.attn.c_attn.{kind_of}"] = turned(fused_qkv(weights, name))
         elif ".k_proj." not in name and ".v_proj." not in name:
             _, block, ours = top.split(".", 2)
             out[f"transformer.h.{block}.{GPT2_NAMES[ours]}.{kind_of}"] = turned(tensor)

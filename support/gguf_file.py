@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import GPTConfig, GPTMini
 from support.cli import UserError
-from support.exchange import family_of
+from support.exchange import family_of, fused_qkv
 from support.template import Template
 from support.tokenizer_files import chat_template, tokenizer_json
 from tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def gguf_tensors(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Ten
         _, block, inner = module.split(".", 2)
         if kind == "gpt2" and inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             if inner == "self_attn.q_proj":
-                found[f"blk.{block}.attn_qkv.{end}"] = torch.cat([weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+                found[f"blk.{block}.attn_qkv.{end}"] = fused_qkv(weights, name)
             continue
         if kind == "llama" and inner in ("self_attn.q_proj", "self_attn.k_proj"):
             tensor = interleave(tensor, config.n_heads if inner.endswith("q_proj") else config.n_kv_heads)

@@ -187,7 +187,7 @@ def show_mask(plan: Plan, n: int) -> None:
         raise UserError("--show-mask shows instructions and responses; it needs data.source=instructions")
     console = Console(highlight=False, soft_wrap=True)
     data = plan.data.train
-    for number, example in enumerate(data.examples[: max(1, n)], 1):
+    for number, example in enumerate(data.examples[:n], 1):
         trained = [False, *(example.labels(data.mask_prompt) != IGNORE).tolist()]  # of each id; the first is never a label
         console.print(f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold")
         text = Text()

@@ -47,6 +47,10 @@ class Template(BaseModel):
         values = {"instruction": instruction, "input": input}
         return SLOT.sub(lambda slot: values[slot[1]], self.prompt_with_input if input else self.prompt)
 
+    def first(self, instruction: str, input: str = "") -> str:
+        """The prompt that begins a conversation."""
+        return self.system + self.fill(instruction, input)
+
 
 TEMPLATES = {
     "chat": Template(
@@ -70,7 +74,7 @@ DEFAULT = "chat"
 def prompt_ids(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
     """The ids of a first prompt. It is encoded apart from the response, here and everywhere, so that the border is the same
     whether the response is known or still to be written. Raises UserError for characters that the tokenizer lacks."""
-    return tokenizer.encode(template.system + template.fill(instruction, input))
+    return tokenizer.encode(template.first(instruction, input))
 
 
 def conversation_ids(template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, list[int]]], question: str, room: int) -> list[int]:
