@@ -8,14 +8,17 @@ python3 convert.py --ckpt checkpoints/final.ckpt --to weights --output small.ckp
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.cli import UserError, guarded, make_parser
+from support.hub import find_model
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,16 +46,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--dtype goes with --to gguf")
     if args.max_seq_len is not None and args.max_seq_len < 2:
         raise UserError(f"--max-seq-len {args.max_seq_len} must be at least 2")
+    check_output(Path(args.output), folder=args.to == "hf")
+    return args
+
+
+def check_output(output: Path, folder: bool) -> None:
+    """Raise UserError where something is there already: a conversion replaces nothing."""
+    if output.is_dir() and not folder:
+        raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model'}")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {output} is there already; remove it, or name another")
+
+
+def prepare(argv: list[str] | None) -> argparse.Namespace:
+    """The checked flags, with the folder of `--from` in `folder`. Raises UserError."""
+    args = parse_args(argv)
+    args.folder = find_model(args.source, args.revision) if args.source else None
     return args
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    ARGS = guarded(prepare, sys.argv[1:])  # --help, wrong flags and a missing network answer before torch is imported
 
 import torch
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import atomic_write, load_model, saved_template, write_merged, write_model
+from support.checkpoint import load_model, saved_template, write_merged, write_model
 from support.exchange import config_json, to_theirs
 from support.pretrained import read_pretrained
 from support.run import run_record
@@ -68,8 +87,15 @@ PROBE = (2, 64)  # rows and tokens whose logits are compared
 
 
 @torch.no_grad()
-def verify(model: GPTMini, folder: Path) -> str:
-    """Compare our logits with those of transformers for the model in `folder`, in float32; what was found, in words.
+def probe(model: GPTMini) -> torch.Tensor:
+    """Our logits for random ids, (rows, tokens, V). Taken before the other program loads the model: so that memory never holds both."""
+    rows, length = PROBE[0], min(PROBE[1], model.config.max_seq_len)
+    return model(torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)))
+
+
+@torch.no_grad()
+def verify(ours: torch.Tensor, folder: Path) -> str:
+    """Compare the logits of `probe` with those of transformers for the model in `folder`, in float32; what was found, in words.
 
     Raises UserError above 1e-4 x max(1, largest logit / 10).
     """
@@ -80,10 +106,10 @@ def verify(model: GPTMini, folder: Path) -> str:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    rows, length = PROBE[0], min(PROBE[1], model.config.max_seq_len)
-    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    expected = theirs(input_ids=ids).logits[..., : model.config.vocab_size]
-    difference, largest = (model(ids) - expected).abs().max().item(), expected.abs().max().item()
+    rows, length, vocab_size = ours.shape
+    ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    expected = theirs(input_ids=ids).logits[..., :vocab_size]
+    difference, largest = (ours - expected).abs().max().item(), expected.abs().max().item()
     bound = 1e-4 * max(1.0, largest / 10)
     found = f"largest difference of {expected.numel():,} logits from transformers {transformers.__version__}: {difference:.1e} (allowed {bound:.1e})"
     if not difference <= bound:
@@ -91,24 +117,40 @@ def verify(model: GPTMini, folder: Path) -> str:
     return f"verified: {found}"
 
 
+@contextlib.contextmanager
+def all_or_nothing(output: Path) -> Iterator[Path]:
+    """A temporary name beside `output`, which gets that name if all goes well; if not, nothing stays."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        if output.is_dir():  # an empty one
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
 # ---- in -----------------------------------------------------------------------------------------------------------
 
 
 def import_model(args: argparse.Namespace) -> None:
     output = Path(args.output)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model.ckpt'}")
-    model, tokenizer, folder = read_pretrained(args.source, args.revision, args.max_seq_len, print)
+    model, tokenizer = read_pretrained(args.folder, args.source, args.max_seq_len, print)
     c = model.config
     print(
         f"{args.source}: {model.n_params():,} parameters, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and {c.n_kv_heads} "
         f"key/value heads, context {c.max_seq_len:,}, vocabulary {c.vocab_size:,} ({tokenizer.kind})"
     )
-    print(verify(model, folder))
-    ids = torch.tensor([encode(tokenizer, "The ") or [tokenizer.eos_id]])
+    ids = torch.tensor([encode(tokenizer, "The ", begins=True) or [tokenizer.eos_id]])
     text = tokenizer.decode(model.generate(ids, 20, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist())
     print(f"it continues, greedily: {text!r}")
-    write_model(output, model, tokenizer, run_record())
+    with all_or_nothing(output) as temporary:
+        ours = probe(model)
+        write_model(temporary, model, tokenizer, run_record())
+        del model
+        print(verify(ours, args.folder))
     print(f"written: {output}; python3 infer.py --ckpt {output} --prompt ...")
 
 
@@ -150,31 +192,25 @@ def export_hf(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already; name a folder that is not, or remove it")
     model, tokenizer, metadata = load_model(args.ckpt)
     template = saved_template(metadata, args.ckpt)
-    config = config_json(model.config, tokenizer.eos_id)  # refuses before anything is written
+    config = config_json(model.config, tokenizer.eos_id, tokenizer.bos_ids)  # refuses before anything is written
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     texts = {
         "config.json": json.dumps(config, indent=2),
-        "generation_config.json": json.dumps({"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}),
+        "generation_config.json": json.dumps(ids | {"pad_token_id": tokenizer.eos_id}),
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": json.dumps(tokenizer_config(tokenizer, template, model.config.max_seq_len), indent=2),
         "README.md": model_card(model, tokenizer, metadata, args.ckpt, template),
     }
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with all_or_nothing(output) as temporary:
+        temporary.mkdir()
         for name, text in texts.items():
-            with atomic_write(temporary / name) as file:
-                file.write(text.encode())
+            (temporary / name).write_text(text, encoding="utf-8")
         save_file(to_theirs(model.config, model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
-        print(verify(model, temporary))
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        ours = probe(model)
+        del model
+        print(verify(ours, temporary))
     print(f"written: {output} ({config['architectures'][0]}), {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
@@ -185,22 +221,15 @@ def export_gguf(args: argparse.Namespace) -> None:
     from support.gguf_file import verify_gguf, write_gguf
 
     output, dtype = Path(args.output), args.dtype or "f32"
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model.gguf'}")
     model, tokenizer, metadata = load_model(args.ckpt)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
+    with all_or_nothing(output) as temporary:
         write_gguf(temporary, model, tokenizer, saved_template(metadata, args.ckpt), dtype, Path(args.ckpt).resolve().parent.name)
-        print(verify_gguf(temporary, model, dtype))
-        temporary.rename(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+        print(verify_gguf(temporary, model, tokenizer, dtype))
     print(f"written: {output} ({dtype}), {output.stat().st_size / 2**20:,.1f} MB")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
+    args = args or prepare(argv)
     if args.source:
         import_model(args)
     elif args.to == "hf":
@@ -208,10 +237,11 @@ def main(argv: list[str] | None = None) -> int:
     elif args.to == "gguf":
         export_gguf(args)
     else:
-        write_merged(Path(args.ckpt), Path(args.output))
+        with all_or_nothing(Path(args.output)) as temporary:
+            write_merged(Path(args.ckpt), temporary)
         print(f"written: {args.output}, of {Path(args.output).stat().st_size / 2**20:,.1f} MB")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, args=ARGS))

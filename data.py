@@ -100,14 +100,15 @@ def batched(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
 
 
 def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one row of ids, EOS behind each; uint16 where the vocabulary allows.
+    """All documents as one row of ids, EOS behind each (and BOS before, where the tokenizer has one); uint16 where the vocabulary allows.
 
     A Python list would take 36 bytes a token: only one batch is ever held as lists, and the row grows in place.
     """
-    dtype, row = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, bytearray()
+    dtype, row, begins = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, bytearray(), True
     for batch in batched(document_pieces(documents, tokenizer)):
         for ids, (_, ends) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
-            row += np.array(ids + [tokenizer.eos_id] * ends, dtype).tobytes()
+            row += np.array([*(tokenizer.bos_ids if begins else ()), *ids, *[tokenizer.eos_id] * ends], dtype).tobytes()
+            begins = ends
     return np.frombuffer(row, dtype)
 
 
@@ -256,7 +257,8 @@ class StreamingPackedLMDataset(IterableDataset):
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
         for piece, ends, position in self._pieces(self.state):
             left_over = len(buffer)
-            buffer += self.tokenizer.encode(piece) + [self.tokenizer.eos_id] * ends
+            encode = self.tokenizer.encode if position["piece"] else self.tokenizer.begin
+            buffer += encode(piece) + [self.tokenizer.eos_id] * ends
             while len(buffer) - taken >= needed:
                 starts = range(taken, taken + self.shape.blocks * self.stride, self.stride)
                 rows = np.array([buffer[i : i + self.seq_len + 1] for i in starts])  # (blocks, T + 1)

@@ -56,9 +56,16 @@ class Validation:
     response_accuracy: float | None = None  # the share of responses of which each token is
 
 
-def scoring_config(model: GPTMini, metadata: dict, source: str, path: str | None, overrides: list[str] = ()) -> Config:
-    """The config in the file `path`, or the checkpoint's own, for scoring `model`. Raises UserError."""
-    config = load_config(path, overrides, base=None if path else saved_config(metadata, source))
+def scoring_config(model: GPTMini, metadata: dict, source: str, path: str | None, overrides: list[str] = (), data: str | None = None) -> Config:
+    """The config in the file `path`, or the checkpoint's own, for scoring `model`; the defaults, to score the text `data` by a
+    model that was not trained here. Raises UserError."""
+    if path:
+        base = None
+    elif data and metadata["config"] is None:
+        base = {"model": {"max_seq_len": model.config.max_seq_len}, "data": {"source": "text", "path": data}}
+    else:
+        base = saved_config(metadata, source)
+    config = load_config(path, overrides, base=base)
     if config.base_ckpt:  # a config for fine-tuning names no model: it takes that of its base
         config.model = model.config
     config.template = saved_template(metadata, source) or config.template  # a model is asked as it was taught
@@ -115,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device or "auto")
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
-    config = scoring_config(model, metadata, args.ckpt, args.config, flag_overrides(args))
+    config = scoring_config(model, metadata, args.ckpt, args.config, flag_overrides(args), args.data)
     texts = documents_of(config, args.data)
     if config.seq_len > model.config.max_seq_len:
         warn(f"training.seq_len={config.seq_len}, and the model reads {model.config.max_seq_len} tokens, so blocks of as many are scored")

@@ -83,7 +83,7 @@ def score_cases(model: GPTMini, tokenizer: Tokenizer, cases: list[Case], templat
     has no characters for has probability zero."""
     layout = template or TEMPLATES[DEFAULT]
     laid_out = [layout.first(case.prompt, case.input) if case.instruction else case.prompt for case in cases]
-    prompts = [encode(tokenizer, prompt) if prompt else [tokenizer.eos_id] for prompt in laid_out]
+    prompts = [encode(tokenizer, prompt, begins=True) if prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id] for prompt in laid_out]
     followings = [[encode(tokenizer, option) for option in options_of(case)] for case in cases]
     readable = [(n, k) for n, ids in enumerate(followings) for k, option in enumerate(ids) if option is not None and prompts[n] is not None]
     found = dict(zip(readable, log_likelihoods(model, [(prompts[n], followings[n][k]) for n, k in readable]), strict=True))

@@ -68,8 +68,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not UTF-8 text (character {error.start}); convert it first") from None
-    ids = tokenizer.encode(prompt)
-    if not ids:
+    ids = tokenizer.begin(prompt)
+    if len(ids) == len(tokenizer.bos_ids):
         raise UserError('the prompt is empty; give some text to continue, e.g. --prompt "Attention is"')
     return ids
 

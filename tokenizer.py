@@ -53,11 +53,13 @@ def cut_pieces(text: str, cut: Callable[[str, int, int], int], limit: int) -> It
 
 
 class Tokenizer:
-    """What every kind offers. `vocab_size` counts all ids, EOS included; `eos_id` ends a document."""
+    """What every kind offers. `vocab_size` counts all ids, EOS included; `eos_id` ends a document; `bos_ids` begin one,
+    for the models that want it (Llama, Mistral): kind `file` alone has any, where its tokenizer.json asks for them."""
 
     kind: str
     vocab_size: int
     eos_id: int
+    bos_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without EOS. `ByteTokenizer().encode("Hi")` is `[72, 105]`."""
@@ -65,6 +67,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def begin(self, text: str) -> list[int]:
+        """Ids of a text that stands at the beginning of a document: a prompt, say."""
+        return [*self.bos_ids, *self.encode(text)]
 
     def pieces(self, text: str) -> Iterator[str]:
         """`text` in pieces of about PIECE_CHARS characters whose ids, one after another, are the ids of the whole: so a
@@ -184,7 +190,16 @@ class FileTokenizer(Tokenizer):
             )
         if self._spells_eos():
             raise UserError(f"text that spells {eos_text!r} becomes the end-of-document token in this tokenizer.json; take another one")
+        self.bos_ids = self._bos_ids()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _bos_ids(self) -> tuple[int, ...]:
+        """What the file's own rules put before a text (its post-processor adds them; no text can spell them)."""
+        try:
+            encoded = self.backend.encode("a")
+        except Exception:  # the library raises plain Exception: a vocabulary without this character
+            return ()
+        return tuple(encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]) if encoded.ids else ()
 
     def _spells_eos(self) -> bool:
         try:

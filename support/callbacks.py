@@ -365,7 +365,7 @@ class TextSamples(pl.Callback):
         pl_module.net.eval()
         for prompt in self.prompts:
             generator = torch.Generator(pl_module.device).manual_seed(self.seed + trainer.global_step)
-            ids = torch.tensor([self.tokenizer.encode(prompt)], device=pl_module.device)
+            ids = torch.tensor([self.tokenizer.begin(prompt)], device=pl_module.device)
             out = pl_module.net.generate(ids, self.NEW_TOKENS, self.sampling, eos_id=self.tokenizer.eos_id, generator=generator)
             if self.console:
                 self.console.print(f"step {trainer.global_step:>6} sample: {self.tokenizer.decode(out[0].tolist())!r}")

@@ -5,6 +5,7 @@ their names. GPT-2 is older: q, k and v lie in one matrix `c_attn`, and every ma
 it as (in, out), so those are cut and transposed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,11 +155,11 @@ def family_of(config: GPTConfig) -> str:
     return "gpt2" if odd else "qwen3" if c.qk_norm else "llama"
 
 
-def config_json(config: GPTConfig, eos_id: int) -> dict[str, Any]:
+def config_json(config: GPTConfig, eos_id: int, bos_ids: Sequence[int] = ()) -> dict[str, Any]:
     """config.json for transformers 4 and 5, vLLM, llama.cpp's converter. Raises UserError."""
     c, kind = config, family_of(config)
-    common = {"model_type": kind, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    common |= {"torch_dtype": "float32", "use_cache": True}
+    common = {"model_type": kind, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings}
+    common |= {"bos_token_id": bos_ids[0] if bos_ids else eos_id, "eos_token_id": eos_id, "torch_dtype": "float32", "use_cache": True}
     if kind == "gpt2":
         own = {"architectures": ["GPT2LMHeadModel"], "n_embd": c.d_model, "n_layer": c.n_layers, "n_head": c.n_heads, "n_inner": c.d_ff}
         own |= {"n_positions": c.max_seq_len, "n_ctx": c.max_seq_len, "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new"}

@@ -1,4 +1,4 @@
-"""Opening Hugging Face datasets: from local files, or from the hub with an answer in seconds when there is no network."""
+"""Datasets and models of the Hugging Face hub, or local ones in its formats; with an answer in seconds when there is no network."""
 
 import glob
 import http.client
@@ -6,11 +6,14 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from support.cli import UserError
 
 LOCAL_FORMATS = ("json", "parquet", "text")
 PROBE_SECONDS = 3
+MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.safetensors.index.json"]
+BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # of older repositories, which have no safetensors
 
 
 def hub_reachable() -> bool:
@@ -68,3 +71,34 @@ def read_rows(dataset: Iterable[dict]) -> Iterator[dict]:
         yield from dataset
     except (OSError, ValueError) as error:
         raise UserError(f"reading the dataset failed: {' '.join(str(error).split())[:300]}") from None
+
+
+def find_model(source: str, revision: str | None = None) -> Path:
+    """The folder of a model: a local one as it is, or a hub repository, downloaded to the cache with a progress bar. Raises UserError."""
+    if os.path.isdir(source):
+        return Path(source)
+    if os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        what = "is a file; name the folder it is in" if os.path.exists(source) else "does not exist"
+        raise UserError(f"--from {source} {what}; give a folder with config.json and model.safetensors, or a name on the hub such as gpt2")
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_reachable()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import errors, list_repo_files, snapshot_download
+
+    try:
+        patterns = MODEL_FILES
+        if not offline and not any(name.endswith(".safetensors") for name in list_repo_files(source, revision=revision)):
+            patterns = MODEL_FILES + BIN_FILES
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise UserError(
+            f"--from {source}: there is no such folder, the Hugging Face hub cannot be reached, and the model is not in its cache; check the "
+            "network or the proxy, or download its folder elsewhere and name that"
+        ) from None
+    except errors.GatedRepoError:
+        raise UserError(f"--from {source}: its owner asks for a licence to be accepted; do so on its page at the hub, then: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"--from {source}: the hub's repository has no revision {revision!r}; give a commit, a branch or a tag of it") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"--from {source}: no folder here and no model on the hub has this name; if it is private: hf auth login") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise UserError(f"--from {source} cannot be downloaded: {' '.join(str(error).split())[:200]}") from None

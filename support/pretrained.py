@@ -1,7 +1,6 @@
-"""A model folder as Hugging Face lays it out, local or on the hub: its config, its tensors one by one, its tokenizer."""
+"""A model folder as Hugging Face lays it out: its config, its tensors one by one, its tokenizer."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,42 +12,13 @@ from model import GPTConfig, GPTMini
 from support.checkpoint import read_tensors
 from support.cli import UserError
 from support.exchange import model_fields, to_ours
-from support.hub import hub_reachable
 from tokenizer import FileTokenizer, GPT2Tokenizer, Tokenizer
 
-FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.safetensors.index.json"]
-BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 DEFAULT_CONTEXT = 4096  # published contexts reach a million tokens, for which the cache alone would fill the memory
 GPT2_VOCABULARY = 50257
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
-
-
-def find_folder(source: str, revision: str | None = None) -> Path:
-    """A local folder as it is, or a hub repository downloaded to the cache. Raises UserError."""
-    if os.path.isdir(source):
-        return Path(source)
-    if os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        what = "is a file; name the folder it is in" if os.path.exists(source) else "does not exist"
-        raise UserError(f"--from {source} {what}; give a folder with config.json and model.safetensors, or a name on the hub such as gpt2")
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1" or not hub_reachable()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        patterns = FILES
-        if not offline and not any(name.endswith(".safetensors") for name in list_repo_files(source, revision=revision)):
-            patterns = FILES + BIN_FILES
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise UserError(
-            f"--from {source}: the Hugging Face hub cannot be reached and the model is not in its cache; check the network or the proxy, or download "
-            "its folder elsewhere and name that"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"--from {source} cannot be downloaded: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,9 +88,8 @@ def assign(filled: dict[str, Tensor], wanted: dict[str, torch.Size], name: str, 
     filled[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def read_pretrained(source: str, revision: str | None, max_seq_len: int | None, say: Callable[[str], None]) -> tuple[GPTMini, Tokenizer, Path]:
-    """(model in eval mode, tokenizer, folder). `say` is told what is changed on the way. Raises UserError."""
-    folder = find_folder(source, revision)
+def read_pretrained(folder: Path, source: str, max_seq_len: int | None, say: Callable[[str], None]) -> tuple[GPTMini, Tokenizer]:
+    """(model in eval mode, tokenizer) of a folder, called `source` in messages. `say` is told what is changed on the way. Raises UserError."""
     hf = read_json(folder / "config.json")
     fields, tokenizer = model_fields(hf), read_tokenizer(folder, hf)
     if not isinstance(rows := hf.get("vocab_size"), int) or rows < tokenizer.vocab_size:
@@ -152,4 +121,4 @@ def read_pretrained(source: str, revision: str | None, max_seq_len: int | None, 
         raise UserError(f"{source}: {len(missing)} weights are missing, the first is {missing[0]}")
     model.load_state_dict(filled, strict=True, assign=True)
     model.tie_weights()
-    return model.eval(), tokenizer, folder
+    return model.eval(), tokenizer

@@ -14,10 +14,10 @@ LOGITS = 2**25  # how many are held at once
 ROWS = 128  # continuations made at once
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """Ids of `text`; None if it has characters that this tokenizer (kind `char`) does not know."""
+def encode(tokenizer: Tokenizer, text: str, begins: bool = False) -> list[int] | None:
+    """Ids of `text`, which begins a document or not; None if it has characters that this tokenizer (kind `char`) does not know."""
     try:
-        return tokenizer.encode(text)
+        return tokenizer.begin(text) if begins else tokenizer.encode(text)
     except UserError:
         return None
 

@@ -74,7 +74,7 @@ DEFAULT = "chat"
 def prompt_ids(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
     """The ids of a first prompt. It is encoded apart from the response, here and everywhere, so that the border is the same
     whether the response is known or still to be written. Raises UserError for characters that the tokenizer lacks."""
-    return tokenizer.encode(template.first(instruction, input))
+    return tokenizer.begin(template.first(instruction, input))
 
 
 def conversation_ids(template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, list[int]]], question: str, room: int) -> list[int]:

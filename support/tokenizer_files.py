@@ -74,10 +74,10 @@ def tokenizer_config(tokenizer: Tokenizer, template: Template | None, max_seq_le
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
-        "bos_token": eos,
+        "bos_token": tokenizer.decode(tokenizer.bos_ids[:1]) or eos,
         "pad_token": eos,
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": False,
+        "add_bos_token": bool(tokenizer.bos_ids),
     }
     return config | ({"chat_template": chat_template(template)} if template else {})

@@ -1,7 +1,7 @@
-"""A Hugging Face hub of one dataset on the loopback device, so that the real network path runs without network.
+"""A Hugging Face hub of one dataset, or one model, on the loopback device, so that the real network path runs without network.
 
-It answers what `datasets.load_dataset(..., streaming=True)` asks: the dataset's description, its tree, the paths in it,
-and byte ranges of its files.
+It answers what `datasets.load_dataset(..., streaming=True)` and `huggingface_hub.snapshot_download` ask: the repository's
+description, its tree, the paths in it, and byte ranges of its files.
 
     with LoopbackHub("wikimedia/wikipedia", {"README.md": b"...", "20231101.en/train-00000.parquet": b"..."}) as hub:
         subprocess.run(..., env=os.environ | hub.environment(cache_folder))
@@ -42,10 +42,10 @@ def dataset_card(splits: dict[str, dict[str, str]]) -> bytes:
 
 
 class LoopbackHub:
-    """Serves `files` (path in the repository -> content) as dataset `name`; `requests` lists what was asked."""
+    """Serves `files` (path in the repository -> content) as dataset (or model) `name`; `requests` lists what was asked."""
 
-    def __init__(self, name: str, files: dict[str, bytes]):
-        self.name, self.files, self.requests = name, files, []
+    def __init__(self, name: str, files: dict[str, bytes], kind: str = "datasets"):
+        self.name, self.files, self.kind, self.requests = name, files, kind, []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {path}")
         if path == "/":
             return self.send(200, b"a hub")
-        api = re.fullmatch(rf"/api/datasets/{hub.name}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
-        resolve = re.fullmatch(rf"/datasets/{hub.name}/resolve/([^/]+)/(.*)", path)
+        api = re.fullmatch(rf"/api/{hub.kind}/{hub.name}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
+        resolve = re.fullmatch(rf"{'' if hub.kind == 'models' else '/datasets'}/{hub.name}/resolve/([^/]+)/(.*)", path)
         revision = (api and api[2]) or (resolve and resolve[1])
         if not api and not resolve:
             return self.refuse("RepoNotFound", "Repository Not Found")

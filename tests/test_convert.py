@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,17 @@ from conftest import Run
 
 import convert
 import finetune
+import infer
 import train
+from data import StepShape, StreamingPackedLMDataset, tokenize
 from model import GPTConfig, GPTMini, SamplingConfig
 from support.checkpoint import KEY, load_model, read_checkpoint, write_model
 from support.cli import UserError
 from support.exchange import config_json, family_of, model_fields, to_ours, to_theirs
+from support.gguf_file import PATTERNS
 from support.template import TEMPLATES, conversation_ids
 from support.tokenizer_files import tokenizer_json
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, GPT2Tokenizer
+from tokenizer import EOS_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, GPT2Tokenizer
 
 HOSTILE = [
     "hello  world\n\tx 1234 na\u00efve \u6771\u4eac \U0001f389 don't",
@@ -279,11 +283,19 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path):
     path = saved("ours", random_model())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
-    for output in (tmp_path / "full", path):
+    before = path.read_bytes()
+    for to in ("hf", "gguf", "weights"):
         with pytest.raises(UserError, match="is there already"):
-            call("--ckpt", path, "--to", "hf", "--output", output)
+            call("--ckpt", path, "--to", to, "--output", path)
+    with pytest.raises(UserError, match="is there already"):
+        call("--ckpt", path, "--to", "hf", "--output", tmp_path / "full")
+    with pytest.raises(UserError, match="is there already"):
+        call("--from", tmp_path / "full", "--output", path)
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         call("--from", tmp_path / "full", "--output", tmp_path / "full")
+    assert path.read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    call("--ckpt", path, "--to", "hf", "--output", tmp_path / "empty")
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------
@@ -324,6 +336,76 @@ def test_the_chat_template_lays_out_as_ours(tiny_run, tmp_path, name):
     assert text == ours
 
 
+def with_bos(tokenizer: BPETokenizer) -> FileTokenizer:
+    """Its rules put <s> before each text, as those of Llama and Mistral do."""
+    from tokenizers import AddedToken, processors
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    return FileTokenizer(backend.to_str(), tokenizer.eos_text)
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_token_does_so_everywhere(tmp_path, trained_bpe):
+    """Prompts, documents in training, whole or streamed in pieces, instructions: the ids of transformers' own tokenizer."""
+    import transformers
+
+    tokenizer = with_bos(trained_bpe)
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    write_model(tmp_path / "ours.ckpt", model, tokenizer, {})
+    call("--ckpt", tmp_path / "ours.ckpt", "--to", "hf", "--output", tmp_path / "hf")
+    call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
+    back = load_model(tmp_path / "back.ckpt")[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    bos, text = tokenizer.vocab_size - 1, "attention is"
+    assert theirs(text).input_ids == infer.encode_prompt(back, text) == [bos, *trained_bpe.encode(text)]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (bos, trained_bpe.eos_id)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["bos_token_id"] == bos
+    assert bos not in back.encode("<s>") and trained_bpe.bos_ids == ()
+
+    documents = ["attention is a sum. " * 5000, "x", ""]  # the first is encoded in several pieces
+    assert len(list(back.pieces(documents[0]))) > 1
+    expected = [id for document in documents for id in [bos, *back.encode(document), back.eos_id]]
+    assert tokenize(documents, back).tolist() == expected
+    assert conversation_ids(TEMPLATES["chat"], back, [], "How?", 1000)[0] == bos
+    with pytest.raises(UserError, match="the prompt is empty"):
+        infer.encode_prompt(back, "")
+
+
+class Documents:
+    """What StreamingPackedLMDataset reads: documents, with a position."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def seek(self, position: int | None) -> None:
+        self.read = position or 0
+
+    def position(self) -> int:
+        return self.read
+
+    def take(self, n: int, n_chars: int) -> list[str]:
+        self.read += n
+        return self.texts[self.read - n : self.read]
+
+
+def test_streamed_documents_begin_with_it_too(trained_bpe):
+    """Also where a resumed stream goes on in the middle of a long document, which begins nothing."""
+    tokenizer, documents = with_bos(trained_bpe), ["values", "attention is a sum. " * 5000, "of"]
+
+    def stream(state: str | None = None):
+        return iter(StreamingPackedLMDataset(Documents(documents), tokenizer, 64, 64, StepShape(4, 1), seed=0, shuffle=False, state=state))
+
+    expected = tokenize(documents, tokenizer).tolist()
+    steps = list(itertools.islice(stream(), len(expected) // 256))
+    assert torch.cat([step[0]["input_ids"].flatten() for step in steps]).tolist() == expected[: len(steps) * 256]
+    n = len(steps) * 3 // 4  # the long document is read in two pieces, and this is in the second
+    assert json.loads(steps[n][0]["stream_state"])["piece"] == 1
+    again = list(itertools.islice(stream(steps[n][0]["stream_state"]), len(steps) - n - 1))
+    assert all(torch.equal(one[0]["input_ids"], other[0]["input_ids"]) for one, other in zip(again, steps[n + 1 :], strict=True))
+
+
 # ---- gguf ---------------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +434,54 @@ def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe
         ours = model.generate(torch.tensor([prompt]), 64, SamplingConfig(temperature=0))[0].tolist()[len(prompt) :]
         assert written == ours
     llama.close()
+
+
+def split_like(name: str) -> FileTokenizer:
+    """A byte-level BPE that cuts text into words as the published tokenizers of SmolLM, Qwen and Llama 3 do."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    patterns = {called: pattern for pattern, called in PATTERNS.items()}
+    if name == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        steps = [pre_tokenizers.Split(Regex(patterns[name]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([" ".join(HOSTILE) * 3, "attention is a weighted sum of 1234 values.\n\n DON'T! " * 50], trainer)
+    return FileTokenizer(backend.to_str(), EOS_TEXT)
+
+
+@pytest.mark.parametrize("name", ["smollm", "qwen2", "llama-bpe", "with bos"])
+def test_llama_cpp_cuts_text_into_words_as_the_published_tokenizers_do(saved, tmp_path, trained_bpe, name):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    tokenizer = with_bos(trained_bpe) if name == "with bos" else split_like(name)
+    path = saved("ours", random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256), tokenizer)
+    assert call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf").startswith("verified")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, vocab_only=True, verbose=False)
+    for text in HOSTILE:
+        assert llama.tokenize(text.encode(), add_bos=True) == tokenizer.begin(text), text
+    llama.close()
+
+
+def test_a_wrong_gguf_is_noticed_and_leaves_nothing(saved, tmp_path, trained_bpe, monkeypatch):
+    """Rows of q and k in the wrong order, also where 8 bits a number allow the most; text cut in another way."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    path = saved("ours", random_model(vocab_size=trained_bpe.vocab_size, max_seq_len=256), trained_bpe)
+    with monkeypatch.context() as patched:
+        patched.setattr("support.gguf_file.interleave", lambda rows, n_heads: rows)
+        for dtype in ("f32", "f16", "q8_0"):
+            with pytest.raises(UserError, match="the conversion is wrong"):
+                call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
+    monkeypatch.setattr("support.gguf_file.pre_tokenizer_name", lambda tree: "smollm")
+    with pytest.raises(UserError, match="the tokenizer is not carried over"):
+        call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
 
 
 def test_gguf_refuses_what_it_cannot_hold(saved, tmp_path, trained_bpe):
