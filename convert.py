@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -80,6 +81,25 @@ from support.template import Template
 from support.tokenizer_files import tokenizer_config, tokenizer_json
 from tokenizer import Tokenizer
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A decoder-only transformer of {n_params:,} parameters, made with Tiny Transformer.
+
+{facts}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+inputs = {ids}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
 PROBE = (2, 64)  # rows and tokens whose logits are compared
 
 
@@ -159,32 +179,28 @@ def import_model(args: argparse.Namespace) -> None:
 
 def model_card(model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, template: Template | None) -> str:
     """README.md: what the run's config and metrics say of the model."""
-    c, metrics, config = model.config, metadata["metrics"], metadata.get("config") or {}
-    data = config.get("data", {})
-    text = data.get("path") or data.get("dataset") or "unknown"
-    losses = "".join(f"- {name}: {metrics[name]:.4f}\n" for name in ("train_loss", "val_loss", "token_accuracy") if metrics.get(name) is not None)
-    talk = "It was fine-tuned on instructions: use `apply_chat_template`.\n\n" if template else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {Path(ckpt).resolve().parent.name}
-
-A decoder-only transformer of {model.n_params():,} parameters, trained with Tiny Transformer.
-
-{talk}- {c.n_layers} layers, width {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, context {c.max_seq_len}
-- tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens
-- trained for {metrics["step"]:,} steps on {metrics["tokens"]:,} target tokens of `{text}`
-{losses}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-ids = tokenizer("Once", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
-```
-"""
+    c, metrics, config = model.config, metadata["metrics"], metadata.get("config")
+    lines = [
+        f"- {c.n_layers} layers, width {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, context {c.max_seq_len}",
+        f"- norm {c.norm}, mlp {c.mlp}, positions {c.position}, {'tied' if c.tie_embeddings else 'untied'} embeddings",
+        f"- tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
+    ]
+    if config:
+        t, data = config["training"], config["data"]
+        start = f", from `{config['base_ckpt']}`" if config.get("base_ckpt") else ""
+        lines += [
+            f"- trained for {metrics['step']:,} steps on {metrics['tokens']:,} target tokens of `{data.get('path') or data.get('dataset')}`{start}",
+            f"- {t['optimizer']}, lr {t['lr']:g}, schedule {t['schedule']}, {t['micro_batch_size']} x {t['grad_accum_steps']} sequences a step, "
+            f"seed {config['seed']}",
+        ]
+        results = [name for name in ("train_loss", "val_loss", "token_accuracy") if metrics.get(name) is not None]
+        lines += [f"- {name}: {metrics[name]:.4f}" for name in results]
+        if metrics.get("val_loss") is not None:
+            lines.append(f"- validation perplexity: {math.exp(min(metrics['val_loss'], 700)):.2f}")
+    ids = 'tokenizer("Once", return_tensors="pt")'
+    if template:
+        ids = 'tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], return_tensors="pt", return_dict=True)'
+    return CARD.format(name=Path(ckpt).resolve().parent.name, n_params=model.n_params(), facts="\n".join(lines), ids=ids)
 
 
 def export_hf(args: argparse.Namespace) -> None:

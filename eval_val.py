@@ -62,7 +62,7 @@ def scoring_config(model: GPTMini, metadata: dict, source: str, path: str | None
     if path:
         base = None
     elif data and metadata["config"] is None:
-        base = {"model": {"max_seq_len": model.config.max_seq_len}, "data": {"source": "text", "path": data}}
+        base = {"model": {"max_seq_len": model.config.max_seq_len}, "data": {"source": "text", "path": data}, "training": {"max_steps": 1}}
     else:
         base = saved_config(metadata, source)
     config = load_config(path, overrides, base=base)

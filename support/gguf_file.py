@@ -166,7 +166,7 @@ def add_tokenizer(writer: Any, tree: dict[str, Any], tokenizer: Tokenizer, templ
 
 # ---- proof --------------------------------------------------------------------------------------------------------
 
-BOUNDS = {"f32": 1e-4, "f16": 3e-2, "q8_0": 1.0}  # of the largest difference between logits, times max(1, largest logit / 10)
+BOUNDS = {"f32": 1e-4, "f16": 3e-2, "q8_0": 2.0}  # of the largest difference between logits, times max(1, largest logit / 10)
 PROBE_TEXT = "I'll take 12345, don't YOU?\n\n  na\u00efve \u6771\u4eac \U0001f389\tx = {1:2}"
 TABLE_GELU = 1e-2  # llama.cpp takes GELU from a table in half precision
 

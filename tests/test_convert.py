@@ -1,17 +1,27 @@
 """Weights in, weights out: what convert.py reads and writes is compared with transformers and llama.cpp, text and logits."""
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import REPO, Run
+from loopback_hub import LoopbackHub
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 
 import convert
+import eval_val
 import finetune
 import infer
 import train
@@ -22,7 +32,7 @@ from support.cli import UserError
 from support.exchange import config_json, family_of, model_fields, to_ours, to_theirs
 from support.gguf_file import PATTERNS
 from support.template import TEMPLATES, conversation_ids
-from support.tokenizer_files import tokenizer_json
+from support.tokenizer_files import gpt2_merges, tokenizer_json
 from tokenizer import EOS_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, GPT2Tokenizer
 
 HOSTILE = [
@@ -156,8 +166,6 @@ def test_bf16_weights_become_float32_and_a_shorter_context_can_be_asked_for(tmp_
     model = random_model(**GPT2)
     call_folder = tmp_path / "hf"
     call("--ckpt", _write(tmp_path, model), "--to", "hf", "--output", call_folder)
-    from safetensors.torch import load_file, save_file
-
     save_file(
         {name: t.bfloat16() for name, t in load_file(call_folder / "model.safetensors").items()}, call_folder / "model.safetensors", {"format": "pt"}
     )
@@ -338,9 +346,6 @@ def test_the_chat_template_lays_out_as_ours(tiny_run, tmp_path, name):
 
 def with_bos(tokenizer: BPETokenizer) -> FileTokenizer:
     """Its rules put <s> before each text, as those of Llama and Mistral do."""
-    from tokenizers import AddedToken, processors
-    from tokenizers import Tokenizer as Backend
-
     backend = Backend.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
@@ -438,9 +443,6 @@ def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe
 
 def split_like(name: str) -> FileTokenizer:
     """A byte-level BPE that cuts text into words as the published tokenizers of SmolLM, Qwen and Llama 3 do."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
-
     backend = Backend(models.BPE())
     patterns = {called: pattern for pattern, called in PATTERNS.items()}
     if name == "smollm":
@@ -511,7 +513,37 @@ def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeyp
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
     call("--ckpt", tmp_path / "sft" / "final.ckpt", "--to", "hf", "--output", tmp_path / "hf2")
     assert "chat_template" in json.loads((tmp_path / "hf2" / "tokenizer_config.json").read_text())
-    assert "apply_chat_template" in (tmp_path / "hf2" / "README.md").read_text()
+    for folder, said in (("hf", "Once"), ("hf2", "Who are you?")):
+        assert said in run_card(tmp_path / folder)
+    card = (tmp_path / "hf2" / "README.md").read_text()
+    row = rows[-1]
+    for said in ("trained for 2 steps", "data/tiny_instructions.json", "base.ckpt", f"- val_loss: {row['val_loss']:.4f}", "adamw, lr 0.003"):
+        assert said in card, card
+    assert "trained for" not in (tmp_path / "hf" / "README.md").read_text()
+
+
+def run_card(folder: Path) -> str:
+    """What the example of the model card prints."""
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        exec(code, {})
+    return out.getvalue()
+
+
+def test_an_imported_model_scores_a_text_without_a_config(saved, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Attention is a weighted sum of values. " * 20)
+    path = saved("ours", random_model())
+    assert eval_val.main(["--ckpt", str(path), "--data", str(tmp_path / "a.txt"), "--json"]) == 0
+    found, (model, tokenizer, _) = json.loads(capsys.readouterr().out), load_model(path)
+    ids = torch.tensor([[*tokenizer.encode((tmp_path / "a.txt").read_text()), tokenizer.eos_id]])
+    loss, n = 0.0, ids.shape[1] - 1
+    for start in range(0, n, 80):
+        piece = ids[:, start : start + 81]
+        loss += model(piece[:, :-1], labels=piece[:, 1:])[0].item()
+    assert found["loss"] == pytest.approx(loss / n, rel=1e-5) and found["n_tokens"] == n
+    with pytest.raises(UserError, match="does not hold the config of its run"):
+        eval_val.main(["--ckpt", str(path)])
 
 
 def test_weights_alone_are_a_third_and_answer_the_same(tiny_run, tmp_path):
@@ -526,3 +558,110 @@ def test_flags_that_do_not_go_together(argv, capsys):
     with pytest.raises(SystemExit) as end:
         convert.main([*argv, "--output", "b"])
     assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+# ---- the hub ------------------------------------------------------------------------------------------------------
+
+
+def convert_process(environment: dict[str, str], *argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "convert.py", *argv], cwd=REPO, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_comes_in_and_opens_from_the_cache_later(saved, tmp_path):
+    """Through a hub on the loopback device: the download, what is missing there, and no hub at all."""
+    call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    with LoopbackHub("some/model", files | {"onnx/model.onnx": b"not wanted"}, "models") as hub:
+        online = hub.environment(tmp_path / "cache")
+        done = convert_process(online, "--from", "some/model", "--output", str(tmp_path / "one.ckpt"))
+        assert done.returncode == 0 and "verified: largest difference" in done.stdout, done.stderr
+        assert "Fetching" in done.stderr and not any("onnx" in request for request in hub.requests)
+        assert same_weights(load_model(tmp_path / "one.ckpt")[0], random_model())
+        for argv, said in ((["some/other"], "no model on the hub has this name"), (["some/model", "--revision", "v9"], "has no revision 'v9'")):
+            done = convert_process(online, "--from", *argv, "--output", str(tmp_path / "none.ckpt"))
+            assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = convert_process(online, "--from", "some/model", "--output", str(tmp_path / "two.ckpt"))
+    assert done.returncode == 0, done.stderr
+    assert same_weights(load_model(tmp_path / "two.ckpt")[0], random_model())
+    done = convert_process(online, "--from", "gpt2", "--output", str(tmp_path / "none.ckpt"))
+    assert done.returncode == 2 and done.stderr.startswith("error: --from gpt2: there is no such folder, the Hugging Face hub cannot be reached")
+    assert not (tmp_path / "none.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_older_repositories_have_pytorch_bin(saved, tmp_path):
+    model = random_model()
+    torch.save(to_theirs(model.config, model.state_dict()), tmp_path / "w.bin")
+    files = {"config.json": json.dumps(config_json(model.config, 256)).encode(), "tokenizer.json": tokenizer_json(ByteTokenizer()).encode()}
+    with LoopbackHub("some/model", files | {"pytorch_model.bin": (tmp_path / "w.bin").read_bytes()}, "models") as hub:
+        done = convert_process(hub.environment(tmp_path / "cache"), "--from", "some/model", "--output", str(tmp_path / "one.ckpt"))
+    assert done.returncode == 0, done.stderr
+    assert same_weights(load_model(tmp_path / "one.ckpt")[0], model)
+
+
+# ---- full size ----------------------------------------------------------------------------------------------------
+
+TELLS_ITS_PEAK = """
+import sys
+import convert, transformers
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+peak = lambda: [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0] * 1024
+before = peak()
+code = convert.main(sys.argv[1:])
+print("beyond", peak() - before)
+sys.exit(code)
+"""
+
+
+def gpt2_124m():
+    import transformers
+
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config())
+
+
+def smollm2_135m():
+    """Its shape as published, in bfloat16, with the heads of a Llama and a long context."""
+    import transformers
+
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "initializer_range": 0.04}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **special)).bfloat16()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gpt2_124m, smollm2_135m])
+def test_models_at_their_full_size(tmp_path, make):
+    """In, out again, and as GGUF; the text of transformers over 64 tokens; in memory for the model and its largest file."""
+    import transformers
+
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "hf", max_shard_size="100MB")
+    largest = max(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
+    if make is smollm2_135m:
+        vocabulary, merges = gpt2_merges()
+        kept = {token: id for token, id in vocabulary.items() if id < 49151}
+        backend = Backend(models.BPE(vocab=kept, merges=[pair for pair in merges if {*pair, "".join(pair)} <= kept.keys()]))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        backend.add_special_tokens([EOS_TEXT])
+        (tmp_path / "hf" / "tokenizer.json").write_text(backend.to_str())
+    argv = ["--from", str(tmp_path / "hf"), "--output", str(tmp_path / "ours.ckpt")]
+    done = subprocess.run([sys.executable, "-c", TELLS_ITS_PEAK, *argv], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "verified: largest difference" in done.stdout, done.stderr
+    model, tokenizer, _ = load_model(tmp_path / "ours.ckpt")
+    [beyond] = re.findall(r"beyond (\d+)", done.stdout)
+    assert int(beyond) < 4 * model.n_params() + largest + 200e6, f"{int(beyond):,}"  # the rest: logits of the proof, the cache
+
+    ids = torch.tensor([tokenizer.encode("The history of the city")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    text = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.generate(ids, 64, SamplingConfig(temperature=0)).tolist() == text.tolist()
+    assert "verified" in call("--ckpt", tmp_path / "ours.ckpt", "--to", "hf", "--output", tmp_path / "out")
+    if make is gpt2_124m:
+        again = {name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()}
+        first = {name: tensor for file in (tmp_path / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()}
+        assert again.keys() == first.keys() and all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    if importlib.util.find_spec("gguf"):
+        assert "written" in call("--ckpt", tmp_path / "ours.ckpt", "--to", "gguf", "--dtype", "q8_0", "--output", tmp_path / "m.gguf")
+        assert (tmp_path / "m.gguf").stat().st_size < 1.1 * model.n_params() * 34 / 32 + 5e6
