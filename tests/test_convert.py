@@ -441,6 +441,23 @@ def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe
     llama.close()
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama, untied", "qwen3", "gpt2"])
+def test_transformers_reads_the_gguf_and_gives_our_logits_and_tokens(saved, tmp_path, trained_bpe, kind):
+    """A second witness. Its reader takes GPT-2's context and MLP, and the width of Qwen3's heads, to be those of the published models."""
+    import transformers
+
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    as_published = {"qwen3": {"head_dim": 128}, "gpt2": {"d_ff": 128, "max_seq_len": 1024}}
+    model = random_model(vocab_size=trained_bpe.vocab_size, **(SHAPES[kind] | as_published.get(kind, {})))
+    call("--ckpt", saved("ours", model, trained_bpe), "--to", "gguf", "--output", tmp_path / "m.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    ids = torch.randint(trained_bpe.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert [tokenizer(text).input_ids for text in HOSTILE] == [trained_bpe.encode(text) for text in HOSTILE]
+
+
 def split_like(name: str) -> FileTokenizer:
     """A byte-level BPE that cuts text into words as the published tokenizers of SmolLM, Qwen and Llama 3 do."""
     backend = Backend(models.BPE())
