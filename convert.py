@@ -125,7 +125,12 @@ def verify(ours: torch.Tensor, folder: Path) -> str:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    except ValueError as error:  # an older PyTorch, by which it opens no .bin
+        if list(folder.glob("*.safetensors")):
+            raise
+        return f"NOT VERIFIED: transformers {transformers.__version__} cannot open it ({' '.join(str(error).split())[:150]})"
     rows, length, vocab_size = ours.shape
     ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     expected = theirs(input_ids=ids).logits[..., :vocab_size]

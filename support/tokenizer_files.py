@@ -77,6 +77,7 @@ def tokenizer_config(tokenizer: Tokenizer, template: Template | None, max_seq_le
         "bos_token": tokenizer.decode(tokenizer.bos_ids[:1]) or eos,
         "pad_token": eos,
         "model_max_length": max_seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "add_bos_token": bool(tokenizer.bos_ids),
     }

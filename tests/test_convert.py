@@ -454,6 +454,8 @@ def test_transformers_reads_the_gguf_and_gives_our_logits_and_tokens(saved, tmp_
     ids = torch.randint(trained_bpe.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+    if int(transformers.__version__.split(".")[0]) < 5:  # it takes the words of every tokenizer for Llama's
+        return
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert [tokenizer(text).input_ids for text in HOSTILE] == [trained_bpe.encode(text) for text in HOSTILE]
 
@@ -671,7 +673,7 @@ def test_models_at_their_full_size(tmp_path, make):
     assert int(beyond) < 4 * model.n_params() + largest + 200e6, f"{int(beyond):,}"  # the rest: logits of the proof, the cache
 
     ids = torch.tensor([tokenizer.encode("The history of the city")])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
     text = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert model.generate(ids, 64, SamplingConfig(temperature=0)).tolist() == text.tolist()
     assert "verified" in call("--ckpt", tmp_path / "ours.ckpt", "--to", "hf", "--output", tmp_path / "out")
