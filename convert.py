@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", metavar="COMMIT", help="with --from: a commit of the hub's repository")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="with --from: the context to keep (default: all, at most 4096)")
     args = parser.parse_args(argv)
-    if args.source and args.to:
+    if args.source is not None and args.to:
         parser.error("--to goes with --ckpt")
     if args.ckpt and not args.to:
         parser.error("--ckpt needs --to hf, gguf or weights")
@@ -57,12 +57,15 @@ def check_output(output: Path, folder: bool) -> None:
         raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model'}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output} is there already; remove it, or name another")
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output {output} cannot be written: {there} is {'not writable' if there.is_dir() else 'a file'}; name another")
 
 
 def prepare(argv: list[str] | None) -> argparse.Namespace:
     """The checked flags, with the folder of `--from` in `folder`. Raises UserError."""
     args = parse_args(argv)
-    args.folder = find_model(args.source, args.revision) if args.source else None
+    args.folder = None if args.source is None else find_model(args.source, args.revision)
     return args
 
 
@@ -251,7 +254,7 @@ def export_gguf(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
     args = args or prepare(argv)
-    if args.source:
+    if args.source is not None:
         import_model(args)
     elif args.to == "hf":
         export_hf(args)

@@ -249,6 +249,8 @@ def test_missing_and_damaged_files_are_one_line(saved, tmp_path):
         call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
     with pytest.raises(UserError, match="hub cannot be reached"):
         call("--from", "nobody/nothing", "--output", tmp_path / "new.ckpt")
+    with pytest.raises(UserError, match=r"cannot be (downloaded|reached)"):
+        call("--from", "", "--output", tmp_path / "new.ckpt")
     with pytest.raises(UserError, match="does not exist; give a folder"):
         call("--from", "./nowhere", "--output", tmp_path / "new.ckpt")
 
@@ -301,6 +303,8 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path):
         call("--from", tmp_path / "full", "--output", path)
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         call("--from", tmp_path / "full", "--output", tmp_path / "full")
+    with pytest.raises(UserError, match="is a file; name another"):
+        call("--from", tmp_path / "full", "--output", path / "deep" / "x.ckpt")
     assert path.read_bytes() == before
     (tmp_path / "empty").mkdir()
     call("--ckpt", path, "--to", "hf", "--output", tmp_path / "empty")
