@@ -98,8 +98,8 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
     (
         "no EOS between documents",
         "data",
-        "np.array(ids + [tokenizer.eos_id] * ends, dtype)",
-        "np.array(ids, dtype)",
+        "*ids, *[tokenizer.eos_id] * ends], dtype)",
+        "*ids], dtype)",
         in_test_data("test_eos_stands_behind_every_document_and_nowhere_else"),
     ),
     (
