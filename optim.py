@@ -31,8 +31,12 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), or Muon for the hidden matrices with AdamW for the rest."""
+    """AdamW (Loshchilov and Hutter, 2019), PyTorch's or the one written out; or Muon for the hidden matrices with AdamW for the rest."""
     groups = parameter_groups(model, config)
+    if config.optimizer == "adamw_from_scratch":
+        from from_scratch import AdamW
+
+        return AdamW(groups, betas=tuple(config.betas), eps=config.eps)
     kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
     fused = groups[0]["params"][0].device.type == "cuda" or None  # one kernel for all tensors
     return kind(groups, betas=tuple(config.betas), eps=config.eps, fused=fused)

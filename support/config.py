@@ -139,8 +139,10 @@ class TrainingConfig(Section):
         "cosine",
         description="After the warmup: decay by `cosine` or `linear`; `wsd` decays over the last fifth; `step` drops at 80% and 90%; `constant`.",
     )
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss in fewer steps."
+    optimizer: Literal["adamw", "muon", "adamw_from_scratch"] = Field(
+        "adamw",
+        description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss in fewer steps. "
+        "`adamw_from_scratch`: the AdamW that from_scratch.py writes out.",
     )
     muon_lr: float = Field(0.02, gt=0, le=10, description="Peak learning rate of the Muon part, at most 10; `lr` is that of the AdamW part.")
     weight_decay: float = Field(0.1, ge=0, le=100, description="Decoupled decay of matrices and embeddings, not of norms and biases; at most 100.")

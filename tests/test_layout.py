@@ -15,6 +15,7 @@ FILES = sorted([*REPO.glob("*.py"), *(REPO / "support").rglob("*.py")])
 BY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
 
 LINES_PER_FILE, LINES_PER_FUNCTION = 450, 60
+LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a screen
 
 # What each file may import of ours. Scripts are run and import anything below them; nouns (data, model, optim,
 # tokenizer) are imported; support/ is plumbing. A new arrow is a decision: argue for it where the change is reviewed.
@@ -33,7 +34,8 @@ ARROWS = {
     "instruct": "data support.cli support.config support.documents support.hub support.loss support.template tokenizer",
     "lora": "support.cli",
     "model": "support.loss",
-    "optim": "support.config",
+    "from_scratch": "model support.cli support.tokenizer_files tokenizer",
+    "optim": "from_scratch support.config",
     "tokenizer": "support.cli",
     "support.archive": "support.cli",
     "support.base": "lora model support.checkpoint support.cli support.config",
@@ -61,7 +63,7 @@ ARROWS = {
     "support.scoring": "model support.cli tokenizer",
     "support.template": "tokenizer",
 }
-SCRIPTS = {"train", "finetune", "convert", "infer", "list", "eval_val", "evaluate_checkpoints"}
+SCRIPTS = {"train", "finetune", "convert", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}
 
 
@@ -126,7 +128,9 @@ def test_data_the_folder_does_not_shadow_data_the_module():
 
 @BY_FILE
 def test_a_file_fits_its_budget(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_PER_FILE, "two ideas live together: find the second one a file"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LESSONS.get(path.name, LINES_PER_FILE), (
+        "two ideas live together: find the second one a file"
+    )
 
 
 @BY_FILE
@@ -159,6 +163,7 @@ def test_scripts_build_on_each_other_only_where_that_is_the_point():
     assert {name: SCRIPTS & set(row.split()) for name, row in ARROWS.items() if SCRIPTS & set(row.split())} == {
         "evaluate_checkpoints": {"eval_val"},
         "finetune": {"train"},
+        "optim": {"from_scratch"},  # for its AdamW, when the config asks for that
     }
 
 
