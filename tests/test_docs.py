@@ -35,6 +35,7 @@ EXECUTED = [
     "docs/FINETUNING.md",
     "docs/CONVERTING.md",
     "docs/GPT2_TO_LLAMA.md",
+    "docs/DATA.md",
 ]
 QUICKSTART = [  # what the project has promised to be enough, in this order
     "pip install -r requirements.txt",
@@ -375,7 +376,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(REPO, here, ignore=shutil.ignore_patterns(".git", ".venv*", "checkpoints*", "runs", "results", "__pycache__", ".*_cache"))
     shutil.copy(here / "data" / "tiny_corpus.txt", here / "my_book.txt")
     shutil.copy(here / "data" / "tiny_instructions.json", here / "my_instructions.json")
-    for text in ("wikitext2.txt", "shakespeare.txt"):  # in place of what configs/ ask the user to bring
+    for text in ("wikitext2.txt", "shakespeare.txt", "the-verdict.txt"):  # in place of what configs/ ask the user to bring
         shutil.copy(here / "data" / "tiny_corpus.txt", here / "data" / text)
     monkeypatch.chdir(here)
     return here
