@@ -78,6 +78,7 @@ from model import GPTMini, SamplingConfig
 from support.checkpoint import load_model, saved_template, write_merged, write_model
 from support.exchange import config_json, to_theirs
 from support.pretrained import read_pretrained
+from support.proof import probe, verify, verify_gguf
 from support.run import run_record
 from support.scoring import encode
 from support.template import Template
@@ -103,46 +104,6 @@ inputs = {ids}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
-PROBE = (2, 64)  # rows and tokens whose logits are compared
-
-
-# ---- proof --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def probe(model: GPTMini) -> torch.Tensor:
-    """Our logits for random ids, (rows, tokens, V). Taken before the other program loads the model: so that memory never holds both."""
-    rows, length = PROBE[0], min(PROBE[1], model.config.max_seq_len)
-    return model(torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)))
-
-
-@torch.no_grad()
-def verify(ours: torch.Tensor, folder: Path) -> str:
-    """Compare the logits of `probe` with those of transformers for the model in `folder`, in float32; what was found, in words.
-
-    Raises UserError above 1e-4 x max(1, largest logit / 10).
-    """
-    if importlib.util.find_spec("transformers") is None:
-        return "NOT VERIFIED: transformers is not installed, so nothing could be compared with it"
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    except ValueError as error:  # an older PyTorch, by which it opens no .bin
-        if list(folder.glob("*.safetensors")):
-            raise
-        return f"NOT VERIFIED: transformers {transformers.__version__} cannot open it ({' '.join(str(error).split())[:150]})"
-    rows, length, vocab_size = ours.shape
-    ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    expected = theirs(input_ids=ids).logits[..., :vocab_size]
-    difference, largest = (ours - expected).abs().max().item(), expected.abs().max().item()
-    bound = 1e-4 * max(1.0, largest / 10)
-    found = f"largest difference of {expected.numel():,} logits from transformers {transformers.__version__}: {difference:.1e} (allowed {bound:.1e})"
-    if not difference <= bound:
-        raise UserError(f"{found}; the conversion is wrong, and nothing has been kept. Please report it with the model's config.json")
-    return f"verified: {found}"
 
 
 @contextlib.contextmanager
@@ -242,7 +203,7 @@ def export_gguf(args: argparse.Namespace) -> None:
     """The file, complete and compared where that is possible, or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("--to gguf needs a package that is not installed; pip install gguf")
-    from support.gguf_file import verify_gguf, write_gguf
+    from support.gguf_file import write_gguf
 
     output, dtype = Path(args.output), args.dtype or "f32"
     model, tokenizer, metadata = load_model(args.ckpt)

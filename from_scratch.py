@@ -96,15 +96,15 @@ def silu(x: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x): one branch gates the other (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+    """down (silu(gate x) * up x): one branch gates the other (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.w1, self.w3 = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
-        self.w2 = Linear(hidden, width, bias=False)
+        self.gate_proj, self.up_proj = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(silu(self.w1(x)) * self.w3(x))  # (..., D) to (..., F) to (..., D)
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))  # (..., D) to (..., F) to (..., D)
 
 
 class LayerNorm(nn.Module):
@@ -188,13 +188,13 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, width: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
-        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (project(x).view(B, T, self.n_heads, -1).transpose(1, 2) for project in (self.q, self.k, self.v))  # (B, H, T, hd)
+        q, k, v = (project(x).view(B, T, self.n_heads, -1).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, hd)
         past_and_present = torch.ones(T, T, dtype=torch.bool).tril()  # row: a query; it may look at columns up to its own
-        return self.o(attention(q, k, v, past_and_present).transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(attention(q, k, v, past_and_present).transpose(1, 2).reshape(B, T, D))
 
 
 # ---- optimization -------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ class FileTokenizer(Tokenizer):
             encoded = self.backend.encode("a")
         except Exception:  # the library raises plain Exception: a vocabulary without this character
             return ()
-        return tuple(encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]) if encoded.ids else ()
+        return tuple(encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)])
 
     def _spells_eos(self) -> bool:
         try:

@@ -4,15 +4,11 @@ llama.cpp's Llama turns neighbouring pairs of dimensions where ours turns halves
 order: the same rotation, other names for the dimensions. Its Qwen3 turns halves, as we do.
 """
 
-import contextlib
-import importlib.util
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from model import GPTConfig, GPTMini
@@ -162,35 +158,3 @@ def add_tokenizer(writer: Any, tree: dict[str, Any], tokenizer: Tokenizer, templ
     writer.add_add_bos_token(bool(tokenizer.bos_ids))
     if template:
         writer.add_chat_template(chat_template(template))
-
-
-# ---- proof --------------------------------------------------------------------------------------------------------
-
-BOUNDS = {"f32": 1e-4, "f16": 3e-2, "q8_0": 2.0}  # of the largest difference between logits, times max(1, largest logit / 10)
-PROBE_TEXT = "I'll take 12345, don't YOU?\n\n  na\u00efve \u6771\u4eac \U0001f389\tx = {1:2}"
-TABLE_GELU = 1e-2  # llama.cpp takes GELU from a table in half precision
-
-
-@torch.no_grad()
-def verify_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, dtype: str) -> str:
-    """Open the file by llama.cpp and compare its tokens and logits with ours, in words. Raises UserError beyond the bound."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return "NOT VERIFIED: llama-cpp-python is not installed, so nothing could be compared with it"
-    import llama_cpp
-
-    n = min(64, model.config.max_seq_len)
-    with contextlib.redirect_stderr(io.StringIO()):  # it warns of a context shorter than its smallest
-        llama = llama_cpp.Llama(str(path), n_ctx=n, logits_all=True, verbose=False, flash_attn=False, type_k=0, type_v=0)  # 0: f32, as here
-    ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
-    tokens, expected = llama.tokenize(PROBE_TEXT.encode(), add_bos=False, special=False), tokenizer.encode(PROBE_TEXT)
-    llama.eval(ids.tolist())
-    theirs, ours = torch.from_numpy(llama.scores[:n].copy()), model(ids[None])[0]
-    llama.close()
-    if tokens != expected:
-        raise UserError(f"llama.cpp reads {PROBE_TEXT!r} as {tokens}, we as {expected}; the tokenizer is not carried over, and nothing has been kept")
-    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
-    bound = max(BOUNDS[dtype], TABLE_GELU if model.config.mlp == "gelu" else 0.0) * max(1.0, largest / 10)
-    found = f"largest difference of {ours.numel():,} logits from llama.cpp ({dtype}): {difference:.1e} (allowed {bound:.1e})"
-    if not difference <= bound:
-        raise UserError(f"{found}; the conversion is wrong, and nothing has been kept. Please report it with the model's config")
-    return f"verified: {found}"

@@ -23,8 +23,8 @@ ARROWS = {
     "train": "data model optim support.base support.callbacks support.checkpoint support.cli support.loss support.plots support.preflight "
     "support.run",
     "finetune": "data instruct support.checkpoint support.cli support.plots support.preflight support.run train",
-    "convert": "model support.checkpoint support.cli support.exchange support.gguf_file support.hub support.pretrained support.run "
-    "support.scoring support.template support.tokenizer_files tokenizer",
+    "convert": "model support.checkpoint support.cli support.exchange support.gguf_file support.hub support.pretrained support.proof "
+    "support.run support.scoring support.template support.tokenizer_files tokenizer",
     "infer": "model support.checkpoint support.cli support.hardware support.template tokenizer",
     "list": "support.checkpoint support.cli",
     "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.hardware tokenizer",
@@ -48,6 +48,7 @@ ARROWS = {
     "support.exchange": "model support.cli",
     "support.gguf_file": "model support.cli support.exchange support.template support.tokenizer_files tokenizer",
     "support.pretrained": "model support.checkpoint support.cli support.exchange tokenizer",
+    "support.proof": "model support.cli tokenizer",
     "support.tokenizer_files": "support.cli support.template tokenizer",
     "support.evaluation": "support.cases",
     "support.foreign_names": "",
