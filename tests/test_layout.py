@@ -124,6 +124,12 @@ def test_data_the_folder_does_not_shadow_data_the_module():
     assert not (REPO / "data" / "__init__.py").exists()
 
 
+def test_nothing_that_a_run_leaves_is_in_the_repository():
+    """A clone that came with a finished run would begin by moving it aside. Outside of a git checkout there is nothing to see."""
+    found = subprocess.run(["git", "ls-files", "--cached", "--ignored", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
+    assert found.stdout == ""
+
+
 # ---- budgets ------------------------------------------------------------------------------------------------------
 
 
