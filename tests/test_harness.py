@@ -202,9 +202,9 @@ finally:
         (["--lm-eval", "x", "--val"], "eval_val.py gives it alone"),
     ],
 )
-def test_mistakes_are_answered(lm_eval, argv, said):
+def test_mistakes_are_answered(lm_eval, tiny_run, argv, said):
     with pytest.raises(UserError, match=said):
-        evaluate_checkpoints.main(["--checkpoints", "checkpoints", *argv])
+        evaluate_checkpoints.main(["--checkpoints", str(tiny_run.folder), *argv])
 
 
 def test_something_must_be_asked_for(capsys):
