@@ -75,7 +75,7 @@ if __name__ == "__main__":
 import torch
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import load_model, saved_template, write_merged, write_model
+from support.checkpoint import atomic_write, load_model, saved_template, write_merged, write_model
 from support.exchange import config_json, to_theirs
 from support.pretrained import read_pretrained
 from support.proof import probe, verify, verify_gguf
@@ -191,7 +191,8 @@ def export_hf(args: argparse.Namespace) -> None:
     with all_or_nothing(output) as temporary:
         temporary.mkdir()
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            with atomic_write(temporary / name) as file:
+                file.write(text.encode())
         save_file(to_theirs(model.config, model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
         ours = probe(model)
         del model
