@@ -75,7 +75,8 @@ if __name__ == "__main__":
 import torch
 
 from model import GPTMini, SamplingConfig
-from support.checkpoint import atomic_write, load_model, saved_template, write_merged, write_model
+from support.checkpoint import load_model, saved_template, write_merged, write_model
+from support.disk import atomic_write
 from support.exchange import config_json, to_theirs
 from support.pretrained import read_pretrained
 from support.proof import probe, verify, verify_gguf

@@ -17,7 +17,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from support.cli import UserError
 from support.config import Config
 from support.documents import DocumentStream, hf_documents, memory_for_text, text_documents
+from support.encoding import document_pieces, piece_ids, tokenize
 from support.loss import IGNORE
+from support.token_files import TokenFile, TokenFiles
 from tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 SHUFFLE_GROUP = 1000  # documents of a stream that are shuffled among themselves
 STREAM_TOKENIZER_DOCS = 2000  # documents of a stream that a bpe tokenizer is trained on
+ORDER_IN_MEMORY = 2**22  # blocks whose order is drawn as an array
 TAKE_CHARS = 2**26  # characters after which such a group is full, however few its documents are
-BATCH_CHARS, BATCH_PIECES = 2**20, 1000  # what is encoded at once
 
 
 @dataclass
@@ -76,42 +78,6 @@ def load_corpus(config: Config) -> Corpus:
 # ---- blocks -------------------------------------------------------------------------------------------------------
 
 
-def document_pieces(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """(piece, whether its document ends with it): what is encoded at once is short, however long a document is."""
-    for document in documents:
-        pieces = tokenizer.pieces(document)
-        piece = next(pieces)
-        for following in pieces:
-            yield piece, False
-            piece = following
-        yield piece, True
-
-
-def batched(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces in batches of about BATCH_CHARS characters: counting documents would let a batch grow with their length."""
-    batch, n_chars = [], 0
-    for piece, ends in pieces:
-        batch.append((piece, ends))
-        n_chars += len(piece)
-        if n_chars >= BATCH_CHARS or len(batch) == BATCH_PIECES:
-            yield batch
-            batch, n_chars = [], 0
-    yield batch
-
-
-def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one row of ids, EOS behind each (and BOS before, where the tokenizer has one); uint16 where the vocabulary allows.
-
-    A Python list would take 36 bytes a token: only one batch is ever held as lists, and the row grows in place.
-    """
-    dtype, row, begins = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, bytearray(), True
-    for batch in batched(document_pieces(documents, tokenizer)):
-        for ids, (_, ends) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
-            row += np.array([*(tokenizer.bos_ids if begins else ()), *ids, *[tokenizer.eos_id] * ends], dtype).tobytes()
-            begins = ends
-    return np.frombuffer(row, dtype)
-
-
 def document_segments(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
     """The number of the document each position belongs to, (B, T): it grows behind every EOS. a EOS b b -> 0 0 1 1."""
     segments = np.zeros(input_ids.shape, np.int64)
@@ -128,13 +94,13 @@ def make_batch(rows: np.ndarray, labels: np.ndarray, mask_eos: int | None) -> Ba
 
 
 class PackedLMDataset(Dataset):
-    """Blocks of a row of tokens in memory. Item i is the block that starts at token i * stride.
+    """Blocks of a row of tokens, in memory or in a file. Item i is the block that starts at token i * stride.
 
     The tokens behind the last full block are left out (`n_dropped`), or, with `pad_last`, make one more block whose
     missing labels are -100: so every token but the first is predicted exactly once when stride equals seq_len.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, stride: int | None = None, pad_last: bool = False, mask_eos: int | None = None):
+    def __init__(self, tokens: np.ndarray | TokenFile, seq_len: int, stride: int | None = None, pad_last: bool = False, mask_eos: int | None = None):
         self.tokens, self.seq_len, self.stride, self.mask_eos = tokens, seq_len, stride or seq_len, mask_eos
         spare = len(tokens) - 1 - seq_len  # where the last full block could start
         self.n_blocks = math.ceil(spare / self.stride) + 1 if pad_last else spare // self.stride + 1
@@ -156,11 +122,12 @@ class PackedLMDataset(Dataset):
 
     def fingerprint(self) -> str:
         """sha256 of the tokens."""
-        return hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()
+        return self.tokens.fingerprint() if isinstance(self.tokens, TokenFile) else hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()
 
-    def describe(self, n_documents: int) -> str:
+    def describe(self, n_documents: int | None) -> str:
+        documents = f"{n_documents:,} documents, " if n_documents is not None else ""
         dropped = f" ({self.n_dropped} tokens behind the last full block are left out)" if self.n_dropped else ""
-        return f"{n_documents:,} documents, {len(self.tokens):,} tokens, {len(self):,} blocks of {self.seq_len}{dropped}"
+        return f"{documents}{len(self.tokens):,} tokens, {len(self):,} blocks of {self.seq_len}{dropped}"
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------
@@ -185,6 +152,29 @@ class StepShape:
         return (step * self.grad_accum_steps + micro) * self.world + self.rank
 
 
+@lru_cache
+def _round_keys(key: tuple[int, ...]) -> list[int]:
+    return [int(k) for k in np.random.SeedSequence(key).generate_state(6, np.uint64)]
+
+
+def permuted(position: int, n: int, key: tuple[int, ...]) -> int:
+    """Where the permutation of 0 ... n - 1 that `key` names takes `position`: computed, where a stored order would fill the memory.
+
+    A Feistel network of six rounds permutes all numbers of an even number of bits; whoever lands at n or beyond walks on
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    half = (n.bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for k in _round_keys(key):
+            mixed = (right ^ k) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+            left, right = right, left ^ (mixed >> 32 ^ mixed >> 11) & mask
+        position = left << half | right
+        if position < n:
+            return position
+
+
 class IndexedSteps(Dataset):
     """Item `step` is the list of micro-batches of that optimizer step, whoever asks and whenever."""
 
@@ -200,6 +190,8 @@ class IndexedSteps(Dataset):
         epoch, position = divmod(sample, len(self.blocks))
         if not self.shuffle:
             return position
+        if len(self.blocks) > ORDER_IN_MEMORY:
+            return permuted(position, len(self.blocks), (self.seed, epoch))
         if self.drawn is None or self.drawn[0] != epoch:
             self.drawn = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
         return int(self.drawn[1][position])
@@ -257,8 +249,7 @@ class StreamingPackedLMDataset(IterableDataset):
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
         for piece, ends, position in self._pieces(self.state):
             left_over = len(buffer)
-            encode = self.tokenizer.encode if position["piece"] else self.tokenizer.begin
-            buffer += encode(piece) + [self.tokenizer.eos_id] * ends
+            buffer += piece_ids(self.tokenizer.encode(piece), position["piece"] == 0, ends, self.tokenizer)
             while len(buffer) - taken >= needed:
                 starts = range(taken, taken + self.shape.blocks * self.stride, self.stride)
                 rows = np.array([buffer[i : i + self.seq_len + 1] for i in starts])  # (blocks, T + 1)
@@ -329,7 +320,7 @@ class PackedData:
     train: Any
     val: Any
     n_train_docs: int | None
-    n_val_docs: int
+    n_val_docs: int | None
     sample_text: str = ""  # the beginning of a document, to try the tokenizer on
 
     @property
@@ -364,13 +355,30 @@ def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedD
         raise UserError("the validation text is empty; raise data.val_fraction, or give it a text of its own")
     if isinstance(corpus.train, DocumentStream):
         return PackedData(corpus.train, val, None, len(corpus.val), corpus.val[0][:2000])
-    train = PackedLMDataset(tokenize(corpus.train, tokenizer), seq_len, config.stride, mask_eos=mask_eos)
+    train = training_blocks(tokenize(corpus.train, tokenizer), config, mask_eos)
+    return PackedData(train, val, len(corpus.train), len(corpus.val), corpus.train[0][:2000])
+
+
+def training_blocks(tokens: np.ndarray | TokenFile, config: Config, mask_eos: int | None) -> PackedLMDataset:
+    """Raises UserError where there is not one block."""
+    train = PackedLMDataset(tokens, config.seq_len, config.stride, mask_eos=mask_eos)
     if len(train) == 0:
         raise UserError(
-            f"the training text has {len(train.tokens)} tokens, fewer than one block of seq_len + 1 = {seq_len + 1}; "
-            f"give more text, or lower it with --override training.seq_len={max(2, len(train.tokens) // 2)}"
+            f"the training text has {len(tokens)} tokens, fewer than one block of seq_len + 1 = {config.seq_len + 1}; "
+            f"give more text, or lower it with --override training.seq_len={max(2, len(tokens) // 2)}"
         )
-    return PackedData(train, val, len(corpus.train), len(corpus.val), corpus.train[0][:2000])
+    return train
+
+
+def pack_token_files(files: TokenFiles, tokenizer: Tokenizer, config: Config) -> PackedData:
+    """Token files cut into blocks, without reading them. Raises UserError if their ids are not the tokenizer's, or too few."""
+    files.check(tokenizer)
+    mask_eos = tokenizer.eos_id if config.data.document_mask else None
+    val = PackedLMDataset(files.val, config.seq_len, pad_last=True, mask_eos=mask_eos)
+    if len(val) == 0:
+        raise UserError(f"{files.val.path} has no tokens to validate on; raise data.val_fraction, or name others by data.val_path")
+    train = training_blocks(files.train, config, mask_eos)
+    return PackedData(train, val, files.n_documents("train"), files.n_documents("val"), files.train.text_of(tokenizer, 500))
 
 
 def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:

@@ -38,6 +38,7 @@ from support.checkpoint import load_model, saved_config, saved_template, warn_of
 from support.config import Config, flag_overrides, load_config
 from support.documents import text_documents
 from support.hardware import resolve_device, resolve_precision
+from support.token_files import TokenFiles, open_token_files
 from tokenizer import Tokenizer
 
 
@@ -72,35 +73,49 @@ def scoring_config(model: GPTMini, metadata: dict, source: str, path: str | None
     return config
 
 
-def documents_of(config: Config, data: str | None) -> list[str] | list[Pair]:
-    """The validation documents (or instructions) of a config, or all documents under the path `data`. Raises UserError."""
+def documents_of(config: Config, data: str | None) -> list[str] | list[Pair] | TokenFiles:
+    """The validation documents (or instructions, or token files) of a config, or all documents under the path `data`. Raises UserError."""
     if data:
         return text_documents(data, config.data, "--data")
+    if config.data.source == "tokens":
+        return open_token_files(config.data.path, config.data.val_path, config.data.dtype, config.data.val_fraction)
     return split_pairs(config)[1] if config.data.source == "instructions" else load_corpus(config).val
 
 
-def text_blocks(documents: list[str], tokenizer: Tokenizer, config: Config, seq_len: int) -> tuple[PackedLMDataset, int]:
-    """(the documents as validation blocks, their bytes without those of the first token, which nothing predicts)."""
-    tokens = tokenize(documents, tokenizer)
+def text_blocks(documents: list[str] | TokenFiles, tokenizer: Tokenizer, config: Config, seq_len: int) -> tuple[PackedLMDataset, int, int]:
+    """(the documents as validation blocks, their number, their bytes without those of the first token, which nothing predicts)."""
+    if isinstance(documents, TokenFiles):
+        documents.check(tokenizer)
+        tokens = documents.val
+        n_documents, n_bytes = tokens.count(tokenizer)
+    else:
+        tokens = tokenize(documents, tokenizer)
+        first = tokenizer.decode([int(i) for i in tokens[:1]])
+        n_documents, n_bytes = len(documents), sum(len(document.encode()) for document in documents) - len(first.encode())
     blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=tokenizer.eos_id if config.data.document_mask else None)
     if len(blocks) == 0:
         raise UserError(f"the text has {len(tokens)} tokens with its end, and two are needed to score one; give more text")
-    return blocks, sum(len(document.encode()) for document in documents) - len(tokenizer.decode([int(tokens[0])]).encode())
+    return blocks, n_documents, n_bytes
 
 
 @torch.no_grad()
 def validate(
-    model: GPTMini, tokenizer: Tokenizer, documents: list[str] | list[Pair], config: Config, batch_size: int | None = None, precision: str = "32-true"
+    model: GPTMini,
+    tokenizer: Tokenizer,
+    documents: list[str] | list[Pair] | TokenFiles,
+    config: Config,
+    batch_size: int | None = None,
+    precision: str = "32-true",
 ) -> Validation:
     """Loss of `model` (in eval mode) on documents, packed into blocks as in training, or on the responses of instructions.
     Raises UserError if they are too short."""
     device, seq_len = next(model.parameters()).device, min(config.seq_len, model.config.max_seq_len)
-    answers = isinstance(documents[0], Pair)
+    answers = isinstance(documents, list) and isinstance(documents[0], Pair)
     if answers:
         blocks = validation_pairs(documents, tokenizer, config, seq_len)
-        n_bytes = blocks.n_bytes
+        n_documents, n_bytes = len(documents), blocks.n_bytes
     else:
-        blocks, n_bytes = text_blocks(documents, tokenizer, config, seq_len)
+        blocks, n_documents, n_bytes = text_blocks(documents, tokenizer, config, seq_len)
     batches = ValBatches(blocks, batch_size or config.training.micro_batch_size, rank=0, world=1, limit=None)
     totals = torch.zeros(5 if answers else 2, dtype=torch.float64)  # loss, targets; right tokens, responses, right responses
     for i in progress(range(len(batches)), "scoring"):
@@ -112,7 +127,7 @@ def validate(
     loss = loss_sum / n_targets
     accuracy = {"token_accuracy": right[0] / n_targets, "response_accuracy": right[2] / right[1]} if answers else {}
     bits_per_byte = loss_sum / math.log(2) / max(1, n_bytes)
-    return Validation(loss, math.exp(min(loss, 700)), bits_per_byte, len(documents), int(n_targets), n_bytes, seq_len, **accuracy)
+    return Validation(loss, math.exp(min(loss, 700)), bits_per_byte, n_documents, int(n_targets), n_bytes, seq_len, **accuracy)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,8 +56,9 @@ import numpy as np
 from eval_val import Validation, documents_of, scoring_config, validate
 from model import GPTMini
 from support.cases import Case, read_cases
-from support.checkpoint import atomic_write, find_checkpoints, load_model, other_names, saved_template, warn_of_other_tokenizer
+from support.checkpoint import find_checkpoints, load_model, other_names, saved_template, warn_of_other_tokenizer
 from support.config import Config
+from support.disk import atomic_write
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 from support.hardware import resolve_device, resolve_precision
 from support.harness import find_tasks, run_tasks

@@ -215,7 +215,10 @@ class FileTokenizer(Tokenizer):
             raise UserError(f"this tokenizer.json cannot encode the text ({str(error)[:150]})") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception:  # the library raises plain Exception: let `encode` say it
+            return super().encode_batch(texts)
 
     def cut(self, text: str, start: int, end: int) -> int:
         """At the end of a word, or the start of a line, where this file, whatever its rules, gives the text around the place

@@ -39,10 +39,11 @@ from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
 from support.base import starting_net
 from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, first_not_finite, read_metadata, weights_sha256
+from support.disk import claim_folder
 from support.loss import IGNORE
 from support.plots import draw_loss
 from support.preflight import prepare, print_header
-from support.run import Plan, claim_folder, explain, how_to_go_on, move_aside, write_run_config
+from support.run import Plan, explain, how_to_go_on, move_aside, write_run_config
 
 if __name__ == "__main__":
     # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.

@@ -22,8 +22,9 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
-from support.checkpoint import atomic_write, first_not_finite, link_or_copy, read_checkpoint, read_metadata, save_archive, step_files, write_merged
+from support.checkpoint import first_not_finite, read_checkpoint, read_metadata, save_archive, step_files, write_merged
 from support.cli import UserError, is_main_process, warn
+from support.disk import atomic_write, link_or_copy
 from support.hardware import bf16_peak_flops, memory_used_mb
 
 

@@ -8,15 +8,12 @@ fields under one key, `tiny_transformer`:
     sequences_per_step, run (versions, git commit, command line)
 """
 
-import contextlib
 import glob
 import hashlib
 import os
 import reprlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -25,6 +22,7 @@ from lora import merge_adapters
 from model import GPTConfig, GPTMini
 from support.archive import Damage, check_archive, check_plain, check_tensors, named_tensors
 from support.cli import UserError, printable, warn
+from support.disk import atomic_write
 from support.template import Template
 from tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -43,47 +41,6 @@ def save_archive(content: Any, path: Path) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` at the end: complete, or as it was before if anything goes wrong."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Let `target` be another name of `source`'s content (a hard link; a copy where links fail), atomically."""
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-        sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)  # rename leaves it where both names already were one file
 
 
 def odd_fields(checkpoint: dict[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ import argparse
 import errno
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,6 +19,23 @@ class UserError(ValueError):
 def is_main_process() -> bool:
     """False in the further processes of a distributed run, whoever launched it."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def end_with_parent(grace: float = 10.0) -> None:
+    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not ended itself.
+
+    For the further processes of a run. Without its main process, one that waits for the others would do so for half an hour.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(grace)
+        os.write(2, b"error: the process that started this one is gone; it ends too\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def guarded(main: Callable, *args, **kwargs):

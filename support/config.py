@@ -45,21 +45,26 @@ HUB_KEYS = {"path", "dataset", "config", "revision", "split", "val_split", "trai
 SOURCE_KEYS = {  # what belongs to some sources only
     "text": {"path", "val_path", "text_field", "val_fraction", "errors", "stride", "document_mask"},
     "hf": HUB_KEYS | {"text_field", "streaming", "stride", "document_mask"},
+    "tokens": {"path", "val_path", "val_fraction", "dtype", "stride", "document_mask"},
     "instructions": HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"},
 }
 ROW_FIELDS = ("instruction", "input", "output")
 
 
 class DataConfig(Section):
-    source: Literal["text", "hf", "instructions"] = Field(
+    source: Literal["text", "hf", "tokens", "instructions"] = Field(
         "text",
-        description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset. `instructions`: rows for `finetune.py`, "
-        "from a local file or the hub.",
+        description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset. `tokens`: token files of `prepare.py`, or "
+        "of other programs, of any size. `instructions`: rows for `finetune.py`, from a local file or the hub.",
     )
     path: str | None = Field(
         None,
         description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`. "
-        "`instructions`: a .json, .jsonl or .parquet file, used in place of `dataset`.",
+        "`tokens`: a folder with train.npy and val.npy, or a .npy or .bin file. `instructions`: a .json, .jsonl or .parquet file, used in place "
+        "of `dataset`.",
+    )
+    dtype: Literal["uint16", "uint32"] | None = Field(
+        None, description="`tokens`: what a raw .bin file holds, which does not say so itself; others write `uint16`. Of a .npy file leave it out."
     )
     val_path: str | None = Field(None, description="Validation text of its own, in place of a cut from the training text.")
     dataset: str | None = Field(
@@ -112,6 +117,8 @@ class DataConfig(Section):
             raise ValueError("source=instructions needs path: a .json, .jsonl or .parquet file, or dataset: a name on the hub")
         if self.source == "text" and not self.path:
             raise ValueError("source=text needs path: a .txt or .jsonl file, a folder or a glob")
+        if self.source == "tokens" and not self.path:
+            raise ValueError("source=tokens needs path: a folder that prepare.py made, or a .npy or .bin file")
         if self.source == "hf" and not self.dataset:
             raise ValueError("source=hf needs dataset: a name on the hub, or json, parquet or text with path")
         if self.source == "instructions" and self.val_split and (self.path or self.val_path):
@@ -347,11 +354,25 @@ def validate_config(tree: dict, source: str = "config") -> Config:
 
 
 def config_tree(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> dict:
-    """File (or `base`, a checkpoint's own config), then overrides; not checked yet. Raises UserError."""
+    """File (or `base`, a checkpoint's own config), then overrides; not checked yet. Raises UserError.
+
+    Where an override names another data.source, what the file says for its own source goes: `data.source=tokens` and
+    `data.path` are all that it takes to train on token files.
+    """
     tree = read_config_file(path) if path is not None else copy.deepcopy(base)
+    source = _source_of(tree)
     for override in overrides:
         apply_override(tree, override)
+    if (new := _source_of(tree)) != source and new in SOURCE_KEYS:
+        named = {override.partition("=")[0].strip() for override in overrides}
+        foreign = set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[new]
+        tree["data"] = {key: value for key, value in tree["data"].items() if key not in foreign or f"data.{key}" in named}
     return tree
+
+
+def _source_of(tree: dict) -> Any:
+    data = tree.get("data")
+    return data.get("source", "text") if isinstance(data, dict) else None
 
 
 def load_config(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> Config:

@@ -8,16 +8,19 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from support.cli import UserError
-from support.config import DataConfig
-from support.hardware import memory_total
 from support.hub import open_dataset, read_rows
 from tokenizer import EOS_TEXT
 
+if TYPE_CHECKING:  # whoever reads files alone, as prepare.py does, needs no torch
+    from support.config import DataConfig
+
 STREAM_VAL_DOCS = 200
+PART_CHARS = 2**20  # characters of a long document that are held at once
 MEMORY_PER_BYTE = 2  # at least: a file is held as bytes and as text, later as text and as token ids
 SMALLER = "give data.path a part of it, or stream it as .jsonl: --override data.source=hf --override data.dataset=json --override data.streaming=true"
 
@@ -28,6 +31,8 @@ def memory_for_text() -> Iterator[None]:
     try:
         yield
     except MemoryError:
+        from support.hardware import memory_total
+
         raise UserError(
             f"the text is too large for the {memory_total('cpu') / 2**20:,.0f} MB of memory that this process may use; {SMALLER}"
         ) from None
@@ -35,6 +40,8 @@ def memory_for_text() -> Iterator[None]:
 
 def refuse_larger_than_memory(files: list[Path], path: str, key: str, advice: str = SMALLER) -> None:
     """Before anything is read: a process that takes more than there is gets killed by the system, without a word."""
+    from support.hardware import memory_total
+
     size, has = sum(file.stat().st_size for file in files), memory_total("cpu")
     if size * MEMORY_PER_BYTE > has:
         raise UserError(
@@ -43,16 +50,17 @@ def refuse_larger_than_memory(files: list[Path], path: str, key: str, advice: st
         )
 
 
-def find_files(path: str, key: str = "data.path") -> list[Path]:
-    """The .txt and .jsonl files a path means: itself, those in a folder (at any depth), or those of a glob."""
+def find_files(path: str, key: str = "data.path", suffixes: tuple[str, ...] = (".txt", ".jsonl")) -> list[Path]:
+    """The files a path means: itself, those in a folder (at any depth) that end so, or those of a glob. Raises UserError for none."""
     if os.path.isdir(path):
-        files = [p for p in Path(path).rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file()]
+        files = [p for p in Path(path).rglob("*") if p.suffix in suffixes and p.is_file()]
     else:
         files = [Path(path)] if os.path.isfile(path) else [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
     if not files:
-        raise UserError(f"{key}={path}: no .txt or .jsonl file there; give a file, a folder or a quoted glob")
+        *some, last = suffixes
+        raise UserError(f"{key}={path}: no {', '.join(some)} or {last} file there; give a file, a folder or a quoted glob")
     for file in files:
-        if file.suffix in (".parquet", ".json"):
+        if file.suffix in {".parquet", ".json"} - {*suffixes}:
             raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}")
     return sorted(files)
 
@@ -80,23 +88,79 @@ def read_lines(file: Path, errors: str) -> Iterator[str]:
             yield line[:-2] + "\n" if line.endswith("\r\n") else line
 
 
-def read_documents(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[str]:
-    """Documents of one file: the rows of a .jsonl, else the text between lines that are `<|endoftext|>` and nothing
-    more, else the whole file. Empty ones are left out."""
-    if file.suffix == ".jsonl":
-        for number, line in enumerate(read_lines(file, errors), 1):
-            if line.strip():
-                yield row_text(parse_json_row(line, f"{file}, line {number}"), text_field, f"{file}, line {number}")
+def is_separated(file: Path) -> bool:
+    """Whether a text file has a line that is `<|endoftext|>` and nothing more."""
+    with open(file, "rb") as stream:
+        return any(EOS_TEXT.encode() in raw and raw.decode(errors="replace").strip("\ufeff \t\r\n") == EOS_TEXT for raw in stream)
+
+
+def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[tuple[str, bool]]:
+    """The documents of one file, long ones in parts of about PART_CHARS: (text, whether its document ends with it). A document
+    is a row of a .jsonl or .parquet file, else the text between lines that are `<|endoftext|>` and nothing more, else the whole
+    file. Blank ones are left out."""
+    if file.suffix in (".jsonl", ".parquet"):
+        rows = parquet_rows(file, text_field) if file.suffix == ".parquet" else jsonl_rows(file, errors)
+        texts = (row_text(row, text_field, where) for row, where in rows)
+        yield from ((text, True) for text in texts if text.strip())
         return
-    document: list[str] = []
-    separated = False
+    separated, lines, n_chars, begun = is_separated(file), [], 0, False
     for line in read_lines(file, errors):
-        if line.strip() == EOS_TEXT:
-            yield "".join(document).strip("\n")
-            document, separated = [], True
-        else:
-            document.append(line)
-    yield "".join(document).strip("\n") if separated else "".join(document)
+        if separated and line.strip() == EOS_TEXT:
+            text = "".join(lines).strip("\n") if not begun else "".join(lines).rstrip("\n")
+            if begun or text.strip():
+                yield text, True
+            lines, n_chars, begun = [], 0, False
+            continue
+        lines.append(line)
+        n_chars += len(line)
+        if n_chars >= PART_CHARS and (part := "".join(lines)).strip():
+            if separated:  # line ends around a document are not its own; those at the end of this part may be followed by more
+                part = part if begun else part.lstrip("\n")
+                part, lines = part.rstrip("\n"), [part[len(part.rstrip("\n")) :]]
+            else:
+                lines = []
+            yield part, False
+            n_chars, begun = 0, True
+    text = "".join(lines)
+    if separated:
+        text = text.rstrip("\n") if begun else text.strip("\n")
+    if begun or text.strip():
+        yield text, True
+
+
+def read_documents(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[str]:
+    """The documents of one file, each whole."""
+    parts: list[str] = []
+    for part, ends in read_parts(file, text_field, errors):
+        parts.append(part)
+        if ends:
+            yield "".join(parts)
+            parts = []
+
+
+def jsonl_rows(file: Path, errors: str) -> Iterator[tuple[dict, str]]:
+    """(row, where it stands) of a .jsonl file."""
+    for number, line in enumerate(read_lines(file, errors), 1):
+        if line.strip():
+            yield parse_json_row(line, f"{file}, line {number}"), f"{file}, line {number}"
+
+
+def parquet_rows(file: Path, text_field: str) -> Iterator[tuple[dict, str]]:
+    """The same of a .parquet file; of its columns only the text is read. Raises UserError for a damaged one."""
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise UserError(f"{file} has no column {text_field!r} (columns: {', '.join(names)}); name the right one")
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield {text_field: text}, f"{file}, row {number}"
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file} is no parquet file that can be read ({' '.join(str(error).split())[:150]})") from None
 
 
 def parse_json_row(line: str, where: str, example: str = '{"text": "..."}') -> dict:
@@ -164,7 +228,7 @@ class DocumentStream:
         return documents
 
 
-def text_documents(path: str, data: DataConfig, key: str = "data.path") -> list[str]:
+def text_documents(path: str, data: "DataConfig", key: str = "data.path") -> list[str]:
     """The documents under `path` that hold any text; `key` names it in errors. Raises UserError if there is none."""
     files = find_files(path, key)
     refuse_larger_than_memory(files, path, key)
@@ -176,7 +240,7 @@ def text_documents(path: str, data: DataConfig, key: str = "data.path") -> list[
     return documents
 
 
-def hf_documents(data: DataConfig, seed: int) -> tuple[list[str] | DocumentStream, list[str] | None]:
+def hf_documents(data: "DataConfig", seed: int) -> tuple[list[str] | DocumentStream, list[str] | None]:
     """(training documents, validation documents or None if they are still to be cut off). Raises UserError."""
 
     def rows_of(split: str):

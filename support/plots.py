@@ -7,8 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from support.checkpoint import atomic_write
 from support.cli import printable
+from support.disk import atomic_write
 from support.evaluation import CheckpointResult, Evaluation
 
 COLORS = ["#2f6f9f", "#c2572b", "#3c8a4e", "#8258a8", "#a3803a", "#b5527f", "#4a9a9c", "#666666"]  # of runs; used again from the start

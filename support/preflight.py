@@ -15,11 +15,11 @@ from data import Batch, make_dataloaders
 from model import GPTConfig, GPTMini, KVCache
 from optim import build_optimizer, lr_factor, parameter_groups
 from support.base import net_on_meta
-from support.cli import UserError, printable_lines
+from support.cli import UserError, end_with_parent, printable_lines
 from support.config import Config
 from support.hardware import device_label, memory_total
 from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB, IGNORE
-from support.run import Plan, end_with_parent, plan_run, refuse_unfinished, refuse_unwritable
+from support.run import Plan, plan_run, refuse_unfinished, refuse_unwritable
 
 LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
 PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"

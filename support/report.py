@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from support.checkpoint import atomic_write
 from support.cli import printable
+from support.disk import atomic_write
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 from support.plots import draw_scores
 

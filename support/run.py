@@ -11,23 +11,23 @@ import platform
 import shlex
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data import PackedData, load_corpus, pack_corpus, step_shape, tokenizer_documents
+from data import PackedData, load_corpus, pack_corpus, pack_token_files, step_shape, tokenizer_documents
 from instruct import load_instructions
 from model import GPTConfig
 from support.base import net_on_meta, with_base
-from support.checkpoint import atomic_write, find_latest_checkpoint, read_metadata
+from support.checkpoint import find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process
 from support.config import Config, config_tree, flag_overrides, validate_config
+from support.disk import atomic_write
 from support.hardware import resolve_device, resolve_precision
 from support.safe_yaml import dump_yaml
+from support.token_files import open_token_files, with_own_tokenizer
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
 
 RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "loss.svg", "loss.png", "tensorboard", "run_config.yaml", "final.ckpt")
@@ -105,8 +105,8 @@ def plan_run(args: Any) -> Plan:
         raise UserError(f"no config given; try --config {example}, or --resume CHECKPOINT to go on with a run's own")
     tree = config_tree(args.config, flag_overrides(args), base=metadata and metadata["config"])
     check_task(tree, args.finetuning)
-    if args.finetuning and args.config:  # a checkpoint's own config has everything, so its base may be gone
-        tree = with_base(tree)
+    if args.config:  # a checkpoint's own config has everything, so its base may be gone
+        tree = with_base(tree) if args.finetuning else with_own_tokenizer(tree)
     config = validate_config(tree, str(args.config or "config"))
     device = resolve_device(config.hardware.accelerator)
     check_loggers(config)
@@ -170,10 +170,26 @@ def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, P
     """The data the config names, and the tokenizer: the one given, or else one built on it. Raises UserError."""
     if config.data.source == "instructions":
         return tokenizer, load_instructions(config, tokenizer)
+    if config.data.source == "tokens":
+        return load_token_files(config, tokenizer)
     corpus, spec = load_corpus(config), config.tokenizer
     if tokenizer is None:
         tokenizer = build_tokenizer(spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path)
     return tokenizer, pack_corpus(corpus, tokenizer, config)
+
+
+def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
+    """Token files, with the tokenizer given, or else their own, or else (where no meta.json names it) the config's. Raises UserError."""
+    data, spec = config.data, config.tokenizer
+    files = open_token_files(data.path, data.val_path, data.dtype, data.val_fraction)
+    tokenizer = tokenizer or files.tokenizer
+    if tokenizer is None and spec.kind in ("bpe", "char"):
+        raise UserError(
+            f"data.path={data.path} has no meta.json that tells its tokenizer, and {spec.kind} would have to be trained on a text; set "
+            "tokenizer.kind=gpt2, or kind=file with tokenizer.path, whichever made it"
+        )
+    tokenizer = tokenizer or build_tokenizer(spec.kind, [], path=spec.path)
+    return tokenizer, pack_token_files(files, tokenizer, config)
 
 
 def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
@@ -321,21 +337,6 @@ def move_aside(folder: Path) -> Path | None:
     return target
 
 
-def claim_folder(folder: Path):
-    """Make the folder and hold it for this process; returns the lock to keep. Raises UserError if another run holds it."""
-    import filelock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another run is writing to {folder}; wait for it, or write elsewhere by --override checkpoint.dir={folder}-2") from None
-    for leftover in folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
-        leftover.unlink()
-    return lock
-
-
 # ---- what is said -------------------------------------------------------------------------------------------------
 
 
@@ -357,23 +358,6 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
             f"too: see what it said, and the system's log\n       {how_to_go_on(plan)}"
         )
     return None
-
-
-def end_with_parent(grace: float = 10.0) -> None:
-    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not ended itself.
-
-    For the further processes of a run. Without its main process, one that waits for the others would do so for half an hour.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        time.sleep(grace)
-        os.write(2, b"error: the process that started this one is gone; it ends too\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def how_to_go_on(plan: Plan) -> str:

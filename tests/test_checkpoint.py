@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import atomic_write, first_not_finite, link_or_copy, load_model, model_weights, read_checkpoint, read_metadata
+from support.checkpoint import first_not_finite, load_model, model_weights, read_checkpoint, read_metadata
 from support.cli import UserError
+from support.disk import atomic_write, link_or_copy
 from tokenizer import ByteTokenizer
 
 FIELDS = {

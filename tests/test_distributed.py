@@ -26,9 +26,9 @@ from test_resume import BYTE, assert_same_tree
 
 import train
 from support.checkpoint import find_latest_checkpoint, load_model
-from support.cli import UserError, guarded
+from support.cli import UserError, end_with_parent, guarded
 from support.config import load_config
-from support.run import check_processes, end_with_parent
+from support.run import check_processes
 
 LIMIT = 120  # seconds after which a group of processes has hung
 WORDS = (*BYTE, "model.dropout=0.1", "training.max_steps=16", "training.schedule_steps=16", "training.val_every=6", "checkpoint.save_every=6")

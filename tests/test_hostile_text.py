@@ -22,7 +22,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as Backend
 
 import data as data_module
-import support.documents as documents_module
+import support.encoding as encoding
 import support.hardware as hardware
 import tokenizer as tokenizer_module
 from data import StepShape, StreamingPackedLMDataset, load_corpus, pack_corpus, tokenize
@@ -165,8 +165,8 @@ def test_a_corpus_is_the_same_row_whatever_the_sizes_of_pieces_and_batches(token
     witness = [i for document in documents for i in [*tokenizer.encode(document), tokenizer.eos_id]]
     for pieces, chars, batch in ((2**16, 2**20, 1000), (13, 50, 1000), (50, 2**20, 3), (9, 1, 1)):
         monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", pieces)
-        monkeypatch.setattr(data_module, "BATCH_CHARS", chars)
-        monkeypatch.setattr(data_module, "BATCH_PIECES", batch)
+        monkeypatch.setattr(encoding, "BATCH_CHARS", chars)
+        monkeypatch.setattr(encoding, "BATCH_PIECES", batch)
         assert tokenize(documents, tokenizer).tolist() == witness
 
 
@@ -337,7 +337,7 @@ def test_a_stream_of_empty_rows_is_left_out_or_refused(tmp_path, monkeypatch, la
 def test_text_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"")
     os.truncate(path, 2**40)  # a terabyte that takes no room on the disk
-    monkeypatch.setattr(documents_module, "memory_total", lambda device: 24 * 2**30)
+    monkeypatch.setattr(hardware, "memory_total", lambda device: 24 * 2**30)
     message = refusal(path)
     assert f"data.path={path}: 1,048,576 MB of text need at least 2,097,152 MB of memory, and there are 24,576 MB" in message
     assert "data.streaming=true" in message

@@ -20,17 +20,17 @@ LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a scre
 # What each file may import of ours. Scripts are run and import anything below them; nouns (data, model, optim,
 # tokenizer) are imported; support/ is plumbing. A new arrow is a decision: argue for it where the change is reviewed.
 ARROWS = {
-    "train": "data model optim support.base support.callbacks support.checkpoint support.cli support.loss support.plots support.preflight "
-    "support.run",
+    "train": "data model optim support.base support.callbacks support.checkpoint support.cli support.disk support.loss support.plots "
+    "support.preflight support.run",
     "finetune": "data instruct support.checkpoint support.cli support.plots support.preflight support.run train",
-    "convert": "model support.checkpoint support.cli support.exchange support.gguf_file support.hub support.pretrained support.proof "
+    "convert": "model support.checkpoint support.cli support.disk support.exchange support.gguf_file support.hub support.pretrained support.proof "
     "support.run support.scoring support.template support.tokenizer_files tokenizer",
     "infer": "model support.checkpoint support.cli support.hardware support.template tokenizer",
     "list": "support.checkpoint support.cli",
-    "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.hardware tokenizer",
-    "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.evaluation support.hardware "
-    "support.harness support.report support.run support.scoring support.template tokenizer",
-    "data": "support.cli support.config support.documents support.loss tokenizer",
+    "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.hardware support.token_files tokenizer",
+    "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.disk support.evaluation "
+    "support.hardware support.harness support.report support.run support.scoring support.template tokenizer",
+    "data": "support.cli support.config support.documents support.encoding support.loss support.token_files tokenizer",
     "instruct": "data support.cli support.config support.documents support.hub support.loss support.template tokenizer",
     "lora": "support.cli",
     "model": "support.loss",
@@ -39,8 +39,8 @@ ARROWS = {
     "tokenizer": "support.cli",
     "support.archive": "support.cli",
     "support.base": "lora model support.checkpoint support.cli support.config",
-    "support.callbacks": "model support.checkpoint support.cli support.hardware",
-    "support.checkpoint": "lora model support.archive support.cli support.template tokenizer",
+    "support.callbacks": "model support.checkpoint support.cli support.disk support.hardware",
+    "support.checkpoint": "lora model support.archive support.cli support.disk support.template tokenizer",
     "support.cli": "",
     "support.cases": "support.cli support.safe_yaml",
     "support.config": "model support.cli support.foreign_names support.hub support.safe_yaml support.template",
@@ -56,13 +56,17 @@ ARROWS = {
     "support.harness": "model support.cli support.scoring tokenizer",
     "support.hub": "support.cli",
     "support.loss": "",
-    "support.plots": "support.checkpoint support.cli support.evaluation",
+    "support.plots": "support.cli support.disk support.evaluation",
     "support.preflight": "data model optim support.base support.cli support.config support.hardware support.loss support.run",
-    "support.report": "support.cases support.checkpoint support.cli support.evaluation support.plots",
-    "support.run": "data instruct model support.base support.checkpoint support.cli support.config support.hardware support.safe_yaml tokenizer",
+    "support.report": "support.cases support.cli support.disk support.evaluation support.plots",
+    "support.run": "data instruct model support.base support.checkpoint support.cli support.config support.disk support.hardware support.safe_yaml "
+    "support.token_files tokenizer",
     "support.safe_yaml": "support.cli",
     "support.scoring": "model support.cli tokenizer",
     "support.template": "tokenizer",
+    "support.disk": "support.cli",
+    "support.encoding": "tokenizer",
+    "support.token_files": "support.cli tokenizer",
 }
 SCRIPTS = {"train", "finetune", "convert", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}

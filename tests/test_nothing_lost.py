@@ -20,7 +20,7 @@ from data import leave_signals_alone
 from support.callbacks import Console, StopOnSignal, StopRun
 from support.checkpoint import load_model
 from support.cli import UserError
-from support.run import claim_folder
+from support.disk import claim_folder
 
 STEP = train.LitCausalLM.training_step
 
