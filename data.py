@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from support.cli import UserError
 from support.config import Config
 from support.documents import DocumentStream, hf_documents, memory_for_text, text_documents
-from support.encoding import document_pieces, piece_ids, tokenize
+from support.encoding import around, document_pieces, tokenize
 from support.loss import IGNORE
 from support.token_files import TokenFile, TokenFiles
 from tokenizer import Tokenizer
@@ -249,7 +249,8 @@ class StreamingPackedLMDataset(IterableDataset):
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
         for piece, ends, position in self._pieces(self.state):
             left_over = len(buffer)
-            buffer += piece_ids(self.tokenizer.encode(piece), position["piece"] == 0, ends, self.tokenizer)
+            before, behind = around(position["piece"] == 0, ends, self.tokenizer)
+            buffer += [*before, *self.tokenizer.encode(piece), *behind]
             while len(buffer) - taken >= needed:
                 starts = range(taken, taken + self.shape.blocks * self.stride, self.stride)
                 rows = np.array([buffer[i : i + self.seq_len + 1] for i in starts])  # (blocks, T + 1)

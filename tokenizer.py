@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -60,6 +61,7 @@ class Tokenizer:
     vocab_size: int
     eos_id: int
     bos_ids: tuple[int, ...] = ()
+    unknown_id: int | None = None  # what stands for text that the vocabulary lacks, where a kind has that
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without EOS. `ByteTokenizer().encode("Hi")` is `[72, 105]`."""
@@ -161,7 +163,10 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "CharTokenizer":
-        return cls("".join(sorted(set().union(*documents))))
+        chars: set[str] = set()
+        for document in documents:  # one at a time, since all of them may not fit into memory
+            chars.update(document)
+        return cls("".join(sorted(chars)))
 
 
 class FileTokenizer(Tokenizer):
@@ -191,6 +196,8 @@ class FileTokenizer(Tokenizer):
         if self._spells_eos():
             raise UserError(f"text that spells {eos_text!r} becomes the end-of-document token in this tokenizer.json; take another one")
         self.bos_ids = self._bos_ids()
+        unknown = state["model"].get("unk_token")
+        self.unknown_id = state["model"].get("unk_id") if unknown is None else self.backend.token_to_id(unknown)
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def _bos_ids(self) -> tuple[int, ...]:
@@ -296,6 +303,14 @@ class BPETokenizer(FileTokenizer):
     def train(cls, documents: Iterable[str], vocab_size: int | None = 1024) -> "BPETokenizer":
         """Of a corpus longer than TRAIN_CHARS, only every second (third, ...) piece is read: what training keeps in memory
         grows with the different words it meets, and the most frequent pairs are the same in a part of the text."""
+        documents = list(documents)
+        every = max(1, math.ceil(sum(map(len, documents)) / TRAIN_CHARS))
+        pieces = (piece for document in documents for piece in cut_pieces(document, cut_at_word, PIECE_CHARS))
+        return cls.train_on(islice(pieces, 0, None, every), vocab_size)
+
+    @classmethod
+    def train_on(cls, pieces: Iterable[str], vocab_size: int | None) -> "BPETokenizer":
+        """A tokenizer for these pieces of text, all of them, each read once."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -308,10 +323,7 @@ class BPETokenizer(FileTokenizer):
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         )
-        documents = list(documents)
-        every = max(1, math.ceil(sum(map(len, documents)) / TRAIN_CHARS))
-        pieces = (piece for document in documents for piece in cut_pieces(document, cut_at_word, PIECE_CHARS))
-        backend.train_from_iterator(islice(pieces, 0, None, every), trainer)
+        backend.train_from_iterator(pieces, trainer)
         return cls(backend.to_str(), EOS_TEXT)
 
 
@@ -353,6 +365,8 @@ class GPT2Tokenizer(Tokenizer):
         return self.backend.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if os.environ.get("TOKENIZERS_PARALLELISM") == "false":  # the switch of the tokenizers library
+            return super().encode_batch(texts)
         return self.backend.encode_ordinary_batch(list(texts), num_threads=2)
 
     def cut(self, text: str, start: int, end: int) -> int:

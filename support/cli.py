@@ -1,6 +1,7 @@
 """What every script's command line shares: the error for users, the wrapper that prints it, the common flags."""
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+SECONDS_BETWEEN_LINES = 20
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, too large, read-only, broken
 
 
@@ -136,6 +138,32 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
     from rich.progress import track
 
     yield from track(items, label, total, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A function to call with the bytes that have been done: a bar on the terminal, elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda n: bar.advance(task, n)
+        return
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal said, done
+        done += n
+        if (now := time.monotonic()) - said >= SECONDS_BETWEEN_LINES:
+            of = f" of {total / 1e6:,.0f}" if total else ""
+            print(f"{label}: {done / 1e6:,.0f}{of} MB, {done / 1e6 / (now - began):.1f} MB/s", file=sys.stderr, flush=True)
+            said = now
+
+    yield advance
 
 
 def warn(message: str) -> None:

@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # whoever reads files alone, as prepare.py does, needs no tor
     from support.config import DataConfig
 
 STREAM_VAL_DOCS = 200
+SEPARATOR = re.compile(r"<\|endoftext\|>[^\S\n]*\n")  # found fast for its fixed beginning; what stands before it is looked at then
 PART_CHARS = 2**20  # characters of a long document that are held at once
 MEMORY_PER_BYTE = 2  # at least: a file is held as bytes and as text, later as text and as token ids
 SMALLER = "give data.path a part of it, or stream it as .jsonl: --override data.source=hf --override data.dataset=json --override data.streaming=true"
@@ -65,27 +67,49 @@ def find_files(path: str, key: str = "data.path", suffixes: tuple[str, ...] = ("
     return sorted(files)
 
 
-def read_lines(file: Path, errors: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, line ends as \\n. Raises UserError with the byte offset of what is no text."""
-    offset = 0
+def read_blocks(file: Path, errors: str) -> Iterator[str]:
+    """The text of a UTF-8 file, about PART_CHARS at a time, line ends as \n. Raises UserError with the byte offset of what is no text."""
+    offset, raw, decoder = 0, b"", codecs.getincrementaldecoder("utf-8")(errors)
     with open(file, "rb") as stream:
-        for raw in stream:
+        while True:
+            raw = stream.read(PART_CHARS)
             if b"\0" in raw and errors == "strict":
                 raise UserError(
                     f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
                     "convert it, or read it as it is with --override data.errors=replace"
                 )
-            if offset == 0 and raw.startswith(codecs.BOM_UTF8):
-                raw, offset = raw.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
+            pending = len(decoder.getstate()[0])  # bytes of a character that the block before began
             try:
-                line = raw.decode(errors=errors)
+                text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{file}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8; "
+                    f"{file}: byte {error.object[error.start]:#04x} at offset {offset - pending + error.start} is not UTF-8; "
                     "convert the file, or put U+FFFD in its place with --override data.errors=replace"
                 ) from None
+            yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(raw)
-            yield line[:-2] + "\n" if line.endswith("\r\n") else line
+            if not raw:
+                return
+
+
+def unix_lines(blocks: Iterable[str]) -> Iterator[str]:
+    """The blocks with \r\n as \n, also where it lies across two of them."""
+    held = ""
+    for block in blocks:
+        block = held + block
+        held = "\r" if block.endswith("\r") else ""
+        yield block[: len(block) - len(held)].replace("\r\n", "\n")
+    yield held
+
+
+def read_lines(file: Path, errors: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, line ends as \n. Raises UserError with the byte offset of what is no text."""
+    begun = ""
+    for block in unix_lines(read_blocks(file, errors)):
+        *lines, begun = (begun + block).split("\n")
+        yield from (line + "\n" for line in lines)
+    if begun:
+        yield begun
 
 
 def is_separated(file: Path) -> bool:
@@ -103,29 +127,42 @@ def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> 
         texts = (row_text(row, text_field, where) for row, where in rows)
         yield from ((text, True) for text in texts if text.strip())
         return
-    separated, lines, n_chars, begun = is_separated(file), [], 0, False
-    for line in read_lines(file, errors):
-        if separated and line.strip() == EOS_TEXT:
-            text = "".join(lines).strip("\n") if not begun else "".join(lines).rstrip("\n")
-            if begun or text.strip():
-                yield text, True
-            lines, n_chars, begun = [], 0, False
-            continue
-        lines.append(line)
-        n_chars += len(line)
-        if n_chars >= PART_CHARS and (part := "".join(lines)).strip():
-            if separated:  # line ends around a document are not its own; those at the end of this part may be followed by more
-                part = part if begun else part.lstrip("\n")
-                part, lines = part.rstrip("\n"), [part[len(part.rstrip("\n")) :]]
-            else:
-                lines = []
-            yield part, False
-            n_chars, begun = 0, True
-    text = "".join(lines)
+    separated, text, begun = is_separated(file), "", False
+    for block in unix_lines(read_blocks(file, errors)):
+        text += block
+        if separated and EOS_TEXT in text:
+            *documents, text = between_separators(text)
+            yield from ended(documents, begun)
+            begun = begun and not documents
+        if len(text) >= PART_CHARS and (begun or text.strip()):
+            part = text
+            if separated:  # line ends around a document are not its own, and its last line may yet become a separator
+                part = text[: text.rfind("\n", len(text) - 1000) + 1 or None].rstrip("\n")
+            yield part if begun or not separated else part.lstrip("\n"), False
+            text, begun = text[len(part) :], True
     if separated:
-        text = text.rstrip("\n") if begun else text.strip("\n")
-    if begun or text.strip():
+        yield from ended(between_separators(text + "\n"), begun)
+    elif begun or text.strip():
         yield text, True
+
+
+def between_separators(text: str) -> list[str]:
+    """The text between lines that are `<|endoftext|>`, with the line ends around it; last what follows the last of them."""
+    documents, start = [], 0
+    for found in SEPARATOR.finditer(text):
+        line = text.rfind("\n", 0, found.start()) + 1
+        if not text[line : found.start()].strip():
+            documents.append(text[start:line])
+            start = found.end()
+    return [*documents, text[start:]]
+
+
+def ended(documents: list[str], begun: bool) -> Iterator[tuple[str, bool]]:
+    """Ends of documents, without the line ends around them; the first may be the end of one that has begun before."""
+    for document in documents:
+        if begun or document.strip():
+            yield document.rstrip("\n") if begun else document.strip("\n"), True
+        begun = False
 
 
 def read_documents(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Documents to one row of token ids, each closed by EOS, in little memory however long they are. No torch here."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -38,9 +38,9 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     yield batch
 
 
-def piece_ids(ids: Sequence[int], begins: bool, ends: bool, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a piece as they stand in the row: BOS before the first of a document, where the tokenizer has one, EOS behind the last."""
-    return [*(tokenizer.bos_ids if begins else ()), *ids, *[tokenizer.eos_id] * ends]
+def around(begins: bool, ends: bool, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands around the ids of a piece: BOS before the first of a document, where the tokenizer has one, EOS behind the last."""
+    return list(tokenizer.bos_ids) if begins else [], [tokenizer.eos_id] if ends else []
 
 
 def id_type(vocab_size: int) -> type[np.unsignedinteger]:
@@ -56,7 +56,8 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, begins: bool = 
     dtype, row = id_type(tokenizer.vocab_size), bytearray()
     for batch in batched(pieces):
         for ids, (_, ends) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
-            row += np.array(piece_ids(ids, begins, ends, tokenizer), dtype).tobytes()
+            before, behind = around(begins, ends, tokenizer)
+            row += np.array(before, dtype).tobytes() + np.asarray(ids, dtype).tobytes() + np.array(behind, dtype).tobytes()
             begins = ends
     return np.frombuffer(row, dtype)
 

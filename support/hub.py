@@ -28,8 +28,9 @@ def hub_reachable() -> bool:
     return True
 
 
-def open_dataset(name: str, config: str | None, split: str, path: str | None, revision: str | None, streaming: bool):
-    """A `datasets` dataset (iterable when streaming). `name` is a hub name, or json, parquet or text with `path`.
+def open_dataset(name: str, config: str | None, split: str, path: str | None, revision: str | None, streaming: bool, flag: str = "data.dataset="):
+    """A `datasets` dataset (iterable when streaming). `name` is a hub name, or json, parquet or text with `path`; `flag` is what
+    the user named it by.
 
     Raises UserError when the files, the network, the dataset, its configuration or the split is missing.
     """
@@ -47,9 +48,10 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
             raise UserError(f"data.path={path} goes with data.dataset=json, parquet or text, not with {name}")
         if os.environ.get("HF_HUB_OFFLINE") != "1" and not hub_reachable():
             if streaming:
+                local = "train on local text with --override data.source=text" if flag == "data.dataset=" else "give local files by --input"
                 raise UserError(
-                    f"data.dataset={name}: the Hugging Face hub cannot be reached; check the network or the proxy, or train on "
-                    "local text with --override data.source=text (docs/TROUBLESHOOTING.md, offline)"
+                    f"{flag}{name}: the Hugging Face hub cannot be reached; check the network or the proxy, or {local} "
+                    "(docs/TROUBLESHOOTING.md, offline)"
                 )
             os.environ["HF_HUB_OFFLINE"] = "1"  # a dataset downloaded earlier still opens from the cache
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -60,9 +62,7 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error  # of a damaged file, the library wraps the reason
         offline = "; without the hub, name local files by data.path (docs/TROUBLESHOOTING.md, offline)" if "Couldn't reach" in str(reason) else ""
-        raise UserError(
-            f"data.dataset={name} (config {config}, split {split}) cannot be opened: {' '.join(str(reason).split())[:300]}{offline}"
-        ) from None
+        raise UserError(f"{flag}{name} (config {config}, split {split}) cannot be opened: {' '.join(str(reason).split())[:300]}{offline}") from None
 
 
 def read_rows(dataset: Iterable[dict]) -> Iterator[dict]:

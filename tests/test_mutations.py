@@ -99,8 +99,8 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
     (
         "no EOS between documents",
         "encoding",
-        "*ids, *[tokenizer.eos_id] * ends]",
-        "*ids]",
+        "[tokenizer.eos_id] if ends else []",
+        "[]",
         in_test_data("test_eos_stands_behind_every_document_and_nowhere_else"),
     ),
     (
