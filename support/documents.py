@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # whoever reads files alone, as prepare.py does, needs no tor
 
 STREAM_VAL_DOCS = 200
 SEPARATOR = re.compile(r"<\|endoftext\|>[^\S\n]*\n")  # found fast for its fixed beginning; what stands before it is looked at then
+LINE_CHARS = 1000  # a separator with the blanks around it is shorter
 PART_CHARS = 2**20  # characters of a long document that are held at once
 MEMORY_PER_BYTE = 2  # at least: a file is held as bytes and as text, later as text and as token ids
 SMALLER = "give data.path a part of it, or stream it as .jsonl: --override data.source=hf --override data.dataset=json --override data.streaming=true"
@@ -114,8 +116,14 @@ def read_lines(file: Path, errors: str) -> Iterator[str]:
 
 def is_separated(file: Path) -> bool:
     """Whether a text file has a line that is `<|endoftext|>` and nothing more."""
-    with open(file, "rb") as stream:
-        return any(EOS_TEXT.encode() in raw and raw.decode(errors="replace").strip("\ufeff \t\r\n") == EOS_TEXT for raw in stream)
+    begun = ""  # a line that goes on in the next block
+    for block in itertools.chain(unix_lines(read_blocks(file, "replace")), ["\n"]):
+        text = begun + block
+        if EOS_TEXT in text and len(between_separators(text)) > 1:
+            return True
+        begun = text[text.rfind("\n") + 1 :]
+        begun = begun if len(begun) < LINE_CHARS else "-"  # too long to be one, and it need not be held
+    return False
 
 
 def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[tuple[str, bool]]:
@@ -137,7 +145,7 @@ def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> 
         if len(text) >= PART_CHARS and (begun or text.strip()):
             part = text
             if separated:  # line ends around a document are not its own, and its last line may yet become a separator
-                part = text[: text.rfind("\n", len(text) - 1000) + 1 or None].rstrip("\n")
+                part = text[: text.rfind("\n", len(text) - LINE_CHARS) + 1 or None].rstrip("\n")
             yield part if begun or not separated else part.lstrip("\n"), False
             text, begun = text[len(part) :], True
     if separated:

@@ -237,7 +237,7 @@ def cut_of_one(folder: Path, n_tokens: int, fraction: float, tokenizer: Tokenize
     cut, first = int(n_tokens * (1 - fraction)), 0
     for row in shard_rows(folder, "train"):
         if cut < first + len(row):
-            while cut < first + len(row) - 1 and tokenizer.decode([int(row[cut - first])]).startswith("\ufffd"):
+            while cut < first + len(row) and tokenizer.decode(row[max(0, cut - first - 8) : cut - first].tolist()).endswith("\ufffd"):
                 cut += 1
             return cut
         first += len(row)

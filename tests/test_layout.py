@@ -70,7 +70,7 @@ ARROWS = {
     "prepare": "support.checkpoint support.cli support.disk support.documents support.shards support.token_files support.tokenizer_files tokenizer",
     "support.shards": "support.cli support.disk support.documents support.encoding support.hub tokenizer",
 }
-SCRIPTS = {"train", "finetune", "convert", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
+SCRIPTS = {"train", "finetune", "convert", "prepare", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}
 
 
