@@ -110,7 +110,9 @@ class TokenFile:
             n_documents += len(ended)
             left += rest.tolist()
             if len(left) > DECODE_TOKENS:  # a long document in parts; a character that is cut waits for its end
-                whole = next((n for n in range(len(left), len(left) - 4, -1) if not tokenizer.decode(left[n - 8 : n]).endswith("\ufffd")), len(left))
+                whole = next(
+                    (n for n in range(len(left), len(left) - 4, -1) if not tokenizer.decode(left[max(0, n - 8) : n]).endswith("\ufffd")), len(left)
+                )
                 n_bytes, left = n_bytes + n_text_bytes(left[:whole], tokenizer), left[whole:]
         return n_documents, n_bytes + n_text_bytes(left, tokenizer) - n_text_bytes(self[:1].tolist(), tokenizer)
 

@@ -393,7 +393,7 @@ import re, resource, sys, prepare
 if __name__ == "__main__":
     prepare.main(["tokens", "--input", r"{tmp_path / "line.txt"}", "--tokenizer", "byte", "--output", r"{tmp_path / str(megabytes)}",
                   "--shard-chars", "1000000", "--num-proc", "1"])
-    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())  # since the program was loaded, not that of the process it was forked from
+    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())  # since the program was loaded
     print(int(peak[1]) // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 """
         (tmp_path / "run.py").write_text(code)
