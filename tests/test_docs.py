@@ -383,11 +383,11 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def needs_network(argv: list[str]) -> bool:
-    """Whether the config names a dataset of the Hugging Face hub, the harness one of its tasks, or convert.py a model there."""
+    """Whether the config names a dataset of the Hugging Face hub, the harness one of its tasks, convert.py a model or prepare.py a dataset."""
     if "--from" in argv:
         return not Path(argv[argv.index("--from") + 1]).exists()
     if "--config" not in argv:
-        return "--lm-eval" in argv
+        return "--lm-eval" in argv or "--dataset" in argv
     overrides = [argv[i + 1] for i, word in enumerate(argv) if word == "--override"]
     data = load_config(REPO / argv[argv.index("--config") + 1], overrides).data
     return data.source != "text" and data.path is None

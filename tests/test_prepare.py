@@ -204,7 +204,11 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
 def test_a_stopped_preparation_goes_on_to_the_same_bytes(corpus, tmp_path, signum):
     flags = ("--input", str(corpus), "--shard-chars", "20000", "--num-proc", "2")
     output, shards = tmp_path / "out", tmp_path / "out" / ".shards"
@@ -314,6 +318,7 @@ def test_two_at_once_in_one_folder_are_one_too_many(library, tmp_path):
 # ---- the hub ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with_where_it_was(tmp_path):
     """Killed and started again: the shards are the same, and what was done is not read again."""
     stories = [f"Story {n}: " + "the moon rose again. " * (n % 7 * 30) for n in range(300)]
