@@ -21,35 +21,48 @@ from support.hardware import device_label, memory_total
 from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB, IGNORE
 from support.run import Plan, plan_run, refuse_unfinished, refuse_unwritable
 
+PROBE_FLOPS = 5e10  # of a probe: about a second on a CPU
 LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
 PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
 
 
-def estimate_memory(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> dict[str, int]:
-    """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch, and their
-    total. The first three are exact; activations count the tensors our blocks keep for the backward pass."""
-    net = net_on_meta(model_config, config)
-    n_params, n_trained = net.n_params(), count_trained(net)
+def estimate_activations(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> tuple[int, int]:
+    """(bytes that one micro-batch keeps for the backward pass, bytes of activations and their gradients alive at once at most).
+
+    The first counts what our blocks and the head save, as `torch.autograd.graph.saved_tensors_hooks` sees it.
+    """
     word = 2 if precision == "bf16-true" else 4
     matmul = 4 if precision == "32-true" else 2  # what autocast keeps for matrix products
     c, tokens = model_config, config.training.micro_batch_size * config.seq_len
     attention, kv = c.n_heads * c.head_dim, c.n_heads * c.head_dim if c.n_kv_heads < c.n_heads else c.n_kv_heads * c.head_dim
     mlp = c.d_ff * (4 if c.mlp == "swiglu" else 2)
     block = tokens * (4 * c.d_model * word + (2 * c.d_model + 3 * attention + 2 * kv + mlp) * matmul)
+    stream = tokens * c.d_model * word
     if c.vocab_size >= CHUNKED_FROM_VOCAB:
+        kept = stream + c.vocab_size * c.d_model * 4  # gradients are computed in the forward pass
         head = min(tokens, CHUNK_ROWS) * c.vocab_size * (4 + matmul) + c.vocab_size * c.d_model * 4
     else:
-        head = 3 * tokens * c.vocab_size * 4
+        kept = tokens * c.vocab_size * 4
+        head = 3 * kept
     if c.dropout and device == "cpu":  # there, dropout makes the fused kernel keep the attention weights, their mask and product
         block += tokens * config.seq_len * c.n_heads * 12
-    stream = tokens * c.d_model * word
-    activations = c.n_layers * stream + max(block, head) if c.gradient_checkpointing else c.n_layers * block + head
+    if c.gradient_checkpointing:
+        return (c.n_layers + 1) * stream + kept, (c.n_layers + 1) * stream + max(block, head)
+    return c.n_layers * block + stream + kept, c.n_layers * block + stream + head
+
+
+def estimate_memory(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> dict[str, int]:
+    """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch, and their
+    total. The first three are exact; activations are the most that is alive at once."""
+    net = net_on_meta(model_config, config)
+    n_params, n_trained = net.n_params(), count_trained(net)
+    word = 2 if precision == "bf16-true" else 4
     hidden = sum(p.numel() for group in parameter_groups(net, config.training) if group["muon"] for p in group["params"])
     parts = {
         "parameters": n_params * word,
         "gradients": n_trained * word,
         "optimizer": (2 * n_trained - hidden) * word,
-        "activations": activations + stream,
+        "activations": estimate_activations(model_config, config, precision, device)[1],
     }
     return parts | {"total": sum(parts.values())}
 
@@ -245,7 +258,7 @@ def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "learns one batch by heart", lambda: check_overfit(plan)
     yield "optimizer", lambda: check_optimizer(plan, probe)
     yield "memory", lambda: check_memory(plan)
-    yield "time", lambda: estimate_time(plan, probe)
+    yield "time", lambda: check_time(plan, probe)
     yield "checkpoint folder", lambda: check_folder(plan, args)
 
 
@@ -304,26 +317,46 @@ def check_memory(plan: Plan) -> str:
     return text
 
 
-def estimate_time(plan: Plan, probe: GPTMini) -> str:
-    """From the measured speed of one small forward and backward, scaled by the floating-point operations."""
-    rows, length = 4, min(128, plan.config.seq_len, probe.config.max_seq_len)
-    ids = torch.randint(probe.config.vocab_size, (rows, length), device=plan.device)
+def estimate_step_time(plan: Plan, probe: GPTMini) -> tuple[float, float]:
+    """(seconds of one optimizer step, floating-point operations per second), from a measured one.
+
+    `probe` is the model, or a small copy of it; it is given a micro-batch, or so much of one as takes about a second, and
+    forward and backward are scaled to the step by their operations, the optimizer's part by the parameters.
+    """
+    training, length = plan.config.training, min(plan.config.seq_len, probe.config.max_seq_len)
+    flops_per_row = probe.flops_per_token(length) * length
+    rows = int(max(1, min(training.micro_batch_size, PROBE_FLOPS / flops_per_row)))
+    ids, optimizer = torch.randint(probe.config.vocab_size, (rows, length), device=plan.device), build_optimizer(probe, training)
     probe.train()
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
+    parts = []
+    for _ in range(4):  # the first one is colder than the rest
+        times = [now(plan.device)]
         probe(ids, ids)[0].backward()
-        if plan.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    flops_per_sec = probe.flops_per_token(length) * rows * length / min(seconds)
+        times.append(now(plan.device))
+        optimizer.step()
+        optimizer.zero_grad()
+        parts.append((times[1] - times[0], now(plan.device) - times[1]))
+    forward_backward, update = (min(column) for column in zip(*parts, strict=True))
     with torch.device("meta"):
-        flops = GPTMini(plan.model_config).flops_per_token(plan.config.seq_len) * plan.tokens_per_step
-    per_step = flops / flops_per_sec / plan.world
+        model = GPTMini(plan.model_config)
+    flops = model.flops_per_token(plan.config.seq_len) * plan.tokens_per_step / plan.world
+    flops_per_sec = flops_per_row * rows / forward_backward
+    return flops / flops_per_sec + update * model.n_params() / probe.n_params(), flops_per_sec
+
+
+def now(device: str) -> float:
+    """The clock, once the device has done what it was asked."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def check_time(plan: Plan, probe: GPTMini) -> str:
+    per_step, flops_per_sec = estimate_step_time(plan, probe)
     total = int(per_step * plan.n_steps)
     return (
         f"about {per_step:.2g} s a step, {total // 3600}:{total // 60 % 60:02}:{total % 60:02} for {plan.n_steps:,} steps "
-        f"(from a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; expect a factor of two either way)"
+        f"(from a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; validation comes on top)"
     )
 
 
