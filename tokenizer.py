@@ -67,7 +67,8 @@ class Tokenizer:
         """Ids of `text`, without EOS. `ByteTokenizer().encode("Hi")` is `[72, 105]`."""
         raise NotImplementedError
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """The ids of each text, as lists, or as arrays where the library has them sooner."""
         return [self.encode(text) for text in texts]
 
     def begin(self, text: str) -> list[int]:
@@ -221,7 +222,7 @@ class FileTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"this tokenizer.json cannot encode the text ({str(error)[:150]})") from None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         try:
             return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except Exception:  # the library raises plain Exception: let `encode` say it
@@ -364,9 +365,9 @@ class GPT2Tokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.backend.encode_ordinary(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         if os.environ.get("TOKENIZERS_PARALLELISM") == "false":  # the switch of the tokenizers library
-            return super().encode_batch(texts)
+            return [self.backend.encode_to_numpy(text, disallowed_special=()) for text in texts]  # no Python list in between
         return self.backend.encode_ordinary_batch(list(texts), num_threads=2)
 
     def cut(self, text: str, start: int, end: int) -> int:

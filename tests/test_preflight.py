@@ -1,5 +1,6 @@
 """train.py --check and --show-step: they find what is wrong before a run, and change nothing."""
 
+import itertools
 import os
 import re
 import signal
