@@ -23,12 +23,13 @@ def is_main_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def end_with_parent(grace: float = 10.0) -> None:
-    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not ended itself.
+def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
+    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not ended itself. `parent` is
+    its process id, for one that may be gone already.
 
     For the further processes of a run. Without its main process, one that waits for the others would do so for half an hour.
     """
-    parent = os.getppid()
+    parent = parent or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -111,11 +111,11 @@ def encode_shard(path: Path, pieces: list[Piece], begins: bool, position: dict |
     return found
 
 
-def start_worker(state: dict) -> None:
+def start_worker(state: dict, parent: int) -> None:
     """What a worker process does first: it makes its tokenizer, leaves Ctrl-C to the main process, and ends when that is gone."""
     global WORKER_TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent(grace=0.0)
+    end_with_parent(grace=0.0, parent=parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core is busy with each worker already
     WORKER_TOKENIZER = tokenizer_from_dict(state)
 
@@ -136,7 +136,7 @@ def task(pieces: list[Piece]) -> tuple[bytes, list[int], list[bool]]:
 def workers(n: int, tokenizer: Tokenizer) -> Iterator[Executor]:
     """So many processes that encode shards. Those they have in hand are finished, also after Ctrl-C."""
     context = multiprocessing.get_context("spawn")  # a process that has threads is not safely forked
-    with ProcessPoolExecutor(n, context, start_worker, (tokenizer.to_dict(),)) as pool:
+    with ProcessPoolExecutor(n, context, start_worker, (tokenizer.to_dict(), os.getpid())) as pool:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit until they have started
         try:
             for _ in range(n):
