@@ -387,6 +387,7 @@ def test_prepare_needs_no_torch():
     assert found.stdout.strip() == "set()", found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up in /proc")
 def test_a_long_document_takes_little_memory(tmp_path):
     """One line of 48 MB without an end, against 12 MB: no process takes a third of the difference more."""
