@@ -68,10 +68,21 @@ if __name__ == "__main__":
 
 from support.disk import atomic_write, claim_folder
 from support.documents import find_files
-from support.shards import Source, changed, cut_shards, join_shards, pieces_sha256, source_sha256, workers, write_shards
+from support.shards import Source, changed, cut_shards, join_shards, longest_tokens, pieces_sha256, source_sha256, workers, write_shards
 from support.token_files import FORMAT_VERSION, described, read_meta
 from support.tokenizer_files import tokenizer_json
-from tokenizer import PIECE_CHARS, TRAIN_CHARS, BPETokenizer, CharTokenizer, FileTokenizer, Tokenizer, build_tokenizer, cut_at_word, cut_pieces
+from tokenizer import (
+    PIECE_CHARS,
+    TRAIN_CHARS,
+    BPETokenizer,
+    CharTokenizer,
+    FileTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    cut_at_word,
+    cut_pieces,
+    tokenizer_from_dict,
+)
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -100,8 +111,8 @@ def training_pieces(source: Source) -> Iterator[str]:
             return
 
 
-def longest_tokens(texts: list[tuple[int, str]]) -> str:
-    return ", ".join(f"{printable(text)!r}" for _, text in texts)
+def print_longest(texts: list[str]) -> None:
+    print(f"longest tokens: {', '.join(repr(printable(text)) for text in texts)}")
 
 
 def make_tokenizer(args: argparse.Namespace) -> int:
@@ -129,11 +140,8 @@ def make_tokenizer(args: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(tokenizer_json(tokenizer).encode())
-    texts = sorted(
-        ((id, tokenizer.decode([id])) for id in range(tokenizer.vocab_size) if id != tokenizer.eos_id), key=lambda pair: -len(pair[1].encode())
-    )
     print(f"{output}: {described(tokenizer)}, in {time.monotonic() - began:.1f} s")
-    print(f"longest tokens: {longest_tokens(texts[:10])}")
+    print_longest([text for _, text in longest_tokens(range(tokenizer.vocab_size), tokenizer)])
     return 0
 
 
@@ -145,8 +153,7 @@ def read_tokenizer(name: str) -> Tokenizer:
     if name in ("gpt2", "byte"):
         return build_tokenizer(name, [])
     if name.endswith(".ckpt"):
-        from support.checkpoint import read_metadata
-        from tokenizer import tokenizer_from_dict
+        from support.checkpoint import read_metadata  # this needs torch
 
         return tokenizer_from_dict(read_metadata(name)["tokenizer"])
     if not os.path.exists(name):
@@ -267,7 +274,7 @@ def report(meta: dict[str, Any], output: Path, tokenizer: Tokenizer, seconds: fl
         f"tokenizer {described(tokenizer)}: {meta['bytes_per_token']:.2f} bytes a token, {meta['tokens_in_use']:,} tokens in use, "
         f"{meta['unknown']:,} unknown"
     )
-    print(f"longest tokens: {longest_tokens([(id, text) for id, text, _ in meta['longest_tokens']])}")
+    print_longest([text for _, text, _ in meta["longest_tokens"]])
     main, worker = (
         resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )

@@ -1,6 +1,6 @@
 """A corpus of any size to token files: shards of ids by several processes, then one row of them for training and one for validation.
 
-    text -> pieces -> shards of SHARD_CHARS characters -> .shards/train-000000.npy, ... -> train.npy, val.npy, meta.json
+    text -> pieces -> shards of --shard-chars characters -> .shards/train-000000.npy, ... -> train.npy, val.npy, meta.json
 
 A shard is on disk whole or not at all, with the sha256 of its text: whoever starts again after a kill encodes only what is
 missing, and a text that has changed since is noticed. No torch here.
@@ -28,7 +28,6 @@ from support.encoding import Piece, encode_pieces, id_type, join_pieces
 from support.hub import open_dataset
 from tokenizer import Tokenizer, tokenizer_from_dict
 
-SHARD_CHARS = 2**24  # characters of a shard
 VAL_FRACTION, VAL_TOKENS = 0.1, 2**20  # a tenth is held out, or so many tokens where that is less
 DRAWS, BINS = 2**12, 2**16  # random numbers drawn at once; steps in which they are told apart
 
@@ -94,23 +93,6 @@ def pieces_sha256(pieces: list[Piece]) -> str:
     return digest.hexdigest()
 
 
-def encode_shard(path: Path, pieces: list[Piece], begins: bool, position: dict | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write path.npy, and then path.json, which says that it is there. Returns what path.json holds."""
-    ids = encode_pieces(pieces, tokenizer, begins)
-    with atomic_write(path.with_suffix(".npy")) as file:
-        np.save(file, ids)
-    found = {
-        "tokens": len(ids),
-        "documents": sum(ends for _, ends in pieces),
-        "bytes": sum(len(piece.encode()) for piece, _ in pieces),
-        "sha256": pieces_sha256(pieces),
-        "position": position if pieces[-1][1] else None,  # in the middle of a document there is none
-    }
-    with atomic_write(path.with_suffix(".json")) as file:
-        file.write(json.dumps(found).encode())
-    return found
-
-
 def start_worker(state: dict, parent: int) -> None:
     """What a worker process does first: it makes its tokenizer, leaves Ctrl-C to the main process, and ends when that is gone."""
     global WORKER_TOKENIZER
@@ -120,16 +102,28 @@ def start_worker(state: dict, parent: int) -> None:
     WORKER_TOKENIZER = tokenizer_from_dict(state)
 
 
-def work(path: Path, text: bytes, lengths: list[int], ends: list[bool], begins: bool, position: dict | None) -> dict[str, Any]:
-    """The shard whose pieces came as one text, which crosses to another process ten times as fast as many do."""
+def task(pieces: list[Piece]) -> tuple[bytes, list[int], list[bool]]:
+    """Pieces as `encode_shard` takes them: one text crosses to another process ten times as fast as many."""
+    return "".join(piece for piece, _ in pieces).encode(), [len(piece) for piece, _ in pieces], [ends for _, ends in pieces]
+
+
+def encode_shard(path: Path, text: bytes, lengths: list[int], ends: list[bool], begins: bool, position: dict | None) -> dict[str, Any]:
+    """In a worker: write path.npy, and then path.json, which says that it is there. Returns what path.json holds."""
     whole, cuts = text.decode(), accumulate(lengths, initial=0)
     pieces = [(whole[a:b], is_end) for (a, b), is_end in zip(pairwise(cuts), ends, strict=True)]
-    return encode_shard(path, pieces, begins, position, WORKER_TOKENIZER)
-
-
-def task(pieces: list[Piece]) -> tuple[bytes, list[int], list[bool]]:
-    """Pieces as `work` takes them."""
-    return "".join(piece for piece, _ in pieces).encode(), [len(piece) for piece, _ in pieces], [is_end for _, is_end in pieces]
+    ids = encode_pieces(pieces, WORKER_TOKENIZER, begins)
+    with atomic_write(path.with_suffix(".npy")) as file:
+        np.save(file, ids)
+    found = {
+        "tokens": len(ids),
+        "documents": sum(ends),
+        "bytes": len(text),
+        "sha256": pieces_sha256(pieces),
+        "position": position if ends[-1] else None,  # in the middle of a document there is none
+    }
+    with atomic_write(path.with_suffix(".json")) as file:
+        file.write(json.dumps(found).encode())
+    return found
 
 
 @contextlib.contextmanager
@@ -150,22 +144,27 @@ def workers(n: int, tokenizer: Tokenizer) -> Iterator[Executor]:
             raise
 
 
-def go_on_from(folder: Path, name: str, source: Source) -> tuple[int, dict | None]:
-    """(number of the first shard to look at, position of the source before it): of a stream, what is done is not read again."""
-    number, last = 0, (0, None)
-    while source.dataset and (path := folder / f"{name}-{number:06}.json").exists():
-        number += 1
-        if position := json.loads(path.read_text())["position"]:
-            last = number, position
-    return last
+def read_infos(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What path.json says of each shard that is there, by number; they may have come in another order."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
+
+
+def read_already(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The same of the first shards, up to the last behind which a stream can go on: those are not read again. Of files, none."""
+    infos = []
+    while (path := folder / f"{name}-{len(infos):06}.json").exists():
+        infos.append(json.loads(path.read_text()))
+    while infos and infos[-1]["position"] is None:
+        infos.pop()
+    return infos
 
 
 def write_shards(
     folder: Path, name: str, source: Source, tokenizer: Tokenizer, shard_chars: int, pool: Executor, n_workers: int, advance: Callable
 ) -> None:
     """Encode what is not there yet, a few shards ahead of the slowest worker. Raises UserError where the text has changed."""
-    first, position = go_on_from(folder, name, source)
-    advance(sum(json.loads(path.read_text())["bytes"] for path in sorted(folder.glob(f"{name}-*.json"))[:first]))
+    already = read_already(folder, name)
+    advance(sum(info["bytes"] for info in already))
     waiting: set[Future] = set()
 
     def collect(room: int) -> None:
@@ -176,21 +175,22 @@ def write_shards(
                 advance(future.result()["bytes"])
 
     try:
-        number = first - 1
-        for number, (pieces, begins) in enumerate(cut_shards(source.parts(position), tokenizer, shard_chars), first):
+        position, number = already[-1]["position"] if already else None, len(already)
+        for pieces, begins in cut_shards(source.parts(position), tokenizer, shard_chars):
             path = folder / f"{name}-{number:06}"
+            number += 1
             if path.with_suffix(".json").exists():
                 found = json.loads(path.with_suffix(".json").read_text())
                 if found["sha256"] != pieces_sha256(pieces):
                     raise changed(folder.parent)
                 advance(found["bytes"])
             else:
-                waiting.add(pool.submit(work, path, *task(pieces), begins, source.position()))
+                waiting.add(pool.submit(encode_shard, path, *task(pieces), begins, source.position()))
                 collect(n_workers)
         collect(0)
     except BrokenExecutor:
         raise UserError("a worker process has ended, killed for want of memory perhaps; try a lower --num-proc, the same command goes on") from None
-    if (folder / f"{name}-{number + 1:06}.json").exists():
+    if (folder / f"{name}-{number:06}.json").exists():
         raise changed(folder.parent)
 
 
@@ -234,7 +234,7 @@ def threshold(folder: Path, n_tokens: int, fraction: float, seed: int, eos_id: i
 
 def cut_of_one(folder: Path, n_tokens: int, fraction: float, tokenizer: Tokenizer) -> int:
     """Where the only document of a corpus is cut, not within a character: its end is for validation."""
-    cut, first = int(n_tokens * (1 - fraction)), 0
+    cut, first = min(int(n_tokens * (1 - fraction)), n_tokens - 1), 0
     for row in shard_rows(folder, "train"):
         if cut < first + len(row):
             while cut < first + len(row) and tokenizer.decode(row[max(0, cut - first - 8) : cut - first].tolist()).endswith("\ufffd"):
@@ -287,7 +287,7 @@ def write_rows(output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dty
 
 def join_shards(folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool, fraction: float | None, seed: int) -> dict[str, Any]:
     """Write train.npy and val.npy; returns what meta.json says of them. Raises UserError if there is no text."""
-    infos = {name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))] for name in ("train", "val")}
+    infos = {name: read_infos(folder, name) for name in ("train", "val")}
     for name in ("train", "val") if own_val else ("train",):
         if not sum(info["documents"] for info in infos[name]):
             raise UserError(f"there is no text to {'train' if name == 'train' else 'validate'} on; check the files, and --text-field")
@@ -307,17 +307,21 @@ def join_shards(folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool,
     for name, count in zip(("train", "val"), counts, strict=True):
         meta[name]["documents"] = int(count[tokenizer.eos_id])
     counts = counts.sum(axis=0)
-    texts = {id: tokenizer.decode([id]) for id in np.flatnonzero(counts).tolist() if id != tokenizer.eos_id}
-    longest = sorted(texts, key=lambda id: (-len(texts[id].encode()), id))[:10]
     return meta | {
         "dtype": np.dtype(dtype).name,
         "bytes": n_bytes,
         "bytes_per_token": round(n_bytes / n_tokens, 4),
         "tokens_in_use": int((counts > 0).sum()),
         "unknown": 0 if tokenizer.unknown_id is None else int(counts[tokenizer.unknown_id]),
-        "longest_tokens": [[id, texts[id], int(counts[id])] for id in longest],
+        "longest_tokens": [[id, text, int(counts[id])] for id, text in longest_tokens(np.flatnonzero(counts).tolist(), tokenizer)],
         "source_sha256": source_sha256(info["sha256"] for info in both),
     }
+
+
+def longest_tokens(ids: Iterable[int], tokenizer: Tokenizer) -> list[tuple[int, str]]:
+    """(id, text) of the ten of these that stand for most bytes: a look at them tells what a text is full of."""
+    texts = [(id, tokenizer.decode([id])) for id in ids if id != tokenizer.eos_id]
+    return sorted(texts, key=lambda pair: (-len(pair[1].encode()), pair[0]))[:10]
 
 
 def source_sha256(shards: Iterable[str]) -> str:

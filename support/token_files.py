@@ -110,11 +110,15 @@ class TokenFile:
             n_documents += len(ended)
             left += rest.tolist()
             if len(left) > DECODE_TOKENS:  # a long document in parts; a character that is cut waits for its end
-                whole = next(
-                    (n for n in range(len(left), len(left) - 4, -1) if not tokenizer.decode(left[max(0, n - 8) : n]).endswith("\ufffd")), len(left)
-                )
+                whole = n_whole(left, tokenizer)
                 n_bytes, left = n_bytes + n_text_bytes(left[:whole], tokenizer), left[whole:]
         return n_documents, n_bytes + n_text_bytes(left, tokenizer) - n_text_bytes(self[:1].tolist(), tokenizer)
+
+
+def n_whole(ids: list[int], tokenizer: Tokenizer) -> int:
+    """How many of the ids end with a whole character: all, or up to three less; all too where the text itself is broken."""
+    ends = (n for n in range(len(ids), len(ids) - 4, -1) if not tokenizer.decode(ids[max(0, n - 8) : n]).endswith("\ufffd"))
+    return next(ends, len(ids))
 
 
 def n_text_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
