@@ -1,10 +1,12 @@
 """Where a run's weights begin: drawn anew, or those of another checkpoint; which of them are trained, and through what.
 
-Fine-tuning takes architecture and tokenizer from its base, since the weights mean nothing without them.
+Fine-tuning takes architecture and tokenizer from its base, since the weights mean nothing without them; training on token
+files takes their tokenizer.
 """
 
 import difflib
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import nn
 from lora import add_adapters
 from model import GPTConfig, GPTMini
 from support.checkpoint import load_weights, model_weights, read_checkpoint, read_metadata
-from support.cli import UserError
+from support.cli import UserError, warn
 from support.config import Config
+from support.token_files import described, read_meta
+from tokenizer import tokenizer_from_dict
 
 FREE = ("dropout", "gradient_checkpointing")  # keys of the model that change how it is trained, and not what it is
 
@@ -57,8 +61,29 @@ def tokenizer_section(metadata: dict[str, Any], path: str) -> dict[str, Any]:
     """What a config would say of the tokenizer in a checkpoint; one that was imported has no config to ask."""
     if isinstance(config := metadata.get("config"), dict):
         return config.get("tokenizer", {})
-    kind = metadata["tokenizer"].get("kind")
-    return {"kind": kind, "path": path} if kind == "file" else {"kind": kind}
+    return section_of(metadata["tokenizer"], path)
+
+
+def section_of(state: dict[str, Any], path: str) -> dict[str, Any]:
+    """What a config would say of a tokenizer that a file at `path` holds."""
+    return {"kind": "file", "path": path} if state.get("kind") == "file" else {"kind": state.get("kind")}
+
+
+def with_own_tokenizer(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config tree as read, with the tokenizer of the token files it names: their ids mean nothing under another. Raises UserError."""
+    data = tree.get("data")
+    if not isinstance(data, dict) or data.get("source") != "tokens" or not isinstance(data.get("path"), str):
+        return tree
+    meta = read_meta(Path(data["path"]))
+    if meta is None:
+        return tree
+    own, asked = tokenizer_from_dict(meta["tokenizer"]), tree.get("tokenizer") or {}
+    section = section_of(meta["tokenizer"], str(Path(data["path"]) / "meta.json"))
+    if own.kind == "bpe":
+        section["vocab_size"] = own.vocab_size
+    if isinstance(asked, dict) and asked.get("kind", own.kind) != own.kind:
+        warn(f"tokenizer.kind={asked['kind']}, and {data['path']} was made by {described(own)}, which is used")
+    return {**tree, "tokenizer": section}
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

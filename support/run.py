@@ -20,14 +20,14 @@ import torch
 from data import PackedData, load_corpus, pack_corpus, pack_token_files, step_shape, tokenizer_documents
 from instruct import load_instructions
 from model import GPTConfig
-from support.base import net_on_meta, with_base
+from support.base import net_on_meta, with_base, with_own_tokenizer
 from support.checkpoint import find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process
 from support.config import Config, config_tree, flag_overrides, validate_config
 from support.disk import atomic_write
 from support.hardware import resolve_device, resolve_precision
 from support.safe_yaml import dump_yaml
-from support.token_files import open_token_files, with_own_tokenizer
+from support.token_files import open_token_files
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
 
 RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "loss.svg", "loss.png", "tensorboard", "run_config.yaml", "final.ckpt")

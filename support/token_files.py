@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from support.cli import UserError, warn
+from support.cli import UserError
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
@@ -212,22 +212,3 @@ def open_token_files(path: str, val_path: str | None = None, dtype: str | None =
         if len(file) != n and file.path.parent == where:
             raise UserError(f"{file.path} has {len(file):,} tokens, and {where / 'meta.json'} says {n:,}; make the folder again by prepare.py")
     return files
-
-
-def with_own_tokenizer(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree as read, whose `tokenizer` is that of the token files it names: their ids mean nothing under another."""
-    data = tree.get("data")
-    if not isinstance(data, dict) or data.get("source") != "tokens" or not isinstance(data.get("path"), str):
-        return tree
-    meta = read_meta(Path(data["path"]))
-    if meta is None:
-        return tree
-    own, asked = tokenizer_from_dict(meta["tokenizer"]), tree.get("tokenizer") or {}
-    section = {"kind": own.kind}
-    if own.kind == "bpe":
-        section["vocab_size"] = own.vocab_size
-    if own.kind == "file":
-        section["path"] = str(Path(data["path"]) / "meta.json")
-    if isinstance(asked, dict) and asked.get("kind", own.kind) != own.kind:
-        warn(f"tokenizer.kind={asked['kind']}, and {data['path']} was made by {described(own)}, which is used")
-    return {**tree, "tokenizer": section}

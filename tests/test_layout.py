@@ -38,7 +38,7 @@ ARROWS = {
     "optim": "from_scratch support.config",
     "tokenizer": "support.cli",
     "support.archive": "support.cli",
-    "support.base": "lora model support.checkpoint support.cli support.config",
+    "support.base": "lora model support.checkpoint support.cli support.config support.token_files tokenizer",
     "support.callbacks": "model support.checkpoint support.cli support.disk support.hardware",
     "support.checkpoint": "lora model support.archive support.cli support.disk support.template tokenizer",
     "support.cli": "",
