@@ -65,7 +65,7 @@ def find_files(path: str, key: str = "data.path", suffixes: tuple[str, ...] = ("
         raise UserError(f"{key}={path}: no {', '.join(some)} or {last} file there; give a file, a folder or a quoted glob")
     for file in files:
         if file.suffix in {".parquet", ".json"} - {*suffixes}:
-            raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}")
+            raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}; prepare.py reads .jsonl")
     return sorted(files)
 
 
@@ -78,7 +78,7 @@ def read_blocks(file: Path, errors: str) -> Iterator[str]:
             if b"\0" in raw and errors == "strict":
                 raise UserError(
                     f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
-                    "convert it, or read it as it is with --override data.errors=replace"
+                    "convert it, or read it as it is with --override data.errors=replace (prepare.py: --errors replace)"
                 )
             pending = len(decoder.getstate()[0])  # bytes of a character that the block before began
             try:
@@ -86,7 +86,7 @@ def read_blocks(file: Path, errors: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{file}: byte {error.object[error.start]:#04x} at offset {offset - pending + error.start} is not UTF-8; "
-                    "convert the file, or put U+FFFD in its place with --override data.errors=replace"
+                    "convert the file, or put U+FFFD in its place with --override data.errors=replace (prepare.py: --errors replace)"
                 ) from None
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(raw)
@@ -218,7 +218,7 @@ def parse_json_row(line: str, where: str, example: str = '{"text": "..."}') -> d
     return row
 
 
-def row_text(row: dict, text_field: str, where: str, hint: str = "set data.text_field") -> str:
+def row_text(row: dict, text_field: str, where: str, hint: str = "set data.text_field (prepare.py: --text-field)") -> str:
     text = row.get(text_field)
     if not isinstance(text, str):
         raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); {hint}")
