@@ -38,7 +38,7 @@ from support.checkpoint import load_model, saved_config, saved_template, warn_of
 from support.config import Config, flag_overrides, load_config
 from support.documents import text_documents
 from support.hardware import resolve_device, resolve_precision
-from support.token_files import TokenFiles, open_token_files
+from support.token_files import TokenFiles, n_first_bytes, open_token_files
 from tokenizer import Tokenizer
 
 
@@ -90,8 +90,8 @@ def text_blocks(documents: list[str] | TokenFiles, tokenizer: Tokenizer, config:
         n_documents, n_bytes = tokens.count(tokenizer)
     else:
         tokens = tokenize(documents, tokenizer)
-        first = tokenizer.decode([int(i) for i in tokens[:1]])
-        n_documents, n_bytes = len(documents), sum(len(document.encode()) for document in documents) - len(first.encode())
+        n_bytes = sum(len(document.encode()) for document in documents) - n_first_bytes(tokens[:4].tolist(), tokenizer)
+        n_documents = len(documents)
     blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=tokenizer.eos_id if config.data.document_mask else None)
     if len(blocks) == 0:
         raise UserError(f"the text has {len(tokens)} tokens with its end, and two are needed to score one; give more text")

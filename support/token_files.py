@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from support.cli import UserError
+from support.continuation import text_after
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
@@ -100,19 +101,20 @@ class TokenFile:
 
     def count(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """(documents that end in it, bytes of their text without that of the first token), by decoding all of it."""
-        n_documents, n_bytes, left = 0, 0, []
+        n_documents, n_bytes, left, before = 0, 0, [], []  # before: what a document that is counted in parts has had
         for start in range(0, len(self), DECODE_TOKENS):
             ids = self[start : start + DECODE_TOKENS]
             *ended, rest = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)
             for document in ended:
-                n_bytes += n_text_bytes([*left, *document.tolist()], tokenizer)
-                left = []
+                n_bytes += n_text_bytes([*left, *document.tolist()], tokenizer, before)
+                left, before = [], []
             n_documents += len(ended)
             left += rest.tolist()
             if len(left) > DECODE_TOKENS:  # a long document in parts; a character that is cut waits for its end
                 whole = n_whole(left, tokenizer)
-                n_bytes, left = n_bytes + n_text_bytes(left[:whole], tokenizer), left[whole:]
-        return n_documents, n_bytes + n_text_bytes(left, tokenizer) - n_text_bytes(self[:1].tolist(), tokenizer)
+                n_bytes += n_text_bytes(left[:whole], tokenizer, before)
+                left, before = left[whole:], left[:whole]
+        return n_documents, n_bytes + n_text_bytes(left, tokenizer, before) - n_first_bytes(self[:4].tolist(), tokenizer)
 
 
 def n_whole(ids: list[int], tokenizer: Tokenizer) -> int:
@@ -121,8 +123,27 @@ def n_whole(ids: list[int], tokenizer: Tokenizer) -> int:
     return next(ends, len(ids))
 
 
-def n_text_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
-    return len(tokenizer.decode([i for i in ids if i != tokenizer.eos_id and i not in tokenizer.bos_ids]).encode())
+def text_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids without EOS and BOS, which are no text."""
+    return [i for i in ids if i != tokenizer.eos_id and i not in tokenizer.bos_ids]
+
+
+def n_text_bytes(ids: list[int], tokenizer: Tokenizer, before: list[int] | tuple[()] = ()) -> int:
+    """Bytes of the text of `ids`, where they follow `before`."""
+    return len(text_after(tokenizer, before, text_ids(ids, tokenizer)).encode())
+
+
+def n_first_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
+    """Bytes of the text of the first id, which nothing predicts: none of BOS. Of a token that ends within a character, they are
+    those of the character (four tokens at most) less the bytes in the tokens after, each of which is shown as U+FFFD."""
+    first, whole = text_ids(ids[:1], tokenizer), 1
+    while tokenizer.decode(ids[:whole]).endswith("\ufffd") and whole < len(ids):
+        whole += 1
+    if not first or whole == 1:
+        return n_text_bytes(first, tokenizer)
+    rest = tokenizer.decode(text_ids(ids[1:whole], tokenizer))
+    shown = rest.lstrip("\ufffd")
+    return n_text_bytes(ids[:whole], tokenizer) - (len(rest) - len(shown)) - len(shown.encode())
 
 
 @dataclass
