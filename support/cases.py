@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from support.cli import UserError
+from support.cli import UserError, unix_text
 from support.safe_yaml import read_mapping
 
 
@@ -33,6 +33,13 @@ class Case(BaseModel):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("prompt", "input", "target", "choices", "contains", mode="before")
+    @classmethod
+    def _as_in_training(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [cls._as_in_training(text) for text in value]
+        return unix_text(value) if isinstance(value, str) else value
 
     @field_validator("weight", mode="before")
     @classmethod

@@ -112,6 +112,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 
 
+def unix_text(text: str) -> str:
+    """A text as those for training are read: without a byte order mark at its beginning, line ends as \\n."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
 def printable(text: object) -> str:
     """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`, `\\ud800`."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
