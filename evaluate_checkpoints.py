@@ -64,7 +64,7 @@ from support.hardware import resolve_device, resolve_precision
 from support.harness import find_tasks, run_tasks
 from support.run import run_record
 from support.scoring import continuations, encode, log_likelihoods
-from support.template import DEFAULT, TEMPLATES, Template
+from support.template import DEFAULT, TEMPLATES, Template, first_parts
 from tokenizer import Tokenizer
 
 RESAMPLES = 2000  # of the bootstrap
@@ -78,14 +78,27 @@ def options_of(case: Case) -> list[str]:
     return case.choices or ([case.target] if case.target is not None else [])
 
 
+def case_ids(case: Case, tokenizer: Tokenizer, layout: Template) -> tuple[list[int] | None, list[list[int] | None]]:
+    """(ids of the prompt, ids of each option after it); None for a text that the tokenizer has no characters for."""
+    parts: list[str | int] = [case.prompt]
+    try:
+        if case.instruction:
+            parts = first_parts(layout, tokenizer, case.prompt, case.input)
+            prompt = tokenizer.encode_parts(parts)
+        else:
+            prompt = tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+    except UserError:
+        return None, [encode(tokenizer, option) for option in options_of(case)]
+    return prompt, [encode(tokenizer, option, after=parts) for option in options_of(case)]
+
+
 def score_cases(model: GPTMini, tokenizer: Tokenizer, cases: list[Case], template: Template | None = None) -> list[CaseResult]:
     """Every case's result, all of them in a few batches. A prompt starts where a text starts only if it is empty: behind
     an EOS. An instruction is laid out by `template`; for a model that has none, by the one named chat. A text the tokenizer
     has no characters for has probability zero."""
     layout = template or TEMPLATES[DEFAULT]
-    laid_out = [layout.first(case.prompt, case.input) if case.instruction else case.prompt for case in cases]
-    prompts = [encode(tokenizer, prompt, begins=True) if prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id] for prompt in laid_out]
-    followings = [[encode(tokenizer, option) for option in options_of(case)] for case in cases]
+    encoded = [case_ids(case, tokenizer, layout) for case in cases]
+    prompts, followings = [prompt for prompt, _ in encoded], [options for _, options in encoded]
     readable = [(n, k) for n, ids in enumerate(followings) for k, option in enumerate(ids) if option is not None and prompts[n] is not None]
     found = dict(zip(readable, log_likelihoods(model, [(prompts[n], followings[n][k]) for n, k in readable]), strict=True))
     written = [n for n, case in enumerate(cases) if case.continued and prompts[n] is not None]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from support.cli import UserError, add_model_flags, guarded, make_parser, printable_lines, warn
+from support.cli import UserError, add_model_flags, guarded, make_parser, printable_lines, unix_text, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -44,9 +44,10 @@ from pydantic import ValidationError
 
 from model import GPTMini, SamplingConfig
 from support.checkpoint import load_model, saved_template, warn_of_other_tokenizer
+from support.continuation import TextStream
 from support.hardware import resolve_device
 from support.template import Template, conversation_ids, prompt_ids
-from tokenizer import TextStream, Tokenizer
+from tokenizer import Tokenizer
 
 
 def make_sampling(args: argparse.Namespace) -> SamplingConfig:
@@ -82,7 +83,7 @@ def stream_text(
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    text = TextStream(tokenizer)
+    text = TextStream(tokenizer, ids[0].tolist())
     for token in model.stream(ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
         if token.item() == tokenizer.eos_id:
             break
@@ -119,20 +120,23 @@ def generate_text(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     seed: int = 42,
+    eos_token: str | None = None,
 ) -> str:
-    """The prompt's continuation as one string.
+    """The prompt's continuation as one string. It ends before the tokenizer's EOS, and before the text `eos_token` if given.
 
     >>> model, tokenizer, _ = load_model("checkpoints/final.ckpt")            # doctest: +SKIP
     >>> generate_text(model, tokenizer, "Attention is", max_new_tokens=20)    # doctest: +SKIP
     """
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    return "".join(stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed))
+    if eos_token == "":
+        raise UserError("eos_token is empty, which would end every text at once; give a text, or None for the tokenizer's own EOS")
+    return "".join(until(stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed), [eos_token] if eos_token else []))
 
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt from --prompt, --prompt-file or standard input, in this order."""
     if args.prompt is not None:
-        return args.prompt
+        return unix_text(args.prompt)
     if args.prompt_file is not None:
         if not Path(args.prompt_file).is_file():
             raise UserError(f"--prompt-file {args.prompt_file} does not exist; write the text directly with --prompt")
@@ -142,7 +146,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     else:
         raw = sys.stdin.buffer.read()
     try:
-        return raw.decode().rstrip("\n")
+        return unix_text(raw.decode()).rstrip("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it first") from None
 
@@ -166,7 +170,7 @@ def interact(model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sam
     seed = args.seed
     while True:
         try:
-            prompt = input("prompt> " if sys.stdin.isatty() else "")
+            prompt = unix_text(input("prompt> " if sys.stdin.isatty() else "") + "\n").removesuffix("\n")
         except EOFError:
             print()
             return
@@ -185,7 +189,7 @@ class Chat:
         window = model.config.max_seq_len
         self.max_new_tokens = min(max_new_tokens, window // 2)
         self.room = window - self.max_new_tokens  # for the question and what was said before
-        self.turns: list[tuple[str, list[int]]] = []  # (question, ids of the answer)
+        self.turns: list[tuple[str, str]] = []  # (question, answer)
 
     def answer(self, question: str, seed: int) -> Iterator[str]:
         """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C. Raises UserError."""
@@ -199,7 +203,7 @@ class Chat:
                 said += piece
                 yield piece
         finally:
-            self.turns.append((question, self.tokenizer.encode(said.strip())))
+            self.turns.append((question, said.strip()))
 
 
 def talk(chat: Chat, seed: int) -> None:
@@ -212,7 +216,7 @@ def talk(chat: Chat, seed: int) -> None:
         print(f"This model {memory}, within {chat.model.config.max_seq_len} tokens. /reset forgets, /quit ends, Ctrl-C stops an answer.")
     while True:
         try:
-            question = input("you> " if terminal else "").strip()
+            question = unix_text(input("you> " if terminal else "")).strip()
         except EOFError:
             print()
             return

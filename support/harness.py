@@ -29,30 +29,33 @@ def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
     """The model as the harness calls it.
 
     How a text is cut into context and continuation is left to the harness (`TemplateLM.loglikelihood`): it encodes both
-    together, and an empty context is EOS. So its numbers compare with those it gives for other models.
+    together. Texts begin with BOS where the tokenizer has one, and an empty context is BOS, else EOS. So the numbers are
+    those that the harness gives for the same model by transformers, and compare with those of other models.
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Adapter(TemplateLM):
         eot_token_id = tokenizer.eos_id
+        prefix_token_id = [*tokenizer.bos_ids, tokenizer.eos_id][0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
-            return tokenizer.encode(string)
+            return tokenizer.encode(string) if add_special_tokens is False else tokenizer.begin(string)
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             """Apart where together they end in one token, which would leave no continuation to score."""
             pair = super()._encode_pair(context, continuation)
-            return pair if pair[1] else (tokenizer.encode(context), tokenizer.encode(continuation))
+            return pair if pair[1] else (tokenizer.begin(context), tokenizer.encode_inside(continuation))
 
         def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **options) -> list[tuple[float, bool]]:
             return log_likelihoods(model, [(context, following) for _, context, following in requests])
 
         def loglikelihood_rolling(self, requests: list[Any], **options) -> list[float]:
-            """Of whole texts, each read from an EOS on, in windows in which every token is predicted once."""
+            """Of whole texts, each read from an EOS (or BOS) on, in windows in which every token is predicted once: BOS, too,
+            where the tokenizer has one, as the harness does it for other models."""
             window, totals = model.config.max_seq_len, []
             for request in requests:
-                windows = get_rolling_token_windows(tokenizer.encode(request.args[0]), self.prefix_token_id, window, context_len=1)
+                windows = get_rolling_token_windows(tokenizer.begin(request.args[0]), self.prefix_token_id, window, context_len=1)
                 found = log_likelihoods(model, [make_disjoint_window(pair) for pair in windows])
                 totals.append(sum(value for value, _ in found))
             return totals
@@ -62,7 +65,7 @@ def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
             prompts, wishes = zip(*(request.args for request in requests), strict=True)
             if any(wish.get("do_sample") and wish.get("temperature", 1) > 0 for wish in wishes):
                 raise UserError("a task of --lm-eval wants sampled text (do_sample: true), and ours is greedy; take another task")
-            ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+            ids = [tokenizer.begin(prompt) or [tokenizer.eos_id] for prompt in prompts]
             texts = continuations(model, tokenizer, ids, [wish.get("max_gen_toks", MAX_GEN_TOKS) for wish in wishes])
             return [until_first(text, wish.get("until") or []) for text, wish in zip(texts, wishes, strict=True)]
 

@@ -17,6 +17,7 @@ from optim import build_optimizer, lr_factor, parameter_groups
 from support.base import net_on_meta
 from support.cli import UserError, end_with_parent, printable_lines
 from support.config import Config
+from support.continuation import text_after
 from support.hardware import device_label, memory_total
 from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB, IGNORE
 from support.run import Plan, plan_run, refuse_unfinished, refuse_unwritable
@@ -203,9 +204,10 @@ def show_mask(plan: Plan, n: int) -> None:
     for number, example in enumerate(data.examples[:n], 1):
         trained = [False, *(example.labels(data.mask_prompt) != IGNORE).tolist()]  # of each id; the first is never a label
         console.print(f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold")
-        text = Text()
+        text, before = Text(), []
         for is_trained, group in itertools.groupby(zip(example.ids.tolist(), trained, strict=True), key=lambda pair: pair[1]):
-            part = printable_lines(plan.tokenizer.decode([id for id, _ in group]))
+            ids = [id for id, _ in group]
+            part, before = printable_lines(text_after(plan.tokenizer, before, ids)), ids
             marked = f">>>{part}<<<" if is_trained and not console.is_terminal else part
             text.append(marked, style="bold green" if is_trained else "dim")
         console.print(text)

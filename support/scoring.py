@@ -3,21 +3,25 @@
 B rows of a batch, T positions, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from model import GPTMini, KVCache, SamplingConfig
 from support.cli import UserError
+from support.continuation import ids_after, text_after
 from tokenizer import Tokenizer
 
 LOGITS = 2**25  # how many are held at once
 ROWS = 128  # continuations made at once
 
 
-def encode(tokenizer: Tokenizer, text: str, begins: bool = False) -> list[int] | None:
-    """Ids of `text`, which begins a document or not; None if it has characters that this tokenizer (kind `char`) does not know."""
+def encode(tokenizer: Tokenizer, text: str, begins: bool = False, after: Sequence[str | int] = ()) -> list[int] | None:
+    """Ids of `text`, which begins a document, or stands after other text; None if it has characters that this tokenizer (kind
+    `char`) does not know."""
     try:
-        return tokenizer.begin(text) if begins else tokenizer.encode(text)
+        return tokenizer.begin(text) if begins else ids_after(tokenizer, after, text)
     except UserError:
         return None
 
@@ -69,7 +73,7 @@ def continuations(model: GPTMini, tokenizer: Tokenizer, prompts: list[list[int]]
         ids = torch.tensor([prompts[i]], device=model.embed_tokens.weight.device)
         rows[i] = [token.item() for token in model.stream(ids, lengths[i], SamplingConfig(temperature=0), tokenizer.eos_id)]
     for i, row in rows.items():
-        texts[i] = tokenizer.decode(row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row)
+        texts[i] = text_after(tokenizer, prompts[i], row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row)
     return texts
 
 

@@ -27,6 +27,7 @@ class Template(BaseModel):
     prompt: str = Field(description="A prompt; `{instruction}` is where the instruction goes.")
     prompt_with_input: str = Field(description="The prompt of a row that has an input, which goes to `{input}`.")
     multi_turn: bool = Field(False, description="Whether the next prompt may follow an answer, so that chat remembers what was said.")
+    special_tokens: bool = Field(True, description="Whether names of special tokens in these texts (`<|im_start|>`) are the tokens, not letters.")
     stop: list[str] = Field([], description="Texts that end an answer in chat, besides EOS: what a model writes when it goes on for the user.")
 
     @model_validator(mode="after")
@@ -71,21 +72,48 @@ TEMPLATES = {
 DEFAULT = "chat"
 
 
+def own_parts(template: Template, text: str, tokenizer: Tokenizer) -> list[str | int]:
+    """A text of the template itself, in which the names of special tokens are the tokens: `"<|im_start|>user"` becomes
+    `[50257, "user"]`. In what people and models write they stay letters."""
+    if not template.special_tokens:
+        return [text]
+    names = sorted(tokenizer.special_ids, key=len, reverse=True)  # of two that begin at one place, the longer
+    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    return [tokenizer.special_ids.get(piece, piece) for piece in pieces if piece]
+
+
+def prompt_parts(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "", system: str = "") -> list[str | int]:
+    """One prompt behind `system`, as `Tokenizer.encode_parts` takes it."""
+    values = {"instruction": instruction, "input": input}
+    first, *rest = SLOT.split(template.prompt_with_input if input else template.prompt)
+    parts = own_parts(template, system + first, tokenizer)
+    for slot, text in zip(rest[::2], rest[1::2], strict=True):
+        parts += [values[slot], *own_parts(template, text, tokenizer)]
+    return parts
+
+
+def first_parts(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[str | int]:
+    """The prompt that begins a conversation, with BOS before it where the tokenizer has one and the template does not write it."""
+    parts, bos = prompt_parts(template, tokenizer, instruction, input, template.system), list(tokenizer.bos_ids)
+    return parts if parts[: len(bos)] == bos else [*bos, *parts]
+
+
 def prompt_ids(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
-    """The ids of a first prompt. It is encoded apart from the response, here and everywhere, so that the border is the same
-    whether the response is known or still to be written. Raises UserError for characters that the tokenizer lacks."""
-    return tokenizer.begin(template.first(instruction, input))
+    """The ids of a first prompt, the same whether the response is known or still to be written. Raises UserError for characters
+    that the tokenizer lacks."""
+    return tokenizer.encode_parts(first_parts(template, tokenizer, instruction, input))
 
 
-def conversation_ids(template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, list[int]]], question: str, room: int) -> list[int]:
-    """The ids of a conversation up to where the next answer begins: `turns` are (question, ids of its answer). The oldest
-    are forgotten where all together have more than `room` ids; of a single question that has, the end is kept."""
+def conversation_ids(template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, room: int) -> list[int]:
+    """The ids of a conversation up to where the next answer begins: `turns` are (question, its answer). The oldest are
+    forgotten where all together have more than `room` ids; of a single question that has, the end is kept."""
     turns = list(turns) if template.multi_turn else []
     while True:
-        ids: list[int] = []
+        parts: list[str | int] = []
         for n, said in enumerate([*(said for said, _ in turns), question]):
-            ids += prompt_ids(template, tokenizer, said) if n == 0 else tokenizer.encode(template.fill(said))
-            ids += [*turns[n][1], tokenizer.eos_id] if n < len(turns) else []
+            parts += prompt_parts(template, tokenizer, said) if n else first_parts(template, tokenizer, said)
+            parts += [turns[n][1], tokenizer.eos_id] if n < len(turns) else []
+        ids = tokenizer.encode_parts(parts)
         if len(ids) <= room or not turns:
             return ids[-room:]
         turns.pop(0)

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from support.cli import UserError
-from support.template import SLOT, Template
-from tokenizer import EOS_TEXT, CharTokenizer, Tokenizer, gpt2_files
+from support.cli import UserError, warn
+from support.template import SLOT, Template, own_parts
+from support.tokenizer_reading import gpt2_files
+from tokenizer import EOS_TEXT, CharTokenizer, Tokenizer
 
 
 def byte_characters() -> list[str]:
@@ -58,27 +59,52 @@ def char_json(tokenizer: CharTokenizer) -> str:
     return backend.to_str()
 
 
-def chat_template(template: Template) -> str:
-    """The template in Jinja, as `apply_chat_template` of transformers reads it. One without `multi_turn` sees the last question only."""
+def literal(text: str) -> str:
+    """The text as Jinja reads it: JSON's escapes, but for characters beyond U+FFFF, which JSON would cut in two."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def refusal(condition: str, message: str) -> str:
+    return f"{{% if {condition} %}}{{{{ raise_exception({literal(message)}) }}}}{{% endif %}}"
+
+
+def chat_template(template: Template, tokenizer: Tokenizer) -> str:
+    """The template in Jinja, as `apply_chat_template` of transformers and llama.cpp read it: the ids of its text are those of
+    `conversation_ids`. One without `multi_turn` lays out the last question only. A system message has no place in what the
+    model was trained on, so it is refused."""
     before, _, behind = SLOT.split(template.prompt, maxsplit=1)
-    messages = "messages" if template.multi_turn else "messages[-1:]"
+    begins = own_parts(template, template.system + before, tokenizer)[: len(tokenizer.bos_ids)] == [*tokenizer.bos_ids]
+    if not template.special_tokens and (spelled := [name for name in tokenizer.special_ids if name in template.system + template.prompt]):
+        warn(f"the model was fine-tuned with {spelled[0]} in its template as letters, and other programs read the token; fine-tune it again")
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    bos = [] if begins else ["bos_token"] if len(tokenizer.bos_ids) == 1 else [literal(names[id]) for id in tokenizer.bos_ids]
+    first = " + ".join([*bos, literal(template.system)])
+    asked = f"{literal(before)} + message['content'] + {literal(behind)}"
+    from_last = "{% set said = messages[-2:] if messages[-1]['role'] == 'assistant' else messages[-1:] %}"
+    roles = [
+        refusal("message['role'] == 'system'", "this model takes no system message; put it into the first question"),
+        refusal("message['role'] not in ['user', 'assistant']", "a message's role must be user or assistant"),
+        refusal("(message['role'] == 'user') != (loop.index0 % 2 == 0)", "messages must alternate between user and assistant, user first"),
+    ]
     return (
-        f"{{{{ {json.dumps(template.system)} }}}}{{% for message in {messages} %}}{{% if message['role'] == 'assistant' %}}"
-        "{{ message['content'] + eos_token }}{% else %}"
-        f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(behind)} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% for message in messages %}}{''.join(roles)}{{% endfor %}}"
+        + ("{% set said = messages %}" if template.multi_turn else from_last)
+        + f"{{{{ {first} }}}}{{% for message in said %}}{{% if message['role'] == 'assistant' %}}{{{{ message['content'] + eos_token }}}}"
+        + f"{{% else %}}{{{{ {asked} }}}}{{% endif %}}{{% endfor %}}"
     )
 
 
 def tokenizer_config(tokenizer: Tokenizer, template: Template | None, max_seq_len: int) -> dict[str, Any]:
-    eos = getattr(tokenizer, "eos_text", EOS_TEXT)
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    eos = names[tokenizer.eos_id]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
-        "bos_token": tokenizer.decode(tokenizer.bos_ids[:1]) or eos,
+        "bos_token": names[tokenizer.bos_ids[0]] if tokenizer.bos_ids else eos,
         "pad_token": eos,
         "model_max_length": max_seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "add_bos_token": bool(tokenizer.bos_ids),
     }
-    return config | ({"chat_template": chat_template(template)} if template else {})
+    return config | ({"chat_template": chat_template(template, tokenizer)} if template else {})

@@ -146,7 +146,7 @@ def test_the_ids_of_a_prompt_are_those_of_its_text_behind_the_system_text():
 
 
 TALK = Template(system="S", prompt="<{instruction}>", prompt_with_input="<{instruction},{input}>", multi_turn=True)
-TURNS = [("one", list(b"1")), ("three", list(b"333")), ("two", list(b"22"))]
+TURNS = [("one", "1"), ("three", "333"), ("two", "22")]
 
 
 def test_turns_stand_in_order_each_closed_by_eos_and_the_system_text_once():
@@ -180,11 +180,11 @@ def test_the_oldest_turns_are_forgotten_where_all_do_not_fit():
 def test_a_conversation_is_the_longest_that_fits_whatever_the_room():
     rng = np.random.default_rng(11)
     for _ in range(60):
-        turns = [("q" * rng.integers(1, 9), [int(i) for i in rng.integers(0, 256, rng.integers(0, 9))]) for _ in range(rng.integers(0, 5))]
+        turns = [("q" * rng.integers(1, 9), "a" * rng.integers(0, 9)) for _ in range(rng.integers(0, 5))]
         question, room = "n" * int(rng.integers(1, 12)), int(rng.integers(1, 70))
         fitting = []
         for n in range(len(turns) + 1):
-            kept = [i for said, answer in turns[len(turns) - n :] for i in [*f"<{said}>".encode(), *answer, 256]]
+            kept = [i for said, answer in turns[len(turns) - n :] for i in [*f"<{said}>{answer}".encode(), 256]]
             ids = [*b"S", *kept, *f"<{question}>".encode()]
             fitting += [ids] * (len(ids) <= room)
         expected = fitting[-1] if fitting else f"S<{question}>".encode()[-room:]
@@ -206,8 +206,8 @@ def test_a_first_question_has_the_ids_it_has_in_training(multi_turn):
     template = Template(system="You help.\n\n", prompt="# {instruction}? ", prompt_with_input="{instruction} {input}", multi_turn=multi_turn)
     assert tokenizer.encode(template.system) + tokenizer.encode(template.fill("Why")) != prompt_ids(template, tokenizer, "Why")
     assert conversation_ids(template, tokenizer, [], "Why", 99) == prompt_ids(template, tokenizer, "Why")
-    kept = conversation_ids(template, tokenizer, [("Why", [5])], "How", 99)
-    first = [*prompt_ids(template, tokenizer, "Why"), 5, tokenizer.eos_id, *tokenizer.encode(template.fill("How"))]
+    kept = conversation_ids(template, tokenizer, [("Why", "So")], "How", 99)
+    first = [*tokenizer.encode(template.first("Why") + "So"), tokenizer.eos_id, *tokenizer.encode(template.fill("How"))]
     assert kept == (first if multi_turn else prompt_ids(template, tokenizer, "How"))
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from support.cli import UserError
+from support.continuation import TextStream
 from tokenizer import (
     EOS_TEXT,
     KINDS,
@@ -23,7 +24,6 @@ from tokenizer import (
     CharTokenizer,
     FileTokenizer,
     GPT2Tokenizer,
-    TextStream,
     Tokenizer,
     build_tokenizer,
     tokenizer_from_dict,
