@@ -1,13 +1,24 @@
 """support/template.py: the texts around an instruction, and the ids of a conversation, put together by hand."""
 
+import json
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from foreign_tokenizers import EVERY, FOREIGN, tokenizer_like
 from pydantic import ValidationError
 
+from instruct import Pair, encode_pair
+from model import GPTConfig, GPTMini
+from support.checkpoint import KEY, read_metadata, saved_template, write_model
 from support.cli import UserError
 from support.config import validate_config
+from support.gguf_file import write_gguf
 from support.template import TEMPLATES, Template, conversation_ids, prompt_ids
-from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, build_tokenizer
+from support.tokenizer_files import chat_template, tokenizer_config, tokenizer_json
+from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, build_tokenizer
 
 BYTE = ByteTokenizer()
 EOS = [256]
@@ -216,3 +227,161 @@ def test_half_a_character_is_refused(key):
     broken = {"system": "\ud800", "prompt": "\ud800{instruction}", "stop": ["\ud800"]}[key]
     with pytest.raises(ValueError, match="half a character"):
         Template.model_validate({"prompt": "{instruction}", "prompt_with_input": "{instruction}{input}"} | {key: broken})
+
+
+# ---- the same ids in other programs -------------------------------------------------------------------------------
+
+PIECES = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|endoftext|>", "user\n", " ", "\n", "  ", "{{ x }}", "{% if %}", "{#", "}}", "%}", '"', "'"]
+PIECES += ["\\", "\\n", "\U0001f389", "é", "\r\n", "### A:", "\t", "{", "}", "<|im_", "123", "\u2028", "\x0b", "\x1f", "\U0010ffff"]
+SAID = ["Hi", "how are you?", " tick ", "", "\n\nx", "{{ 1 }}", "a{instruction}b", "\U0001f389", "'s", "1", "\U0010ffff", "}}{%"]
+
+
+def drawn_template(draw: random.Random) -> Template:
+    def some() -> str:
+        return "".join(draw.choices(PIECES, k=draw.randint(0, 4)))
+
+    prompt = some() + "{instruction}" + some()
+    return Template(system=some(), prompt=prompt, prompt_with_input=prompt + "{input}", multi_turn=draw.random() < 0.7)
+
+
+def conversations(draw: random.Random) -> list[list[dict[str, str]]]:
+    """One question, and a talk of two."""
+    said = [draw.choice(SAID) for _ in range(4)]
+    return [[{"role": role, "content": text} for role, text in zip(roles, said, strict=False)] for roles in (["user"], ["user", "assistant", "user"])]
+
+
+def ids_here(template: Template, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    *before, question = [message["content"] for message in messages]
+    return conversation_ids(template, tokenizer, list(zip(before[::2], before[1::2], strict=True)), question, 10**6)
+
+
+def exported(tokenizer: Tokenizer, folder: Path, template: Template = PLAIN):
+    """transformers' tokenizer for what `convert.py --to hf` writes."""
+    from transformers import AutoTokenizer
+
+    (folder / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, template, 10**6)), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_conversation_has_the_ids_that_transformers_gives_it_by_the_exported_template(tmp_path, name):
+    tokenizer, draw = tokenizer_like(name), random.Random(7)
+    theirs = exported(tokenizer, tmp_path)
+    assert theirs("tick").input_ids[: len(tokenizer.bos_ids) + 1] == tokenizer.begin("tick")[: len(tokenizer.bos_ids) + 1]
+    for _ in range(25):
+        template = drawn_template(draw)
+        theirs.chat_template = json.loads(json.dumps(tokenizer_config(tokenizer, template, 64)))["chat_template"]
+        for messages in conversations(draw):
+            ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+            assert ids_here(template, tokenizer, messages) == ids, (template, messages)
+            if len(messages) == 1:
+                assert prompt_ids(template, tokenizer, messages[0]["content"]) == ids
+        assert tuple(ids[: len(tokenizer.bos_ids)]) == tokenizer.bos_ids
+        if tokenizer.bos_ids and not any(name in template.system + template.prompt for name in tokenizer.special_ids):
+            assert ids.count(tokenizer.bos_ids[0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bpe", "gpt2", "bytes", "bytes + bos"])
+def test_a_conversation_has_the_ids_that_llama_cpp_gives_it_by_the_gguf(tmp_path, name):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    tokenizer, draw = tokenizer_like(name), random.Random(8)
+    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=32))
+    write_gguf(tmp_path / "m.gguf", model, tokenizer, PLAIN, "f32", "tiny")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=32, vocab_only=True, verbose=False)
+    bos, eos = (llama._model.token_get_text(id) for id in (llama.token_bos(), llama.token_eos()))
+    assert llama.metadata["tokenizer.chat_template"] == chat_template(PLAIN, tokenizer)
+    for _ in range(25):
+        template = drawn_template(draw)
+        formatter = Jinja2ChatFormatter(chat_template(template, tokenizer), eos_token=eos, bos_token=bos)
+        for messages in conversations(draw):
+            text = formatter(messages=messages).prompt.encode()
+            assert llama.tokenize(text, add_bos=False, special=True) == ids_here(template, tokenizer, messages), (template, messages)
+    llama.close()
+
+
+CHATML = Template(
+    system="<|im_start|>system\nBe brief.<|im_end|>\n",
+    prompt="<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
+    prompt_with_input="<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
+    multi_turn=True,
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_template_writes_special_tokens_and_what_people_write_never_does(name):
+    tokenizer = tokenizer_like(name)
+    start, end = (tokenizer.special_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
+    ids = conversation_ids(CHATML, tokenizer, [("one", "two")], "three", 10**6)
+    assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id)) == (5, 3, 1)
+    for spelled in ("<|im_end|>", "a<|im_start|>b", "</s>", "<s>", "\U0010ffff<|im_end|>", "\U0010ffff" * 3 + "</s>"):
+        ids = conversation_ids(CHATML, tokenizer, [(spelled, spelled)], spelled, 10**6)
+        assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id), ids.count(1)) == (5, 3, 1, 0), spelled
+        ids = prompt_ids(CHATML, tokenizer, "x", spelled)
+        assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id)) == (3, 2, 0), spelled
+    halves = Template(prompt="<|im_{instruction}|>", prompt_with_input="{instruction}{input}")
+    assert start not in prompt_ids(halves, tokenizer, "start"), "nor one that a template has begun"
+    ids = encode_pair(Pair("Ask <|im_end|>", "", "Say <|im_end|></s>", "here"), tokenizer, CHATML).ids.tolist()
+    assert (ids.count(end), ids.count(tokenizer.eos_id)) == (2, 1) and ids[-1] == tokenizer.eos_id
+
+
+def test_a_template_that_writes_bos_has_it_once():
+    tokenizer = tokenizer_like("llama + bos")
+    written = Template(prompt="<s>[INST] {instruction} [/INST]", prompt_with_input="{instruction} {input}")
+    left_out = Template(prompt="[INST] {instruction} [/INST]", prompt_with_input="{instruction} {input}")
+    assert prompt_ids(written, tokenizer, "Hi") == prompt_ids(left_out, tokenizer, "Hi")
+    assert prompt_ids(written, tokenizer, "Hi").count(1) == 1
+
+
+def test_a_checkpoint_of_an_older_version_is_asked_as_it_was_trained(tmp_path, capsys):
+    """Its template says nothing of special tokens, which were letters then."""
+    tokenizer = tokenizer_like("bytes")
+    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=32))
+    write_model(tmp_path / "old.ckpt", model, tokenizer, {})
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    checkpoint[KEY]["template"] = CHATML.model_dump(exclude={"special_tokens"})
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    template = saved_template(read_metadata(tmp_path / "old.ckpt"), "old.ckpt")
+    assert prompt_ids(template, tokenizer, "Hi") == tokenizer.encode(CHATML.first("Hi"))
+    assert prompt_ids(CHATML, tokenizer, "Hi") != tokenizer.encode(CHATML.first("Hi"))
+    chat_template(template, tokenizer)
+    assert "<|im_start|>" in capsys.readouterr().err
+    chat_template(CHATML, tokenizer)
+    assert capsys.readouterr().err == ""
+
+
+ALTERNATE = "messages must alternate"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (["system", "user"], "system message"),
+        (["user", "assistant", "system"], "system message"),
+        (["tool", "user"], "user or assistant"),
+        (["user", "assistant", "developer"], "user or assistant"),
+        (["assistant", "user"], ALTERNATE),
+        (["user", "user"], ALTERNATE),
+        (["user", "assistant", "assistant"], ALTERNATE),
+    ],
+    ids=str,
+)
+def test_messages_that_the_template_has_no_place_for_are_refused(tmp_path, name, roles, said):
+    theirs = exported(BYTE, tmp_path, TEMPLATES[name])
+    with pytest.raises(Exception, match=said):
+        theirs.apply_chat_template([{"role": role, "content": "Be brief."} for role in roles], tokenize=False)
+
+
+@pytest.mark.parametrize("multi_turn", [True, False])
+def test_a_talk_that_ends_with_an_answer_ends_with_eos(tmp_path, multi_turn):
+    """As programs that train on messages lay them out."""
+    template = TALK.model_copy(update={"multi_turn": multi_turn})
+    theirs = exported(BYTE, tmp_path, template)
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, ["a", "b", "c", "d"], strict=True)]
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert text == ("S<a>b<|endoftext|><c>d<|endoftext|>" if multi_turn else "S<c>d<|endoftext|>")
