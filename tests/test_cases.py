@@ -124,6 +124,17 @@ def test_three_thousand_cases_fit_into_a_file(tmp_path):
 # ---- instructions -------------------------------------------------------------------------------------------------
 
 
+def test_a_file_of_windows_has_the_texts_of_any_other(tmp_path):
+    cases = [{"prompt": "\ufeffone\r\ntwo", "target": "\r\nthree", "choices": ["\r\nthree", " four"], "contains": ["a\r\nb"]}]
+    path = tmp_path / "windows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"cases": cases}, indent=1).replace("\n", "\r\n").encode())
+    [case] = read_case_file(path)
+    assert (case.prompt, case.target, case.choices, case.contains) == ("one\ntwo", "\nthree", ["\nthree", " four"], ["a\nb"])
+    written = tmp_path / "windows.yaml"
+    written.write_bytes("\ufeffcases:\r\n  - prompt: |\r\n      one\r\n      two\r\n    contains: x\r\n".encode())
+    assert read_case_file(written)[0].prompt == "one\ntwo\n"
+
+
 def test_a_file_of_instructions_has_inputs_and_may_hold_plain_prompts_too(tmp_path):
     path = write(
         tmp_path,

@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPO
+from foreign_tokenizers import tokenizer_like
 from test_resume import BYTE
 
 import eval_val
 from data import load_corpus
+from eval_val import text_blocks
 from support.checkpoint import load_model
 from support.cli import UserError
-from support.config import load_config
+from support.config import load_config, validate_config
 
 
 @pytest.fixture
@@ -83,6 +85,28 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, t
     found, vocab_size = score("--ckpt", tmp_path / "zero.ckpt"), checkpoint["tiny_transformer"]["model"]["vocab_size"]
     assert found["loss"] == pytest.approx(math.log(vocab_size), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(found["n_tokens"] * math.log2(vocab_size) / found["n_bytes"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "n_unpredicted"),
+    [
+        ("byte", "tick tock\n", 1),
+        ("byte", "\u00e9tick", 1),  # half of the first character
+        ("byte", "\U0001f389", 1),
+        ("byte", "", 0),  # the first token is the EOS of an empty document
+        ("bytes", "\U0001f389 tick", 1),
+        ("llama", "tick tock", 1),  # the letter of ▁t
+        ("llama + bos", "tick tock", 0),
+        ("llama + bos", "\u00e9", 0),
+        ("space first + bos", "  tick", 0),
+        ("two bos", "tick", 0),
+    ],
+)
+def test_the_bytes_are_those_of_all_text_that_is_predicted(name, text, n_unpredicted):
+    """Of a text as of token files. BOS is no text; the first token of a text is not predicted where there is none."""
+    tokenizer = tokenizer_like(name)
+    _, n_documents, n_bytes = text_blocks([text, "tock"], tokenizer, validate_config({"data": {"path": "x"}, "training": {"max_steps": 1}}), 32)
+    assert (n_documents, n_bytes) == (2, len(text.encode()) + 4 - n_unpredicted)
 
 
 def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_path, capsys):

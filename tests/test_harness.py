@@ -7,14 +7,18 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPO
+from foreign_tokenizers import tokenizer_like
 
+import convert
 import evaluate_checkpoints
 from eval_val import validate
 from evaluate_checkpoints import score_cases
 from infer import generate_text
+from model import GPTConfig, GPTMini
 from support.cases import Case, read_cases
-from support.checkpoint import load_model
+from support.checkpoint import load_model, write_model
 from support.cli import UserError
 from support.config import load_config
 from support.harness import adapter, find_tasks, until_first
@@ -127,6 +131,33 @@ def test_generated_text_is_that_of_infer_up_to_the_first_stop(lm_eval, loaded):
     stopped = lm.generate_until(requests(*[(prompt, {"until": [stop], "max_gen_toks": 12, "temperature": 0.0}) for prompt in prompts]))
     assert stopped == [text.split(stop)[0] for text in plain] and len(stopped[0]) <= 3
     assert len(lm.generate_until(requests(("", {"max_gen_toks": 3})))) == 1
+
+
+@pytest.mark.parametrize("name", ["bpe", "llama + bos", "llama", "space first + bos", "bytes + bos"])
+def test_the_numbers_are_those_of_the_harness_for_the_same_model_by_transformers(lm_eval, tmp_path, name):
+    """Requests with and without a context, whole texts, and generated ones, of a model with large random weights."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = tokenizer_like(name)
+    torch.manual_seed(0)
+    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=64)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4)  # so that what is before matters
+    write_model(tmp_path / "model.ckpt", model, tokenizer, {})
+    convert.main(["--ckpt", str(tmp_path / "model.ckpt"), "--to", "hf", "--output", str(tmp_path / "hf")])
+    theirs, ours = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=1), adapter(model, tokenizer)
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    for text in ("tick tock", " tick"):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+    pairs = requests(("tick", " tock"), ("tick tock.", " Who"), ("", "tick"), ("Who are you? ", "fine"), ("a", "\n12"), ("clock", "s"))
+    found, expected = ours.loglikelihood(pairs, disable_tqdm=True), theirs.loglikelihood(pairs, disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    texts = requests(("tick tock. Who are you?",), ("the clock says 12345 " * 12,))
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts, disable_tqdm=True), rel=1e-4)
+    asked = [("tick tock", {"until": [], "max_gen_toks": 6, "do_sample": False}), ("Who are", {"until": [], "max_gen_toks": 6, "do_sample": False})]
+    for mine, other in zip(ours.generate_until(requests(*asked)), theirs.generate_until(requests(*asked), disable_tqdm=True), strict=True):
+        assert mine.lstrip() == other.lstrip(), "theirs loses a first space where the decoder takes it off"
 
 
 def test_a_task_that_samples_is_refused(lm_eval, loaded):

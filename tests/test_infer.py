@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_tokenizers import tokenizer_like
 
 import infer
 from infer import Chat, until
 from model import GPTConfig, GPTMini, SamplingConfig
 from support.checkpoint import KEY, load_model
 from support.cli import UserError
+from support.continuation import ids_after
 from support.template import Template
-from tokenizer import ByteTokenizer, CharTokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 PROMPT = "Attention is"
 
@@ -56,15 +58,16 @@ def tiny_model(vocab_size: int, **changes) -> GPTMini:
     return GPTMini(GPTConfig(**{"vocab_size": vocab_size, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 16} | changes))
 
 
-def always(path: Path, token: int) -> str:
-    """A byte model that gives `token` whatever it reads: the last norm puts out its bias, the head has one row."""
-    model = tiny_model(257, norm="layernorm", bias=True, tie_embeddings=False)
+def always(path: Path, token: int, tokenizer: Tokenizer | None = None) -> str:
+    """A model (of bytes) that gives `token` whatever it reads: the last norm puts out its bias, the head has one row."""
+    tokenizer = tokenizer or ByteTokenizer()
+    model = tiny_model(tokenizer.vocab_size, norm="layernorm", bias=True, tie_embeddings=False)
     with torch.no_grad():
         model.norm.weight.zero_()
         model.norm.bias.fill_(1.0)
         model.lm_head.weight.zero_()
         model.lm_head.weight[token] = 10.0
-    return craft(path, model, ByteTokenizer())
+    return craft(path, model, tokenizer)
 
 
 # ---- the text -----------------------------------------------------------------------------------------------------
@@ -140,6 +143,26 @@ def test_half_a_character_is_never_shown(say, tmp_path):
     assert list(infer.stream_text(model, tokenizer, "a", 3)) == ["", "", "", "\ufffd" * 3]
 
 
+@pytest.mark.parametrize("name", ["llama", "llama + bos", "space first"])
+def test_the_space_after_the_prompt_is_kept_where_a_decoder_takes_off_that_of_a_text(say, tmp_path, name):
+    tokenizer = tokenizer_like(name)
+    [tock] = ids_after(tokenizer, ["tick"], " tock")
+    out, _ = say("--ckpt", always(tmp_path / "always.ckpt", tock, tokenizer), "--prompt", "tick", "--max-new-tokens", "3", "--temperature", "0")
+    assert out == "tick tock tock tock\n"
+
+
+def test_a_text_may_end_the_generation(ckpt):
+    model, tokenizer, _ = load_model(ckpt)
+    plain = infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0)
+    for stop in (plain[3:5], plain[:2], plain[-1]):
+        ended = infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop)
+        assert ended == plain[: plain.index(stop)]
+    for stop in (None, "not in it"):
+        assert infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop) == plain
+    with pytest.raises(UserError, match="eos_token is empty"):
+        infer.generate_text(model, tokenizer, PROMPT, eos_token="")
+
+
 # ---- prompts ------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +177,22 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(say, ckpt, tmp_path, 
     assert say(*rest, "--prompt-file", str(tmp_path / "prompt.txt")) == direct
     feed(monkeypatch, PROMPT.encode() + b"\n")
     assert say(*rest) == direct
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
+@pytest.mark.parametrize("source", ["file", "pipe", "flag", "interactive", "chat"])
+def test_a_prompt_of_windows_is_that_of_any_other_file(say, monkeypatch, tmp_path, source, mark):
+    """Texts for training have lost a byte order mark and \\r\\n, too; this tokenizer knows neither."""
+    tokenizer = CharTokenizer.train(["abc\n"])
+    path = craft(tmp_path / "char.ckpt", tiny_model(tokenizer.vocab_size, max_seq_len=64), tokenizer)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint[KEY]["template"] = {"prompt": "a{instruction}b", "prompt_with_input": "{instruction}{input}"}
+    torch.save(checkpoint, path)
+    (tmp_path / "prompt.txt").write_bytes(mark + b"a\r\nb\r\n")
+    feed(monkeypatch, mark + (b"a\r\nb\r\n" if source == "pipe" else b"a\r\n"))
+    flags = {"file": ["--prompt-file", str(tmp_path / "prompt.txt")], "pipe": [], "flag": ["--prompt", mark.decode() + "a\r\nb"]}
+    out, err = say("--ckpt", path, "--max-new-tokens", "3", *flags.get(source, [f"--{source}"]))
+    assert err == "" and out.startswith({"interactive": "a", "chat": ""}.get(source, "a\nb"))
 
 
 def test_interactive_answers_prompt_by_prompt_until_the_end_of_input(say, ckpt, monkeypatch):

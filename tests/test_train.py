@@ -7,10 +7,12 @@ import signal
 import sys
 
 import filelock
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from foreign_tokenizers import tokenizer_like
 from torch.utils.data import DataLoader
 
 import train
@@ -386,6 +388,28 @@ def test_text_samples_are_printed_and_do_not_change_the_run(run, tiny_run, tmp_p
     assert made.timeless_rows == tiny_run.timeless_rows
 
 
+def test_each_sample_prompt_has_a_seed_of_its_own_and_the_same_in_each_run(run, tmp_path):
+    """Two models that write the same would else write the same behind each prompt: a model that has learned nothing does."""
+    samples = ("training.sample_every=3", "training.sample_prompts=[a, a, a]", "training.lr=1e-9")
+    texts = []
+    for name in ("one", "two"):
+        made = run(tmp_path / name, *SHORT, *samples)
+        texts.append([line.split("sample: ")[1] for line in made.out.splitlines() if "sample:" in line])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == len(texts[0]) == 3
+
+
+def test_a_sample_shows_the_space_between_a_prompt_and_what_follows(run, tmp_path):
+    """This tokenizer's decoder takes off the first space of a text; and its BOS is no part of a text."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer_like("llama + bos").backend.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "text.txt").write_text("tick tock " * 600)
+    chosen = ("tokenizer.kind=file", f"tokenizer.path={tmp_path / 'tokenizer.json'}", f"data.path={tmp_path / 'text.txt'}")
+    samples = ("training.sample_every=30", "training.sample_prompts=[tick]", "training.sample_temperature=0")
+    made = run(tmp_path / "run", *chosen, *samples, "training.max_steps=30", "training.schedule_steps=30", "training.lr=1e-2")
+    assert re.search(r"sample: 'tick tock tick", made.out)
+
+
 def test_samples_under_dropout_are_the_saved_models_and_do_not_change_the_run(run, tmp_path):
     dropout = (*SHORT, "model.dropout=0.2")
     samples = ("training.sample_every=3", "training.sample_prompts=[Attention is]")
@@ -393,7 +417,8 @@ def test_samples_under_dropout_are_the_saved_models_and_do_not_change_the_run(ru
     assert made.sha256 == run(tmp_path / "without", *dropout).sha256
     model, tokenizer, _ = load_model(made.folder / "final.ckpt")
     ids, sampling = torch.tensor([tokenizer.encode("Attention is")]), SamplingConfig(temperature=0.8)
-    text = tokenizer.decode(model.generate(ids, 64, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(42 + 3))[0].tolist())
+    seed = int(np.random.SeedSequence([42, 3, 0]).generate_state(1)[0])
+    text = tokenizer.decode(model.generate(ids, 64, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))[0].tolist())
     assert f"step      3 sample: {text!r}" in made.out.splitlines()
 
 
