@@ -32,7 +32,7 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(
         1024, ge=257, description="Vocabulary wanted from `bpe`; a small corpus may give fewer. The other kinds have their own size."
     )
-    path: str | None = Field(None, description="The tokenizer.json of kind `file`.")
+    path: str | None = Field(None, description="Of kind `file`: tokenizer.json, vocab.json with merges.txt beside it, or their folder.")
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizerConfig":
