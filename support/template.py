@@ -75,10 +75,9 @@ DEFAULT = "chat"
 def own_parts(template: Template, text: str, tokenizer: Tokenizer) -> list[str | int]:
     """A text of the template itself, in which the names of special tokens are the tokens: `"<|im_start|>user"` becomes
     `[50257, "user"]`. In what people and models write they stay letters."""
-    if not template.special_tokens:
-        return [text]
-    names = sorted(tokenizer.special_ids, key=len, reverse=True)  # of two that begin at one place, the longer
-    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    names = [name for name in tokenizer.special_ids if name in text] if template.special_tokens else []
+    names.sort(key=len, reverse=True)  # of two that begin at one place, the longer
+    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return [tokenizer.special_ids.get(piece, piece) for piece in pieces if piece]
 
 

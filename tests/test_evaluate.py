@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
+from foreign_tokenizers import tokenizer_like
 
 import evaluate_checkpoints
 import support.scoring
@@ -179,6 +180,26 @@ def test_an_empty_prompt_is_the_start_of_a_document(loaded):
 
 
 # ---- instructions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama + bos", "space first + bos", "bytes + bos", "bpe"])
+def test_a_target_is_scored_with_the_ids_that_it_has_after_its_prompt(name):
+    """The witness encodes prompt and target as one text: encoded apart, some of these tokenizers put a space of their own before it."""
+    tokenizer = tokenizer_like(name)
+    torch.manual_seed(0)
+    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=32)).eval()
+    pairs = [("tick", " tock"), ("Who are", " you?"), ("", "tick tock"), ("tick tock.\n", "Who"), ("the clock says ", "12345")]
+    cases = [Case(prompt=prompt, target=target, choices=[target, target + "!"]) for prompt, target in pairs]
+    for case, result in zip(cases, score_cases(model, tokenizer, cases), strict=True):
+        context = tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+        whole = tokenizer.encode(case.prompt + case.target)
+        known = len(tokenizer.encode(case.prompt))
+        if whole[:known] == tokenizer.encode(case.prompt):
+            [(expected, _)] = log_likelihoods(model, [(context, whole[known:])])
+            assert result.logprobs[0] == pytest.approx(expected, abs=1e-5) and result.n_tokens == len(whole) - known
+        else:
+            assert case.prompt.endswith(" "), "only there a token reaches over the border"
+
 
 TEMPLATE = Template(system="Be. ", prompt="Ask {instruction} Say ", prompt_with_input="Ask {instruction} {input} Say ")
 INSTRUCTIONS = [

@@ -266,7 +266,7 @@ def exported(tokenizer: Tokenizer, folder: Path, template: Template = PLAIN):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_conversation_has_the_ids_that_transformers_gives_it_by_the_exported_template(tmp_path, name):
-    tokenizer, draw = tokenizer_like(name), random.Random(7)
+    tokenizer, draw, n_together = tokenizer_like(name), random.Random(7), 0
     theirs = exported(tokenizer, tmp_path)
     assert theirs("tick").input_ids[: len(tokenizer.bos_ids) + 1] == tokenizer.begin("tick")[: len(tokenizer.bos_ids) + 1]
     for _ in range(25):
@@ -277,9 +277,14 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it_by_the_exported_t
             assert ids_here(template, tokenizer, messages) == ids, (template, messages)
             if len(messages) == 1:
                 assert prompt_ids(template, tokenizer, messages[0]["content"]) == ids
+                answered = theirs.apply_chat_template([*messages, {"role": "assistant", "content": "So."}], tokenize=True, return_dict=False)
+                n_together += answered[: len(ids)] == ids
+                if answered[: len(ids)] == ids:  # no token reaches over the border
+                    assert encode_pair(Pair(messages[0]["content"], "", "So.", ""), tokenizer, template).ids.tolist() == answered
         assert tuple(ids[: len(tokenizer.bos_ids)]) == tokenizer.bos_ids
         if tokenizer.bos_ids and not any(name in template.system + template.prompt for name in tokenizer.special_ids):
             assert ids.count(tokenizer.bos_ids[0]) == 1
+    assert n_together >= 10
 
 
 @pytest.mark.slow
