@@ -36,8 +36,9 @@ def read_tokenizer_file(path: str | Path) -> tuple[str, str]:
 def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         raise UserError(
-            f"{path} is a pickle, and pickles are not read, because opening one can run code; let the program that made it write its merges "
-            "as merges.txt, two tokens a line with a space between, beside vocab.json, or train a tokenizer: python3 prepare.py tokenizer"
+            f"{path} is a pickle, and pickles are not read, because opening one can run code\n       let the program that made it write its "
+            "merges as merges.txt, two tokens a line with a space between, beside vocab.json\n       or train a tokenizer: "
+            "python3 prepare.py tokenizer --input my_book.txt --output tokenizer.json"
         )
 
 
