@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.cli import UserError, guarded, make_parser
+from support.cli import UserError, file_path, guarded, make_parser
 from support.hub import find_model
 
 
@@ -26,14 +26,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--from", dest="source", metavar="NAME", help="a model on the Hugging Face hub, or a local folder: GPT-2, Llama, Mistral, Qwen3"
+        "--from",
+        dest="source",
+        type=file_path,
+        metavar="NAME",
+        help="a model on the Hugging Face hub, or a local folder: GPT-2, Llama, Mistral, Qwen3",
     )
-    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint of ours")
+    source.add_argument("--ckpt", type=file_path, metavar="FILE", help="a checkpoint of ours")
     parser.add_argument(
         "--to", choices=("hf", "gguf", "weights"), help="with --ckpt: hf is a folder of safetensors, weights a checkpoint to use, not to resume"
     )
     parser.add_argument("--dtype", choices=("f32", "f16", "q8_0"), help="with --to gguf: f32 (default), half of its size, or a quarter")
-    parser.add_argument("--output", metavar="PATH", required=True, help="the checkpoint, or the folder, to write")
+    parser.add_argument("--output", type=file_path, metavar="PATH", required=True, help="the checkpoint, or the folder, to write")
     parser.add_argument("--revision", metavar="COMMIT", help="with --from: a commit of the hub's repository")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="with --from: the context to keep (default: all, at most 4096)")
     args = parser.parse_args(argv)

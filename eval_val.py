@@ -12,15 +12,17 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 
-from support.cli import UserError, add_config_flags, add_tokenizer_flag, guarded, make_parser, progress, warn
+from support.cli import UserError, add_config_flags, add_tokenizer_flag, file_path, guarded, make_parser, progress, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to score; it holds model, tokenizer and config")
+    parser.add_argument("--ckpt", type=file_path, metavar="FILE", required=True, help="checkpoint to score; it holds model, tokenizer and config")
     add_tokenizer_flag(parser)
     add_config_flags(parser)
-    parser.add_argument("--data", metavar="PATH", help="score this text (.txt, .jsonl, a folder, a quoted glob) instead of a validation set")
+    parser.add_argument(
+        "--data", type=file_path, metavar="PATH", help="score this text (.txt, .jsonl, a folder, a quoted glob) instead of a validation set"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="blocks scored at once (default training.micro_batch_size); the loss is the same")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args(argv)

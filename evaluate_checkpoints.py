@@ -21,21 +21,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, add_tokenizer_flag, guarded, make_parser, print_wide, printable, progress, warn
+from support.cli import UserError, add_tokenizer_flag, file_path, guarded, make_parser, print_wide, printable, progress, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH", help="files, folders (searched at any depth) or quoted globs")
-    parser.add_argument("--cases", nargs="+", metavar="PATH", help="case files, or folders of them")
+    parser.add_argument(
+        "--checkpoints", nargs="+", required=True, type=file_path, metavar="PATH", help="files, folders (searched at any depth) or quoted globs"
+    )
+    parser.add_argument("--cases", nargs="+", type=file_path, metavar="PATH", help="case files, or folders of them")
     add_tokenizer_flag(parser)
     parser.add_argument("--val", action="store_true", help="also the loss on the validation text, as by eval_val.py")
-    parser.add_argument("--config", metavar="FILE", help="with --val: the validation text of this config for all, instead of each one's own")
+    parser.add_argument(
+        "--config", type=file_path, metavar="FILE", help="with --val: the validation text of this config for all, instead of each one's own"
+    )
     parser.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of the EleutherAI harness, beside the cases or instead of them")
-    parser.add_argument("--lm-eval-tasks", metavar="DIR", help="with --lm-eval: a folder of task files of your own; they can name code, which is run")
+    parser.add_argument(
+        "--lm-eval-tasks", type=file_path, metavar="DIR", help="with --lm-eval: a folder of task files of your own; they can name code, which is run"
+    )
     parser.add_argument("--lm-eval-limit", type=int, metavar="N", help="with --lm-eval: only the first N examples of each task")
     parser.add_argument(
-        "--output-dir", metavar="DIR", help="write evaluation_results.csv, cases.csv, report.html, scores.svg, scores.png and lm_eval.csv there"
+        "--output-dir",
+        type=file_path,
+        metavar="DIR",
+        help="write evaluation_results.csv, cases.csv, report.html, scores.svg, scores.png and lm_eval.csv there",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a checkpoint instead of the table")
     parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap (default 42); the scores themselves draw nothing")

@@ -11,14 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from support.cli import UserError, add_run_flags, guarded, make_parser
+from support.cli import UserError, add_run_flags, file_path, guarded, make_parser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--show-mask", type=int, metavar="N", help="print N training examples, with what is trained on marked, and exit")
-    parser.add_argument("--picture", metavar="FILE", help="with --show-mask: also draw them as one batch, padded and packed (.svg and .png)")
+    parser.add_argument(
+        "--picture", type=file_path, metavar="FILE", help="with --show-mask: also draw them as one batch, padded and packed (.svg and .png)"
+    )
     args = parser.parse_args(argv)
     if args.show_mask is not None and args.show_mask < 1:
         raise UserError(f"--show-mask {args.show_mask} must be at least 1")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from support.cli import UserError, add_model_flags, guarded, make_parser, printable_lines, unix_text, warn
+from support.cli import UserError, add_model_flags, file_path, guarded, make_parser, printable_lines, unix_text, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -20,7 +20,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_model_flags(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue; without it, standard input is read")
-    source.add_argument("--prompt-file", metavar="FILE", help="a file that holds the prompt")
+    source.add_argument("--prompt-file", type=file_path, metavar="FILE", help="a file that holds the prompt")
     source.add_argument("--interactive", action="store_true", help="ask for prompts until end of input (Ctrl-D)")
     source.add_argument("--chat", action="store_true", help="talk to a fine-tuned checkpoint, with its own template; /reset forgets, /quit ends")
     parser.add_argument(

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, guarded, make_parser, print_wide, printable
+from support.cli import UserError, file_path, guarded, make_parser, print_wide, printable
 
 COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
     "file": ("file", "{}"),
@@ -39,7 +39,12 @@ TEXT = ("file", "names", "tokenizer", "config")
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "paths", nargs="*", default=["checkpoints"], metavar="PATH", help="checkpoint files, folders (searched at any depth) or quoted globs"
+        "paths",
+        nargs="*",
+        default=["checkpoints"],
+        type=file_path,
+        metavar="PATH",
+        help="checkpoint files, folders (searched at any depth) or quoted globs",
     )
     parser.add_argument("--sort", default="step", choices=[*COLUMNS], metavar="COLUMN", help=f"{', '.join(COLUMNS)} (default step)")
     parser.add_argument("--reverse", action="store_true", help="the other way round")

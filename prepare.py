@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, byte_progress, guarded, make_parser, printable, warn
+from support.cli import UserError, byte_progress, file_path, guarded, make_parser, printable, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -32,14 +32,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for task, text in (("tokenizer", "train a tokenizer on a text and write its tokenizer.json"), ("tokens", "turn a text into token files")):
         part = tasks.add_parser(task, help=text, description=text, allow_abbrev=False)
         source = part.add_mutually_exclusive_group(required=True)
-        source.add_argument("--input", nargs="+", metavar="PATH", help=".txt, .jsonl or .parquet files, folders, or quoted globs")
+        source.add_argument("--input", nargs="+", type=file_path, metavar="PATH", help=".txt, .jsonl or .parquet files, folders, or quoted globs")
         source.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, streamed")
         part.add_argument("--dataset-config", metavar="NAME", help="the dataset's configuration, e.g. 20231101.en")
         part.add_argument("--split", default="train", help="the dataset's split (default train)")
         part.add_argument("--revision", metavar="COMMIT", help="a commit of the dataset, so that it cannot change under you")
         part.add_argument("--text-field", default="text", metavar="NAME", help="the field of .jsonl, .parquet or dataset that holds the text")
         part.add_argument("--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8: stop, or read as U+FFFD")
-        part.add_argument("--output", metavar="PATH", required=True, help="the tokenizer.json, or the folder, to write")
+        part.add_argument("--output", type=file_path, metavar="PATH", required=True, help="the tokenizer.json, or the folder, to write")
         if task == "tokenizer":
             part.add_argument("--kind", choices=("bpe", "char"), default="bpe", help="byte-pair encoding (default), or a token for each character")
             part.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="tokens of a bpe vocabulary (default 8192)")
@@ -49,11 +49,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, metavar="NAME", help="gpt2, byte, a tokenizer.json, or a checkpoint whose tokenizer to take")
+    parser.add_argument(
+        "--tokenizer", required=True, type=file_path, metavar="NAME", help="gpt2, byte, a tokenizer.json, or a checkpoint whose tokenizer to take"
+    )
     parser.add_argument(
         "--val-fraction", type=float, metavar="F", help="share of the documents held out (default: a tenth, or a million tokens if less)"
     )
-    parser.add_argument("--val-input", nargs="+", metavar="PATH", help="validation text of its own")
+    parser.add_argument("--val-input", nargs="+", type=file_path, metavar="PATH", help="validation text of its own")
     parser.add_argument("--val-split", metavar="NAME", help="the dataset's split to validate on")
     parser.add_argument("--seed", type=int, default=42, help="draws the documents that are held out (default 42)")
     parser.add_argument("--num-proc", type=int, metavar="N", help="processes that encode (default: one a core)")

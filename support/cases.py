@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from support.cli import UserError, unix_text
 from support.safe_yaml import read_mapping
+from support.values import typed
 
 
 class Case(BaseModel):
@@ -101,7 +102,7 @@ def explain(error: dict, where: str) -> str:
     if error["type"] == "value_error":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     shown = repr(error["input"])[:60]
-    quoting = "; put it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int | float | bool) else ""
+    quoting = "; put it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int | float | bool | None) else ""
     return f"{where}: {key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}{quoting}"
 
 
@@ -109,9 +110,9 @@ def find_case_files(paths: list[str]) -> list[Path]:
     """The files that the paths (files, or folders of .yaml files) name. Raises UserError for a path that names none."""
     found: list[Path] = []
     for path in map(Path, paths):
-        here = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml", ".json")) if path.is_dir() else [path]
+        here = sorted(file for file in path.iterdir() if file.suffix.lower() in (".yaml", ".yml", ".json")) if path.is_dir() else [path]
         if not here:
-            raise UserError(f"--cases {path}: no .yaml file in this folder; try --cases cases/wiki_basics.yaml")
+            raise UserError(f"--cases {path}: no .yaml or .json file in this folder; try --cases cases/wiki_basics.yaml")
         found += here
     return list(dict.fromkeys(found))
 
@@ -120,8 +121,9 @@ def read_case_file(path: Path) -> list[Case]:
     """Raises UserError that lists everything wrong with the file."""
     tree = read_mapping(path, "case file", "try --cases cases/wiki_basics.yaml", "it has a list `cases`; see docs/EVALUATION.md")
     problems, cases, ids = [], [], set()
+    head = typed({key: value for key, value in tree.items() if key != "cases"}, CaseFile)
     try:
-        file = CaseFile.model_validate(tree)
+        file = CaseFile.model_validate(head | {key: value for key, value in tree.items() if key == "cases"})
     except ValidationError as error:
         raise UserError("\n       ".join(explain(e, str(path)) for e in error.errors())) from None
     for number, entry in enumerate(file.cases, start=1):
@@ -132,7 +134,7 @@ def read_case_file(path: Path) -> list[Case]:
         if isinstance(entry.get("id"), str):
             where += f" ({entry['id'][:40]})"
         try:
-            case = Case.model_validate({"instruction": file.instructions} | entry | {"file": str(path)})
+            case = Case.model_validate({"instruction": file.instructions} | typed(entry, Case) | {"file": str(path)})
         except ValidationError as error:
             problems += [explain(e, where) for e in error.errors()]
             continue

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+from support.foreign_flags import flag_answers
 
 SECONDS_BETWEEN_LINES = 20
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, too large, read-only, broken
@@ -72,13 +74,53 @@ def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback)
         sys.__excepthook__(kind, error, traceback)
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def at_home(path: str, key: str = "") -> str:
+    """The path with ~ at its start, or ~user, as the home folder. Raises UserError for a user that there is none of."""
+    found = os.path.expanduser(path)
+    if path.startswith("~") and found == path:
+        named = f"{key}={path}" if key else path
+        raise UserError(f"{named}: there is no user {path.split('/')[0][1:]}, whose home folder that would be; a file of that name is ./{path}")
+    return found
+
+
+def file_path(text: str) -> str:
+    """The type of a flag that takes a path."""
+    try:
+        return at_home(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers flags of other programs with ours."""
+
+    typed: list[str] = []  # the command line, for the answer to what it does not know
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.typed = list(sys.argv[1:] if args is None else args)
+        for task in self.tasks().values():
+            task.typed = self.typed[1:]
+        return super().parse_known_args(args, namespace)
+
+    def tasks(self) -> dict[str, "Parser"]:
+        """The parsers of the first word, in a script that does several jobs."""
+        return {name: task for action in self._actions if isinstance(action.choices, dict) for name, task in action.choices.items()}
+
+    def error(self, message: str) -> NoReturn:
+        task = self.tasks().get(self.typed[0] if self.typed else "", self)
+        words = self.typed if task is self else self.typed[1:]
+        paths = any(not action.option_strings and action.dest == "paths" for action in task._actions)
+        answers = flag_answers(words, set(task._option_string_actions), paths)
+        super().error("\n       ".join([message, *answers]))
+
+
+def make_parser(doc: str) -> Parser:
     """A parser whose --help is the script's docstring, with its examples as they stand there."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML (or JSON) config file")
+    parser.add_argument("--config", type=file_path, metavar="FILE", help="YAML (or JSON) config file")
     parser.add_argument(
         "--override", metavar="KEY=VALUE", action="append", default=[], help="change one config key, e.g. training.max_steps=1000; may be repeated"
     )
@@ -90,7 +132,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """What train.py and finetune.py have in common."""
     add_config_flags(parser)
     beginning = parser.add_mutually_exclusive_group()
-    beginning.add_argument("--resume", nargs="?", const="auto", metavar="CKPT", help="go on with the run in checkpoint.dir, or with this checkpoint")
+    beginning.add_argument(
+        "--resume", nargs="?", const="auto", type=file_path, metavar="CKPT", help="go on with the run in checkpoint.dir, or with this checkpoint"
+    )
     beginning.add_argument("--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>")
     parser.add_argument("--check", action="store_true", help="run the pre-training checklist and exit; nothing is written")
     parser.add_argument("--show-step", type=int, metavar="N", help="print the text that step N trains on, and exit")
@@ -100,13 +144,14 @@ def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         default="auto",
+        type=file_path,
         metavar="NAME",
         help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean nothing to this model",
     )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
+    parser.add_argument("--ckpt", type=file_path, metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
     add_tokenizer_flag(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")

@@ -1,12 +1,10 @@
-"""The configuration: YAML (or JSON) plus --override, checked, as one typed tree. Nothing else reads config YAML.
+"""The configuration: YAML or JSON plus --override, checked, as one typed tree. Nothing else reads config files.
 
 The descriptions below are the reference: `python3 -m support.config` prints docs/CONFIG_REFERENCE.md from them.
 """
 
 import copy
-import difflib
 import re
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +12,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model import GPTConfig
-from support.cli import UserError
-from support.foreign_names import FOREIGN_NAMES
+from support.cli import UserError, at_home
+from support.conversions import our_word
 from support.hub import LOCAL_FORMATS
-from support.safe_yaml import parse_yaml, read_mapping
+from support.overrides import apply_overrides
+from support.ported import ported
+from support.safe_yaml import read_mapping
 from support.template import DEFAULT, TEMPLATES, Template
+from support.values import section_of_keys, typed
 
 
 class Section(BaseModel):
@@ -48,6 +49,7 @@ SOURCE_KEYS = {  # what belongs to some sources only
     "tokens": {"path", "val_path", "val_fraction", "dtype", "stride", "document_mask"},
     "instructions": HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"},
 }
+PATHS = ("base_ckpt", "tokenizer.path", "data.path", "data.val_path", "checkpoint.dir")  # where ~ is the home folder
 ROW_FIELDS = ("instruction", "input", "output")
 
 
@@ -287,86 +289,79 @@ class Config(Section):
 
 
 def read_config_file(path: str | Path) -> dict:
-    """The mapping in a YAML or JSON file. Raises UserError where there is none."""
-    return read_mapping(path, "config file", "try --config config_smoke.yaml", "see docs/CONFIG_REFERENCE.md")
-
-
-def apply_override(tree: dict, override: str) -> None:
-    """Set one `a.b=value` in place; the value is read as YAML, so 3e-4, true, null and [1, 2] mean what they say."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--override {override}: write KEY=VALUE, e.g. training.max_steps=1000")
-    *sections, leaf = key.strip().split(".")
-    for section in sections:
-        below = tree.setdefault(section, {})
-        if below is None:
-            below = tree[section] = {}
-        if not isinstance(below, dict):
-            raise UserError(f"--override {override}: {section} is no section")
-        tree = below
-    tree[leaf] = parse_yaml(value, f"--override {override}")
+    """The mapping in a YAML or JSON file, each value as its key's type says. Raises UserError where there is none."""
+    return typed(read_mapping(path, "config file", "try --config config_smoke.yaml", "see docs/CONFIG_REFERENCE.md"), Config)
 
 
 def sections() -> dict[str, type[BaseModel]]:
     """The sections of a config by name, those that may be left out too."""
-    kinds = {name: (field.annotation, *typing.get_args(field.annotation)) for name, field in Config.model_fields.items()}
-    found = {name: [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)] for name, options in kinds.items()}
-    return {name: models[0] for name, models in found.items() if models}
+    found = {name: section_of_keys(field.annotation) for name, field in Config.model_fields.items()}
+    return {name: section for name, section in found.items() if section}
 
 
-def _key_names() -> list[str]:
-    return [*Config.model_fields, *(f"{section}.{key}" for section, model in sections().items() for key in model.model_fields)]
-
-
-def _unknown_key(key: str) -> str:
-    """One line for a key we do not have: the name we use for what other projects call so, else the nearest name."""
-    leaf, known = key.rsplit(".", 1)[-1], _key_names()
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    ours = FOREIGN_NAMES.get(key) or (same_leaf[0] if same_leaf else FOREIGN_NAMES.get(leaf))
-    nearest = [ours] if ours else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not nearest:
-        return f"unknown key {key}; see docs/CONFIG_REFERENCE.md"
-    return f"unknown key {key}; it takes {nearest[0]}" if nearest[0].startswith("nothing") else f"unknown key {key}; did you mean {nearest[0]}?"
+HINTS = {  # by the type of a pydantic error: what to write instead
+    "int_type": "a whole number in decimal digits, without quotes",
+    "float_type": "a decimal number such as 0.1 or 3e-4, without quotes",
+    "bool_type": "true or false",
+    "list_type": "a list is written [a, b]",
+    "dict_type": "keys and values are written {key: value}",
+}
 
 
 def _explain(error: dict) -> str:
-    """One line for one pydantic error; for an unknown section, one for each key in it."""
+    """One line for one pydantic error."""
     key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        inner = error["input"] if isinstance(error["input"], dict) and "." not in key else {}
-        return "\n       ".join(_unknown_key(f"{key}.{name}") for name in inner) or _unknown_key(key)
-    message = error["msg"].removeprefix("Value error, ")
+    message, value = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] == "missing":
         return f"{key} is required"
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    shown = repr(error["input"])
-    return f"{key}={shown if len(shown) < 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
+    if error["type"] == "model_type":
+        message = "this is a section of keys; write {key: value}"
+    hint = HINTS.get(error["type"])
+    if error["type"] == "string_type":
+        hint = "put it in quotes" if value is None or isinstance(value, bool | int | float) else None
+    if error["type"] == "literal_error" and (word := our_word(key, value)) != value:
+        hint = f"here that is {word}"
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+    return f"{key}={shown}: {message[0].lower()}{message[1:]}" + (f"; {hint}" if hint else "")
+
+
+def _problems(tree: Any) -> list[str]:
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        return [_explain(e) for e in error.errors()]
+    return []
 
 
 def validate_config(tree: dict, source: str = "config") -> Config:
     """The typed config, or one UserError that lists everything wrong with it."""
     try:
         return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
-        raise UserError(f"{source}: " + "\n       ".join(problems)) from None
+    except ValidationError:
+        answers, ours = ported(tree, Config) if isinstance(tree, dict) else ([], tree)
+    raise UserError(f"{source}: " + "\n       ".join(answers + _problems(ours)))
 
 
 def config_tree(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> dict:
     """File (or `base`, a checkpoint's own config), then overrides; not checked yet. Raises UserError.
 
     Where an override names another data.source, what the file says for its own source goes: `data.source=tokens` and
-    `data.path` are all that it takes to train on token files.
+    `data.path` are all that it takes to train on token files. ~ at the start of a path is the home folder.
     """
     tree = read_config_file(path) if path is not None else copy.deepcopy(base)
     source = _source_of(tree)
-    for override in overrides:
-        apply_override(tree, override)
+    apply_overrides(tree, overrides, Config)
     if (new := _source_of(tree)) != source and new in SOURCE_KEYS:
         named = {override.partition("=")[0].strip() for override in overrides}
         foreign = set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[new]
         tree["data"] = {key: value for key, value in tree["data"].items() if key not in foreign or f"data.{key}" in named}
+    for key in PATHS:
+        section, _, leaf = key.rpartition(".")
+        inner = tree.get(section) if section else tree
+        if isinstance(inner, dict) and isinstance(inner.get(leaf), str):
+            inner[leaf] = at_home(inner[leaf], key)
     return tree
 
 

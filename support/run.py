@@ -22,7 +22,7 @@ from instruct import load_instructions
 from model import GPTConfig
 from support.base import net_on_meta, with_base, with_own_tokenizer
 from support.checkpoint import find_latest_checkpoint, read_metadata
-from support.cli import UserError, is_main_process
+from support.cli import UserError, is_main_process, warn
 from support.config import Config, config_tree, flag_overrides, validate_config
 from support.disk import atomic_write
 from support.hardware import resolve_device, resolve_precision
@@ -108,6 +108,7 @@ def plan_run(args: Any) -> Plan:
     if args.config:  # a checkpoint's own config has everything, so its base may be gone
         tree = with_base(tree) if args.finetuning else with_own_tokenizer(tree)
     config = validate_config(tree, str(args.config or "config"))
+    check_samples(tree, config)
     device = resolve_device(config.hardware.accelerator)
     check_loggers(config)
     check_strategy(config)
@@ -150,6 +151,13 @@ def plan_run(args: Any) -> Plan:
     if metadata:
         compare_data(metadata, plan)
     return plan
+
+
+def check_samples(tree: dict[str, Any], config: Config) -> None:
+    """Say that prompts alone sample nothing; who writes `sample_every: null` knows."""
+    if config.training.sample_prompts and "sample_every" not in tree["training"]:
+        every = config.training.val_every
+        warn(f"nothing is sampled from training.sample_prompts: add --override training.sample_every={every} to do so every {every} steps")
 
 
 def check_task(tree: dict[str, Any], finetuning: bool) -> None:

@@ -130,7 +130,7 @@ def test_a_config_file_that_is_none(refusal, content, words):
         (["model.n_kv_heads=3"], ["n_heads=4", "n_kv_heads=3", "try n_kv_heads="]),
         (["model.d_model=12"], ["head_dim=3", "head_dim=4"]),
         # keys and values that do not go together
-        (["training.epochs=2"], ["max_steps", "epochs"]),
+        (["training.epochs=2", "training.max_steps=3"], ["training.max_steps", "training.epochs", "exclude each other"]),
         (["training.max_steps=null"], ["max_steps", "epochs"]),
         (["training.sample_every=1"], ["sample_every=1", "sample_prompts"]),
         (["model.vocab_size=100"], ["model.vocab_size", "tokenizer"]),

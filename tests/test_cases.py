@@ -56,8 +56,8 @@ cases:
         ("{prompt: x}", "nothing to score; give a target, contains or regex"),
         ("{prompt: x, traget: y}", "unknown key traget; did you mean target?"),
         ("{prompt: x, zzzz: y}", "unknown key zzzz; see docs/EVALUATION.md"),
-        ("{prompt: x, target: 1945}", "target=1945: input should be a valid string; put it in quotes"),
-        ("{prompt: x, target: yes}", "put it in quotes"),
+        ("{prompt: x, target: [1945]}", "target=[1945]: input should be a valid string"),
+        ("{prompt: x, choices: [null, yes], target: yes}", "choices.0=None: input should be a valid string; put it in quotes"),
         ('{prompt: x, target: ""}', "target=''"),
         ("{prompt: x, target: a, choices: [b, c]}", "target 'a' must be one of the choices ['b', 'c']"),
         ("{prompt: x, choices: [b, c]}", "target None must be one of the choices"),
@@ -85,8 +85,8 @@ def test_a_mistake_in_a_case_is_named_with_its_place(tmp_path, case, said):
         ("cases: {prompt: a}", "cases={'prompt': 'a'}"),
         ("case:\n  - {prompt: a, target: b}", "unknown key case; did you mean cases?"),
         ("cases:\n  - {id: a, prompt: a, target: b}\n  - {id: a, prompt: c, target: d}", "case 2 (a): another case has the id a"),
-        ("cases:\n  - {prompt: a, target: b\n", "mend the YAML there"),
-        ("cases:\n  - {prompt: !!python/object/apply:os.getcwd [], target: b}", "mend the YAML there"),
+        ("cases:\n  - {prompt: a, target: b\n", "fix the YAML there"),
+        ("cases:\n  - {prompt: !!python/object/apply:os.getcwd [], target: b}", "fix the YAML there"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path, text, said):
@@ -102,7 +102,7 @@ def test_all_mistakes_are_told_at_once_and_not_hundreds(tmp_path):
 
 
 def test_paths_that_hold_no_cases_are_refused(tmp_path):
-    for path, said in ((tmp_path, "no .yaml file"), (tmp_path / "nothing.yaml", "does not exist; try --cases cases/wiki_basics.yaml")):
+    for path, said in ((tmp_path, "no .yaml or .json file"), (tmp_path / "nothing.yaml", "does not exist; try --cases cases/wiki_basics.yaml")):
         with pytest.raises(UserError, match=said):
             read_cases([str(path)])
     (tmp_path / "bytes.yaml").write_bytes(b"cases: \xff")
@@ -114,6 +114,36 @@ def test_a_folder_is_all_its_files_and_a_file_named_twice_counts_once(tmp_path):
         write(tmp_path, '{"cases": [{"prompt": "x", "target": "y"}]}', name)
     write(tmp_path, "not read", "notes.txt")
     assert [case.id for case in read_cases([str(tmp_path), str(tmp_path / "b.yaml")])] == ["a-1", "b-1", "c-1"]
+
+
+WRITTEN = ("1945", "007", "0x1F", "1:30", "2024-05-01", "on", "No", "true", "3e-4", ".5", "1_000", "1.50", "+5", ".inf", "2024-05-01T10:00:00Z")
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_text_without_quotes_is_the_text_as_written(tmp_path, text):
+    """Another text would be scored, and nobody would notice."""
+    path = write(tmp_path, f"cases:\n  - {{id: {text}, prompt: {text}, target: {text}, contains: {text}, category: {text}}}\n")
+    case = read_case_file(path)[0]
+    assert (case.id, case.prompt, case.target, case.contains, case.category) == (text, text, text, [text], text)
+    choices = read_case_file(write(tmp_path, f"cases: [{{prompt: x, choices: [{text}, other], contains: [{text}], target: {text}}}]"))[0]
+    assert (choices.choices, choices.contains, choices.target) == ([text, "other"], [text], text)
+
+
+def test_numbers_and_switches_of_a_case_are_decimal_and_as_people_write_them(tmp_path):
+    case = read_case_file(write(tmp_path, "instructions: yes\ncases: [{prompt: a, target: b, weight: 010, max_new_tokens: 012, instruction: off}]"))[
+        0
+    ]
+    assert (case.weight, case.max_new_tokens, case.instruction) == (10.0, 12, False)
+
+
+def test_a_json_file_of_cases_is_read_as_json(tmp_path):
+    """Texts that YAML reads otherwise: a tab as indentation, a character in two halves, a next line within a text."""
+    cases = [{"prompt": "one\u0085two", "target": "\U0001f389"}, {"prompt": "1e3", "target": "on", "weight": 2}]
+    for name, options in (("a.json", {"indent": "\t"}), ("b.JSON", {"ensure_ascii": False})):
+        read = read_case_file(write(tmp_path, json.dumps({"cases": cases}, **options), name))
+        assert [(case.prompt, case.target) for case in read] == [(case["prompt"], case["target"]) for case in cases]
+    said = refusal(write(tmp_path, '{"cases": [{"prompt": "a", "target": 1945}]}', "c.json"))
+    assert "target=1945: input should be a valid string; put it in quotes" in said
 
 
 def test_three_thousand_cases_fit_into_a_file(tmp_path):
@@ -170,7 +200,7 @@ def test_prompts_are_no_instructions_unless_it_is_said(tmp_path, head):
         ("instructions: true", '{prompt: " \\n", input: b, target: c}', "case 1: an instruction cannot be empty"),
         ("instructions: true", "{input: b, target: c}", "case 1: prompt is required"),
         ("", '{prompt: "", target: c, instruction: true}', "case 1: an instruction cannot be empty"),
-        ("instructions: true", "{prompt: a, input: 5, target: c}", "case 1: input=5: input should be a valid string; put it in quotes"),
+        ("instructions: true", "{prompt: a, input: {b: 5}, target: c}", "case 1: input={'b': 5}: input should be a valid string"),
         ("instructions: true", '{prompt: a, target: c, instruction: "no"}', "case 1: instruction='no': input should be a valid boolean"),
         ("instructions: maybe", "{prompt: a, target: c}", "instructions='maybe': input should be a valid boolean"),
         ("instruction: true", "{prompt: a, target: c}", "unknown key instruction; did you mean instruction"),

@@ -15,12 +15,16 @@ from pydantic import BaseModel
 from model import GPTConfig, GPTMini
 from optim import build_optimizer
 from support.cli import UserError
-from support.config import Config, apply_override, load_config, read_config_file, reference_markdown, sections, validate_config
-from support.foreign_names import FOREIGN_NAMES
+from support.config import PATHS, Config, load_config, read_config_file, reference_markdown, sections, validate_config
+from support.foreign_names import FOREIGN_NAMES, OUR_KEYS
+from support.overrides import apply_override
+from support.ported import ported
 from support.safe_yaml import parse_yaml
+from support.values import typed
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILES = sorted([*ROOT.glob("config*.yaml"), *(ROOT / "configs").glob("*.yaml")])
+JSON_FILES = sorted((ROOT / "configs").glob("*.json"))  # JSON has no comments, so these say nothing about their keys
 
 
 def tree(**sections) -> dict:
@@ -56,7 +60,7 @@ def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
 )
 def test_scientific_notation_is_a_number(text, value):
     """Plain PyYAML reads 3e-4 as a string."""
-    read = parse_yaml(f"lr: {text}", "file")["lr"]
+    read = typed(parse_yaml(f"lr: {text}", "file"))["lr"]
     assert isinstance(read, float)
     assert read == value
     assert validate_config(tree(model={"rope_theta": abs(read)})).model.rope_theta == abs(value)
@@ -64,7 +68,7 @@ def test_scientific_notation_is_a_number(text, value):
 
 @pytest.mark.parametrize("text", ["e3", "1e", "3e-4x", "'3e-4'", "1e5e5", "20231101.en"])
 def test_what_only_looks_like_a_number_stays_text(text):
-    assert isinstance(parse_yaml(f"a: {text}", "file")["a"], str)
+    assert isinstance(typed(parse_yaml(f"a: {text}", "file"))["a"], str)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -104,7 +108,6 @@ def test_the_file_is_data_and_never_runs_code(tmp_path):
         "a: !!float x",
         "a: !!omap x",
         "<<: 3",
-        "a: 2024-99-99",
         "a: " + "9" * 5000,
         "[" * 3000,
         "a: \x07",
@@ -169,7 +172,7 @@ def test_json_is_a_config_too(tmp_path):
 )
 def test_an_unknown_key_is_answered_with_the_nearest(typed, meant):
     changed = tree()
-    apply_override(changed, f"{typed}=1")
+    apply_override(changed, f"{typed}=1", Config)
     assert f"unknown key {typed}; did you mean {meant}?" in refusal(changed)
 
 
@@ -180,19 +183,27 @@ def test_a_key_like_nothing_we_have_points_to_the_reference():
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("block_size", "training.seq_len"),
+        ("seq_length", "training.seq_len"),
         ("learning_rate", "training.lr"),
         ("n_embd", "model.d_model"),
         ("batch_size", "training.micro_batch_size"),
         ("optim.lr", "training.lr"),
         ("schedule.max_steps", "training.max_steps"),
-        ("data.block_size", "training.seq_len"),
+        ("data.max_seq_length", "training.seq_len"),
         ("checkpointing.save_dir", "checkpoint.dir"),
         ("model.n_head", "model.n_heads"),
         ("model.hidden_size", "model.d_model"),
         ("train.gradient_accumulation_steps", "training.grad_accum_steps"),
         ("optim.betas", "training.betas"),
-        ("optim.beta2", "training.betas"),
+        ("trainer.optim.max_norm", "training.grad_clip"),
+        ("max-iters", "training.max_steps"),
+        ("maxIters", "training.max_steps"),
+        ("batchSize", "training.micro_batch_size"),
+        ("Model.d-model", "model.d_model"),
+        ("emb_dim", "model.d_model"),
+        ("evalIter", "training.val_batches"),
+        ("weight_tying", "model.tie_embeddings"),
+        ("nEpochs", "training.epochs"),
         ("training.eval_interval", "training.val_every"),
         ("dtype", "hardware.precision"),
         ("device", "hardware.accelerator"),
@@ -207,7 +218,7 @@ def test_a_key_like_nothing_we_have_points_to_the_reference():
 )
 def test_names_of_other_projects_are_answered_with_ours(theirs, ours):
     changed = tree()
-    apply_override(changed, f"{theirs}=1")
+    apply_override(changed, f"{theirs}=1", Config)
     assert f"unknown key {theirs}; did you mean {ours}?" in refusal(changed)
 
 
@@ -217,11 +228,104 @@ def test_every_foreign_name_is_foreign_and_leads_to_keys_that_exist(theirs):
     known = key_names()
     assert theirs not in known
     answer = FOREIGN_NAMES[theirs]
-    if not answer.startswith("nothing"):
+    if not answer.startswith("leave it out: "):
         assert set(re.split(r", | and ", answer)) <= known
     changed = tree()
-    apply_override(changed, f"{theirs}=1")
-    assert re.search(rf"unknown key {re.escape(theirs)}\W.*\b{re.escape(answer if theirs != 'lr' else 'training.lr')}", refusal(changed))
+    changed.pop("training") if theirs == "training.max_steps" else None
+    apply_override(changed, f"{theirs}=odd", Config)
+    said = refusal(changed)
+    assert f"unknown key {theirs}; " in said
+    assert answer in said
+
+
+def test_our_names_are_those_of_the_schema():
+    """Written out beside the table of others' names, so that a wrong flag is answered without a second of imports."""
+    assert set(OUR_KEYS) == key_names()
+
+
+@pytest.mark.parametrize(
+    "key", ["loss", "backend_type", "foo.bar", "mystery", "verbose", "eval.mode", "n_things", "tags", "comment", "pad", "project.lang", "amount"]
+)
+def test_where_nothing_is_near_nothing_is_proposed(key):
+    changed = tree()
+    apply_override(changed, f"{key}=1", Config)
+    assert refusal(changed) == f"config: unknown key {key}; see docs/CONFIG_REFERENCE.md"
+
+
+CONVERSIONS = [  # (a config of theirs, what is said): worked by hand
+    ({"data": {"train_frac": 0.9}}, "train_frac: 0.9 is data.val_fraction: 0.1"),
+    ({"data": {"trainFrac": 0.95}}, "trainFrac: 0.95 is data.val_fraction: 0.05"),
+    ({"data": {"train_frac": 0.9, "val_frac": 0.05}}, "train_frac; leave it out: training takes what data.val_fraction: 0.05 leaves"),
+    ({"model": {"mlp_ratio": 4, "d_model": 192}}, "mlp_ratio: 4 is model.d_ff: 768"),
+    ({"model": {"mlp_ratio": 2.5, "n_embd": 64}}, "mlp_ratio: 2.5 is model.d_ff: 160"),
+    ({"model": {"mlp_ratio": "wide"}}, "did you mean model.d_ff? (it is mlp_ratio times model.d_model)"),
+    ({"eval": {"eval_subset": 20000}, "training": {"micro_batch_size": 4, "seq_len": 100}}, "eval_subset: 20000 is training.val_batches: 50"),
+    (
+        {"eval": {"eval_subset_tokens": 5000}, "data": {"batch_size": 8}, "model": {"n_ctx": 128}},
+        "eval_subset_tokens: 5000 is training.val_batches: 5",
+    ),
+    ({"optim": {"beta1": 0.8, "beta2": 0.99}}, "beta1: 0.8 is training.betas: [0.8, 0.99]"),
+    ({"optim": {"beta2": 0.99}}, "beta2: 0.99 is training.betas: [0.9, 0.99]"),
+    ({"max_tokens": 1_000_000, "training": {"seq_len": 250, "grad_accum_steps": 4}}, "max_tokens: 1000000 is training.max_steps: 125"),
+    ({"schedule": {"warmup_ratio": 0.03}, "training": {"max_steps": 1000}}, "warmup_ratio: 0.03 is training.warmup_steps: 30"),
+    ({"warmup_ratio": 0.03, "training": {"epochs": 2, "max_steps": None}}, "did you mean training.warmup_steps? (it is warmup_ratio times"),
+    ({"block_size": 64}, "block_size: 64 is model.max_seq_len: 64"),
+    ({"data": {"block_size": 64}, "model": {"max_seq_len": 128}}, "block_size: 64 is training.seq_len: 64"),
+    ({"global_batch_size": 64, "training": {"micro_batch_size": 16}}, "global_batch_size: 64 is training.grad_accum_steps: 4"),
+    (
+        {"total_batch_size": 524288, "training": {"micro_batch_size": 16, "seq_len": 1024}, "model": {"max_seq_len": 1024}},
+        "training.grad_accum_steps: 32",
+    ),
+    ({"dtype": "bfloat16"}, "dtype: bfloat16 is hardware.precision: bf16-mixed"),
+    ({"runtime": {"precision": "fp32"}}, "precision: fp32 is hardware.precision: 32-true"),
+    ({"dtype": "float16"}, "leave it out: 16-bit floats overflow without loss scaling"),
+    ({"runtime": {"amp": True}}, "amp: true is hardware.precision: bf16-mixed"),
+    ({"runtime": {"device": "gpu"}}, "device: gpu is hardware.accelerator: cuda"),
+    ({"decay_lr": False}, "decay_lr: false is training.schedule: constant"),
+    ({"train_on_inputs": True, "data": {"source": "instructions"}}, "train_on_inputs: true is data.mask_prompt: false"),
+    ({"eval": {"sample_n": 3, "eval_every": 50}}, "sample_n: 3 is training.sample_every: 50 with training.sample_prompts, a list of 3 texts"),
+    ({"init_from": "scratch"}, "leave it out: weights are drawn anew"),
+    ({"init_from": "gpt2-medium"}, "python3 convert.py --from gpt2-medium --output checkpoints/gpt2-medium.ckpt"),
+    ({"model": {"activation": "SiLU"}}, "activation: SiLU is model.mlp: swiglu"),
+    ({"optim": {"name": "AdamW"}}, "name: AdamW is training.optimizer: adamw"),
+    ({"model": {"vocab_size": 512}}, "model.vocab_size is not set here: it comes from the tokenizer; write tokenizer.vocab_size: 512"),
+    ({"tokenizer": "char"}, "tokenizer is a section; write tokenizer: {kind: char}"),
+    ({"data": {"dataset": "tinystories"}}, "data.dataset: tinystories is in --config configs/tinystories.yaml"),
+    ({"data": {"dataset": "local"}}, "data.dataset: local; leave it out: data.path names a local file"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "said"), CONVERSIONS, ids=[said[:40] for _, said in CONVERSIONS])
+def test_a_name_that_means_something_else_is_answered_with_the_conversion(theirs, said):
+    answer = refusal(tree(**theirs))
+    assert said in answer
+    assert len(answer.splitlines()) == len(
+        [line for line in answer.splitlines() if re.search(r"unknown key|model.vocab_size|tokenizer is|dataset", line)]
+    )
+
+
+def test_a_config_of_another_project_is_answered_at_once_and_the_answer_is_a_config():
+    """All names with the values that are wrong under ours; whoever follows each line has a config that is accepted."""
+    theirs = {
+        "model": {"name": "gpt", "vocab_size": 512, "d_model": 48, "n_layers": 2, "n_heads": 5, "mlp_ratio": 4, "max_seq_len": 64},
+        "data": {"dataset": "tinystories", "data_dir": "texts", "train_frac": 0.8, "tokenizer": "bpe", "block_size": 32, "batch_size": 4},
+        "optim": {"optimizer": "adamw", "lr": -1, "betas": [0.9, 0.99], "eps": 1e-8, "grad_clip": 1.0},
+        "schedule": {"max_steps": 20, "warmup_steps": 2, "lr_schedule": "cosine", "min_lr": 0.0},
+        "runtime": {"seed": 1, "device": "cpu", "precision": "fp32", "grad_accum_steps": 2, "log_interval": 5},
+        "checkpointing": {"save_dir": "runs", "save_every": 10, "keep_last_k": 2, "best_by": "val_loss"},
+        "eval": {"eval_every": 10, "eval_subset": 256, "sample_n": 1, "sample_temperature": 0.8},
+    }
+    said = refusal(theirs)
+    names = [name for section, keys in theirs.items() for name in keys]
+    assert [name for name in names if f".{name}" not in said and f"{name}:" not in said] == ["d_model", "n_layers", "n_heads", "max_seq_len"]
+    assert "configs/tinystories.yaml" in said
+    assert "training.lr=-1: input should be greater than 0" in said
+    assert "d_model=48 is not a multiple of n_heads=5" in said
+    assert "is required" not in said
+    _, ours = ported(theirs | {"optim": {**theirs["optim"], "lr": 0.01}, "model": {**theirs["model"], "n_heads": 4}}, Config)
+    config = validate_config(ours)
+    assert (config.model.d_ff, config.data.val_fraction, config.training.val_batches, config.training.seq_len) == (192, 0.2, 2, 32)
+    assert (config.checkpoint.dir, config.checkpoint.keep_last, config.tokenizer.vocab_size, config.training.lr) == ("runs", 2, 512, 0.01)
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
@@ -327,7 +431,7 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=str)
 def test_a_value_out_of_range_is_refused(key, value):
     changed = tree()
-    apply_override(changed, f"{key}=0")
+    apply_override(changed, f"{key}=0", Config)
     section, _, leaf = key.rpartition(".")
     (changed[section] if section else changed)[leaf] = value
     said = refusal(changed)
@@ -448,7 +552,7 @@ def test_overrides_reach_nested_keys_in_order(tmp_path):
 @pytest.mark.parametrize("override", ["training.lr", "=3", "", "training.lr 3", "lr"])
 def test_an_override_without_key_or_value_shows_how_to_write_one(override):
     with pytest.raises(UserError, match="KEY=VALUE"):
-        apply_override(tree(), override)
+        apply_override(tree(), override, Config)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +562,9 @@ def test_an_override_without_key_or_value_shows_how_to_write_one(override):
         ("training.betas=[1", "--override training.betas="),
         ("training..lr=1", r"unknown key training\."),
         (".lr=1", r"unknown key"),
-        ("training=5", "training=5"),
+        ("training=5", "training=5: this is a section of keys"),
+        ("training.freeze=embed_tokens", "takes a list of texts; write --override 'training.freeze=."),
+        ("training.sample_prompts=[a, b", "--override training.sample_prompts="),
         ("model.d_model=", "model.d_model=None"),
         ("training.lr=fast", "training.lr='fast'"),
         ("training.betas={{a}}", "--override training.betas="),
@@ -479,6 +585,82 @@ def test_overrides_leave_the_base_they_start_from_untouched():
     assert json.dumps(base) == before
 
 
+ROWS = {"source": "instructions", "dataset": "a/b", "config": "en", "revision": "abc", "val_split": "test"}
+ALTERNATIVES = [  # (what the file says, what is overridden, what is left)
+    (tree(training={"max_steps": None, "epochs": 3}), "training.max_steps=40", {"training.max_steps": 40, "training.epochs": None}),
+    (tree(), "training.epochs=2", {"training.max_steps": None, "training.epochs": 2}),
+    (tree(), "training={epochs: 2}", {"training.max_steps": None, "training.epochs": 2}),
+    (tree(data=ROWS), "data.path=rows.json", {"data.path": "rows.json", "data.dataset": None, "data.val_split": None, "data.revision": None}),
+    (tree(data={"source": "instructions", "path": "r.json"}), "data.dataset=c/d", {"data.path": None, "data.dataset": "c/d"}),
+    (tree(data=ROWS | {"path": None}), "data.val_path=v.json", {"data.dataset": "a/b", "data.val_path": "v.json", "data.val_split": None}),
+    (tree(data=ROWS | {"path": None, "val_split": None, "val_path": "v"}), "data.val_split=x", {"data.val_path": None, "data.val_split": "x"}),
+    (tree(data={"val_path": "v.txt"}), "data.val_fraction=0.2", {"data.val_path": None, "data.val_fraction": 0.2}),
+    (tree(data=ROWS | {"path": None, "val_docs": 9}), "data.val_fraction=0.2", {"data.val_docs": None, "data.val_split": None}),
+    (tree(data={"source": "hf", "dataset": "json"}), "data.dataset=a/b", {"data.path": None, "data.dataset": "a/b"}),
+    (tree(tokenizer={"kind": "file", "path": "t.json"}), "tokenizer.kind=char", {"tokenizer.kind": "char", "tokenizer.path": None}),
+    (tree(tokenizer={"kind": "bpe", "vocab_size": 500}), "tokenizer.path=t.json", {"tokenizer.kind": "file", "tokenizer.path": "t.json"}),
+]
+
+
+@pytest.mark.parametrize(("base", "override", "left"), ALTERNATIVES, ids=[override for _, override, _ in ALTERNATIVES])
+def test_what_is_overridden_wins_over_what_the_file_says_for_an_alternative(base, override, left):
+    if override == "data.path=rows.json":
+        base["data"]["path"] = None
+    plain = load_config(None, [override], base).to_dict()
+    assert {key: plain[key.split(".")[0]][key.split(".")[1]] for key in left} == left
+
+
+@pytest.mark.parametrize(
+    ("base", "overrides"),
+    [
+        (tree(), ["training.max_steps=40", "training.epochs=2"]),
+        (tree(data=ROWS | {"path": None}), ["data.path=r.json", "data.dataset=c/d"]),
+        (tree(data=ROWS | {"path": None}), ["data.val_path=r.json", "data.val_split=c/d"]),
+        (tree(), ["data.val_path=v.txt", "data.val_fraction=0.2"]),
+        (tree(), ["tokenizer.kind=char", "tokenizer.path=t.json"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_two_overrides_that_exclude_each_other_are_refused_by_their_names(base, overrides):
+    for order in (overrides, overrides[::-1]):
+        with pytest.raises(UserError, match="exclude each other; give one of them") as caught:
+            load_config(None, order, base)
+        assert all(override.split("=")[0] in str(caught.value) for override in overrides)
+
+
+def test_null_takes_the_place_of_nothing():
+    config = load_config(None, ["training.epochs=null", "data.val_path=null", "training.max_steps=7"], tree())
+    assert (config.training.max_steps, config.training.epochs) == (7, None)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    """Quoted by the shell or in a file it would be a folder named ~, and `rm -r ~` what a user types next."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = [f"{key}=~/some/*.txt" for key in PATHS]
+    config = load_config(None, [*values, "tokenizer.kind=file", "training.sample_prompts=['~/x']"], tree())
+    plain = config.to_dict()
+    for key in PATHS:
+        section, _, leaf = key.rpartition(".")
+        assert (plain[section] if section else plain)[leaf] == f"{tmp_path}/some/*.txt"
+    assert config.training.sample_prompts == ["~/x"], "not a path"
+    assert load_config(None, ["data.path=~"], tree()).data.path == str(tmp_path)
+    assert load_config(None, ["data.path=a~b/~"], tree()).data.path == "a~b/~"
+    path = write(tmp_path, "data: {path: ~/book.txt}\ntraining: {max_steps: 1}\ncheckpoint: {dir: ~/run}\n")
+    assert (load_config(path).data.path, load_config(path).checkpoint.dir) == (f"{tmp_path}/book.txt", f"{tmp_path}/run")
+
+
+def test_the_home_of_nobody_is_an_error_whose_advice_works():
+    with pytest.raises(UserError, match=r"^checkpoint\.dir=~nobody-here/run: there is no user nobody-here.* is \./~nobody-here/run$"):
+        load_config(None, ["checkpoint.dir=~nobody-here/run"], tree())
+    assert load_config(None, ["checkpoint.dir=./~nobody-here/run"], tree()).checkpoint.dir == "./~nobody-here/run"
+
+
+def test_every_key_that_is_a_path_is_among_them():
+    """A new one is noticed by its name or by what is said of it."""
+    paths = {name for name, field in fields(Config) if re.search(r"(^|[._])(path|dir|ckpt)$", name)}
+    assert set(PATHS) == paths
+
+
 # ---- round trips --------------------------------------------------------------------------------------------------
 
 
@@ -497,7 +679,7 @@ def test_a_config_survives_yaml_and_json(sections):
     assert "vocab_size" not in plain["model"]
     assert validate_config(plain) == config
     assert validate_config(json.loads(json.dumps(plain))) == config
-    assert validate_config(parse_yaml(yaml.safe_dump(plain), "text")) == config
+    assert validate_config(typed(parse_yaml(yaml.safe_dump(plain), "text"), Config)) == config
     assert yaml.safe_load(yaml.safe_dump(plain)) == plain, "plain types that any YAML reader understands"
 
 
@@ -516,7 +698,7 @@ def test_the_config_written_beside_a_run_is_read_back_the_same(tmp_path, text, c
     assert load_config(tmp_path / "run_config.yaml") == config
 
 
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*CONFIG_FILES, *JSON_FILES], ids=lambda p: p.name)
 def test_every_config_file_of_the_repository_is_valid(path):
     assert load_config(path).to_dict()
 
@@ -530,6 +712,7 @@ def test_every_key_in_a_config_file_says_what_it_does(path):
 
 def test_the_config_files_are_found():
     assert {"config.yaml", "config_smoke.yaml", "shakespeare_char.yaml", "sanity.yaml", "tinystories.yaml"} <= {p.name for p in CONFIG_FILES}
+    assert [path.name for path in JSON_FILES] == ["sample_custom.json", "sample_custom_baseline.json"]
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------
@@ -555,7 +738,7 @@ def test_the_reference_lists_every_key_with_its_default():
         if rows:
             _, _, default, effect, _ = re.split(r"(?<!\\) ?\| ?", rows[0])
             assert effect == field.description
-            assert parse_yaml(default.strip("`"), name) == field.default
+            assert typed(parse_yaml(default.strip("`"), name)) == field.default
 
 
 def test_the_reference_in_the_docs_is_the_schema():

@@ -24,6 +24,7 @@ from support.checkpoint import KEY, find_latest_checkpoint, first_not_finite, lo
 from support.cli import UserError
 from support.config import load_config, read_config_file
 from support.safe_yaml import parse_yaml
+from support.values import typed
 from tokenizer import BPETokenizer, ByteTokenizer
 
 listing = importlib.import_module("list")
@@ -573,8 +574,8 @@ YAML = {
     "name": "a: !!python/name:os.system",
     "module": "a: !!python/module:os",
     "tag": "a: !" + "x" * 100_000 + " 1",
-    "number": "seed: 0x" + "f" * 10_000,
-    "sixties": "seed: 1" + ":1" * 100_000,
+    "number": "seed: !!int 0x" + "f" * 10_000,
+    "sixties": "seed: !!int 1" + ":1" * 100_000,
     "surrogate": 'a: "\\ud800"',
     "escape": "\x1b[2J: 1",
 }
@@ -594,8 +595,9 @@ def test_yaml_made_to_do_harm_is_one_line(tmp_path, monkeypatch, text):
 def test_an_override_made_to_do_harm_is_one_line(key):
     base = {"data": {"path": "x"}, "training": {"max_steps": 1}}
     for value in (INLINE, "&a [*a]", "0x" + "f" * 10_000, "[" * 10_000):
-        with pytest.raises(UserError, match="--override"):
+        with pytest.raises(UserError, match=rf"--override|config: {key}=|unknown key {key}") as caught:
             load_config(None, [f"{key}={value}"], base)
+        one_line(caught.value)
 
 
 def test_a_config_of_megabytes_is_refused_before_it_is_read(tmp_path):
@@ -612,5 +614,13 @@ def test_a_pipe_is_no_config_and_is_not_waited_for(tmp_path):
         read_config_file(tmp_path / "pipe.yaml")
 
 
+@pytest.mark.parametrize("number", ["0x" + "f" * 10_000, "1" + ":1" * 100_000, "9" * 100_000], ids=["hexadecimal", "sixties", "decimal"])
+def test_a_number_without_end_is_never_computed(tmp_path, number):
+    (tmp_path / "c.yaml").write_text(f"data: {{path: x}}\ntraining: {{max_steps: 1}}\nseed: {number}")
+    with pytest.raises(UserError, match="seed=") as caught:
+        load_config(tmp_path / "c.yaml")
+    one_line(caught.value)
+
+
 def test_plain_aliases_stay_allowed():
-    assert parse_yaml("a: &x [1, 2]\nb: *x\nc: {d: *x}", "text") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+    assert typed(parse_yaml("a: &x [1, 2]\nb: *x\nc: {d: *x}", "text")) == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}

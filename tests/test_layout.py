@@ -23,8 +23,8 @@ ARROWS = {
     "train": "data model optim support.base support.callbacks support.checkpoint support.cli support.disk support.loss support.plots "
     "support.preflight support.run",
     "finetune": "data instruct support.checkpoint support.cli support.plots support.preflight support.run train",
-    "convert": "model support.checkpoint support.cli support.disk support.exchange support.gguf_file support.hub support.pretrained support.proof "
-    "support.run support.scoring support.template support.tokenizer_files tokenizer",
+    "convert": "model support.checkpoint support.cli support.disk support.exchange support.gguf_file support.hub support.pretrained "
+    "support.proof support.run support.scoring support.template support.tokenizer_files tokenizer",
     "infer": "model support.checkpoint support.cli support.continuation support.hardware support.template tokenizer",
     "list": "support.checkpoint support.cli",
     "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.hardware support.token_files tokenizer",
@@ -41,11 +41,12 @@ ARROWS = {
     "support.base": "lora model support.checkpoint support.cli support.config support.token_files tokenizer",
     "support.callbacks": "model support.checkpoint support.cli support.continuation support.disk support.hardware",
     "support.checkpoint": "lora model support.archive support.cli support.disk support.template tokenizer",
-    "support.cli": "",
+    "support.cli": "support.foreign_flags",
     "support.continuation": "tokenizer",
     "support.tokenizer_reading": "support.cli",
-    "support.cases": "support.cli support.safe_yaml",
-    "support.config": "model support.cli support.foreign_names support.hub support.safe_yaml support.template",
+    "support.cases": "support.cli support.safe_yaml support.values",
+    "support.config": "model support.cli support.conversions support.hub support.overrides support.ported support.safe_yaml support.template "
+    "support.values",
     "support.documents": "support.cli support.config support.hardware support.hub tokenizer",
     "support.exchange": "model support.cli",
     "support.gguf_file": "model support.cli support.exchange support.template support.tokenizer_files tokenizer",
@@ -61,8 +62,8 @@ ARROWS = {
     "support.plots": "support.cli support.disk support.evaluation",
     "support.preflight": "data model optim support.base support.cli support.config support.continuation support.hardware support.loss support.run",
     "support.report": "support.cases support.cli support.disk support.evaluation support.plots",
-    "support.run": "data instruct model support.base support.checkpoint support.cli support.config support.disk support.hardware support.safe_yaml "
-    "support.token_files tokenizer",
+    "support.run": "data instruct model support.base support.checkpoint support.cli support.config support.disk support.hardware "
+    "support.safe_yaml support.token_files tokenizer",
     "support.safe_yaml": "support.cli",
     "support.scoring": "model support.cli support.continuation tokenizer",
     "support.template": "tokenizer",
@@ -71,6 +72,11 @@ ARROWS = {
     "support.token_files": "support.cli support.continuation tokenizer",
     "prepare": "support.checkpoint support.cli support.disk support.documents support.shards support.token_files support.tokenizer_files tokenizer",
     "support.shards": "support.cli support.disk support.documents support.encoding support.hub tokenizer",
+    "support.conversions": "support.foreign_names",
+    "support.foreign_flags": "support.conversions support.foreign_names",
+    "support.overrides": "support.cli support.hub support.values",
+    "support.ported": "support.conversions support.foreign_names support.values",
+    "support.values": "support.cli support.safe_yaml",
 }
 SCRIPTS = {"train", "finetune", "convert", "prepare", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}
