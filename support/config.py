@@ -387,7 +387,10 @@ def reference_markdown() -> str:
         "# Config reference",
         "",
         "Made from the schema by `python3 -m support.config`; every key, its default and its effect.",
-        "Any of them can be set on the command line: `--override training.lr=3e-4`.",
+        "Any of them can be set on the command line: `--override training.lr=3e-4`. What a file or an override says is read as the",
+        "key's type: a text as written (the text `null` in quotes), a number in decimal (`010` is 10, `1_000` is 1000; `0x1F`, `1:30` and",
+        "infinity are refused), a switch as `true` or `false` (also `yes`, `no`, `on`, `off`), `null` as none where a key may be left out.",
+        "A file that ends in `.json` is JSON (`configs/sample_custom.json` is one), every other one YAML. In paths `~` is the home folder.",
         "",
     ]
     parts = [("Top level", "", Config), *((f"`{name}`", name + ".", model) for name, model in sections().items())]

@@ -143,8 +143,10 @@ def answer_to(key: str) -> str | None:
 
 
 def nearest_key(key: str) -> str | None:
-    """Our key whose name is most like this one's, if it is like it at all: model.d_modle is model.d_model."""
-    leaves = {leaf_of(ours): ours for ours in reversed(OUR_KEYS) if ours not in SECTIONS or "." not in key}
+    """Our key whose name is most like this one's, if it is like it at all, its own section first: model.d_modle is model.d_model."""
+    section = normalised(key).rpartition(".")[0]
+    known = [ours for ours in OUR_KEYS if ours not in SECTIONS or "." not in key]
+    leaves = {leaf_of(ours): ours for ours in sorted(known, key=lambda ours: ours.rpartition(".")[0] == section)}
     near = difflib.get_close_matches(leaf_of(normalised(key)), leaves, n=1, cutoff=LEAST_LIKENESS)
     return leaves[near[0]] if near else None
 

@@ -71,8 +71,8 @@ def alternatives(key: str, value: Any, tree: dict) -> tuple[str, ...]:
         return OF_A_DATASET
     if key == "data.dataset" and (data.get("source") == "instructions" or (data.get("source") == "hf" and value not in LOCAL_FORMATS)):
         return ("data.path",)
-    if key == "data.val_fraction" and data.get("streaming") is True:
-        return ()
+    if data.get("streaming") is True and key in ("data.val_docs", "data.val_fraction"):
+        return ()  # a stream has no share
     if key == "tokenizer.kind" and value != "file":
         return ("tokenizer.path",)
     return INSTEAD_OF.get(key, ())

@@ -101,7 +101,7 @@ def typed_override(override: str, key: str, written: str, kind: Any) -> Any:
         raise UserError(f"--override {key}: {HALF}")
     if takes_text(kind):
         return _text(override, written, kind)
-    possible, source = options(kind), f"--override {override}"
+    possible, source = options(kind), f"--override {override if len(override) < 100 else override[:97] + '...'}"
     if Any in possible:  # a key that we do not have: the answer will be about its name
         try:
             return parse_yaml(written, source)

@@ -108,7 +108,7 @@ def test_the_file_is_data_and_never_runs_code(tmp_path):
         "a: !!float x",
         "a: !!omap x",
         "<<: 3",
-        "a: " + "9" * 5000,
+        "a: !!int " + "9" * 5000,
         "[" * 3000,
         "a: \x07",
     ],
@@ -713,6 +713,25 @@ def test_every_key_in_a_config_file_says_what_it_does(path):
 def test_the_config_files_are_found():
     assert {"config.yaml", "config_smoke.yaml", "shakespeare_char.yaml", "sanity.yaml", "tinystories.yaml"} <= {p.name for p in CONFIG_FILES}
     assert [path.name for path in JSON_FILES] == ["sample_custom.json", "sample_custom_baseline.json"]
+
+
+@pytest.mark.parametrize("path", JSON_FILES, ids=lambda p: p.name)
+def test_a_json_example_trains(tmp_path, capsys, path):
+    import train
+
+    short = ("training.max_steps=2", "training.warmup_steps=0", "training.sample_every=2", f"checkpoint.dir={tmp_path / 'run'}")
+    train.main(["--config", str(path), "--device", "cpu", *(word for override in short for word in ("--override", override))])
+    assert "step      2 sample: 'Attention is" in capsys.readouterr().out
+    assert load_config(tmp_path / "run" / "run_config.yaml").model == load_config(path).model
+
+
+@pytest.mark.parametrize(("training", "warned"), [({}, True), ({"sample_every": None}, False), ({"sample_every": 5}, False)])
+def test_prompts_that_nothing_samples_are_said_to_be_so(capsys, training, warned):
+    from support.run import check_samples
+
+    sections = tree(training={"sample_prompts": ["a"], **training})
+    check_samples(sections, validate_config(sections))
+    assert ("--override training.sample_every=100" in capsys.readouterr().err) == warned
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_a_base_in_bf16_is_trained_in_float32(sft, tiny_run, tmp_path):
         ("base_ckpt=nowhere.ckpt", "base_ckpt: checkpoint nowhere.ckpt does not exist"),
         ("base_ckpt=README.md", "base_ckpt: README.md is not a checkpoint"),
         ("base_ckpt=null", "no checkpoint to start from"),
-        ("base_ckpt=5", "base_ckpt=5"),
+        ("base_ckpt=5", "base_ckpt: checkpoint 5 does not exist"),
         ("template=llama", "template=llama is none of chat, alpaca"),
         ("lora.targets=[c_attn]", "no block has a c_attn"),
         ("lora.rank=0", "lora.rank=0"),
@@ -134,7 +134,7 @@ def test_a_base_in_bf16_is_trained_in_float32(sft, tiny_run, tmp_path):
         ("data.streaming=true", "streaming does not belong to source=instructions"),
         ("data.document_mask=true", "document_mask does not belong to source=instructions"),
         ("data.fields={question: instruction}", "fields: question is none of instruction, input, output"),
-        ("data.val_split=test", "val_split=test is of a dataset on the hub; with path or val_path leave it out"),
+        ("data.val_split=test", "--override data.path and --override data.val_split exclude each other; give one of them"),
         ("training.seq_len=2", r"none of \d+ instructions fits training.seq_len=2"),
     ],
 )
