@@ -19,7 +19,7 @@ from support.overrides import apply_overrides
 from support.ported import ported
 from support.safe_yaml import read_mapping
 from support.template import DEFAULT, TEMPLATES, Template
-from support.values import section_of_keys, typed
+from support.values import NUMBER, section_of_keys, typed
 
 
 class Section(BaseModel):
@@ -110,6 +110,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
+        if self.val_split and NUMBER.fullmatch(self.val_split):
+            raise ValueError(f"val_split={self.val_split} would be the name of a split; a share of the text is val_fraction: {self.val_split}")
         for key in sorted(set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[self.source]):
             if getattr(self, key) != DataConfig.model_fields[key].default:
                 raise ValueError(f"{key} does not belong to source={self.source}; remove it, or change source")
@@ -300,9 +302,9 @@ def sections() -> dict[str, type[BaseModel]]:
 
 
 HINTS = {  # by the type of a pydantic error: what to write instead
-    "int_type": "a whole number in decimal digits, without quotes",
-    "float_type": "a decimal number such as 0.1 or 3e-4, without quotes",
-    "bool_type": "true or false",
+    "int_type": "write a whole number in decimal digits, without quotes",
+    "float_type": "write a decimal number such as 0.1 or 3e-4, without quotes",
+    "bool_type": "write true or false",
     "list_type": "a list is written [a, b]",
     "dict_type": "keys and values are written {key: value}",
 }

@@ -471,6 +471,7 @@ COMBINATIONS = [
     (tree(tokenizer={"kind": "file"}), r"path goes with kind=file"),
     (tree(tokenizer={"kind": "bpe", "path": "t.json"}), r"path goes with kind=file"),
     (tree(data={"source": "hf"}), r"source=hf needs dataset"),
+    (tree(data={"val_split": "0.1"}), r"val_split=0\.1 would be the name of a split; a share of the text is val_fraction: 0\.1"),
     ({"data": {}, "training": {"max_steps": 1}}, r"source=text needs path"),
     ({"data": {"source": "hf", "dataset": "a/b", "streaming": True}, "training": {"epochs": 1}}, r"training\.epochs .*stream"),
     (

@@ -178,7 +178,7 @@ def test_a_switch(text, value):
 
 @pytest.mark.parametrize("text", ["1", "0", "y", "maybe", "null", "", "'true'"])
 def test_what_is_no_switch_is_refused(text):
-    with pytest.raises(UserError, match=r"training\.compile=.*; true or false"):
+    with pytest.raises(UserError, match=r"training\.compile=.*; write true or false"):
         given(text, "training.compile")
 
 
