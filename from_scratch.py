@@ -269,13 +269,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 
 def learning_rate(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Linear warmup, then half a cosine down to `floor` (Loshchilov and Hutter, "SGDR", 2017); step is 0, 1, ...
+    """Linear warmup, then half a cosine towards `floor` (Loshchilov and Hutter, "SGDR", 2017); step is 0, 1, ...
 
-    Warmup, since Adam's m and v know little in the first steps, and a large step on little knowledge does harm.
+    Warmup, since Adam's m and v know little in the first steps, and a large step on little knowledge does harm. Its
+    first step has peak / warmup, for a step at zero would change nothing; its last step and the one after it have the
+    peak. Step `total`, the first after the schedule, is the first to have `floor`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / (total - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -116,7 +116,11 @@ def shard_like(tensor: Tensor, p: Tensor) -> Tensor:
 
 
 def lr_factor(step: int, schedule: str, warmup_steps: int, schedule_steps: int, floor: float = 0.0) -> float:
-    """The share of the peak learning rate for step 0, 1, ...; it never falls below `floor` once warm.
+    """The share of the peak learning rate in step 0, 1, ... (which are printed as 1, 2, ...).
+
+    Warmup does not start from zero: of W steps the first has 1/W of the peak and the last all of it. The step after the
+    warmup has the peak too. A decay by `cosine`, `linear` or `wsd` gets as low as `floor` in the step after the schedule,
+    so its last step still has a little more, and all later steps have `floor`.
 
     >>> [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]

@@ -301,9 +301,10 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
     groups = build_optimizer(probe, training).param_groups
     if plan.n_steps == 0:
         return f"{training.optimizer}; max_steps is 0, so nothing will be trained"
+    last = plan.n_steps - 1
     rates = [
         training.lr * lr_factor(step, training.schedule, training.warmup_steps, training.schedule_steps, training.min_lr / training.lr)
-        for step in range(0, plan.n_steps, max(1, plan.n_steps // 1000))
+        for step in (0, min(training.warmup_steps, last), last)  # after the warmup no schedule rises
     ]
     return (
         f"{training.optimizer}, {len(groups)} groups; learning rate starts at {rates[0]:.1e}, peaks at {max(rates):.1e}, ends at {rates[-1]:.1e} "

@@ -99,8 +99,10 @@ def test_ours_in_use_agree_with_the_lessons():
     """What optim.py computes for whole batches, and for all schedules, is what is written out here for one."""
     G = torch.randn(12, 20)
     torch.testing.assert_close(orthogonalize(G), optim.newton_schulz(G[None])[0])
-    for step in range(130):
-        assert learning_rate(step, 3e-3, 3e-4, 10, 100) == pytest.approx(3e-3 * optim.lr_factor(step, "cosine", 10, 100, 0.1))
+    for warmup, total in ((10, 100), (0, 7), (4, 4)):
+        for step in range(total + 30):
+            ours = learning_rate(step, 3e-3, 3e-4, warmup, total)
+            assert ours == pytest.approx(3e-3 * optim.lr_factor(step, "cosine", warmup, total, 0.1))
 
 
 # ---- byte-pair encoding -------------------------------------------------------------------------------------------

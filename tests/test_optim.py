@@ -327,6 +327,27 @@ def test_the_floor_is_where_the_decay_ends_not_where_it_is_cut_off():
     assert factors("cosine", floor=0.2)[60] == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "to_go"),  # what is left above the floor when a share of the steps after the warmup is still to come
+    [("linear", lambda left: left), ("wsd", lambda left: min(1, 5 * left)), ("cosine", lambda left: math.sin(math.pi * left / 2) ** 2)],
+)
+@pytest.mark.parametrize(("warmup", "total", "floor"), [(1, 4, 0.0), (3, 10, 0.0), (7, 40, 0.25), (20, 300, 0.1)])
+def test_the_first_and_last_steps_are_what_the_pages_say(schedule, to_go, warmup, total, floor):
+    """Not from zero: the first step has 1/warmup. Not down to the floor: the last step is one short of it, the next has it."""
+    at = factors(schedule, warmup, total, floor)
+    assert at[0] == 1 / warmup > 0
+    assert at[warmup - 1] == at[warmup] == 1
+    assert at[total - 1] == pytest.approx(floor + (1 - floor) * to_go(1 / (total - warmup)))
+    assert at[total - 1] > floor
+    assert at[total:] == pytest.approx([floor] * 5, abs=1e-12)
+
+
+def test_a_run_logs_the_rates_that_the_pages_say(tiny_run):
+    """12 steps, 2 of warmup, linear from a peak of 0.01 towards 0."""
+    rates = [row["lr"] for row in tiny_run.train_rows]
+    assert [rates[0], rates[1], rates[2], rates[-1]] == pytest.approx([0.01 / 2, 0.01, 0.01, 0.01 / 10])
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_that_is_all_warmup_does_not_divide_by_zero(schedule):
     assert factors(schedule, warmup_steps=4, schedule_steps=4, beyond=0) == [0.25, 0.5, 0.75, 1.0]
