@@ -1,8 +1,10 @@
-"""Rank checkpoints by how they answer cases: prompts with what should follow. docs/EVALUATION.md explains the scores.
+"""Rank checkpoints by how they answer cases (prompts with what should follow), or by their validation loss. docs/EVALUATION.md
+explains the scores.
 
 python3 evaluate_checkpoints.py --checkpoints checkpoints --cases cases/tiny_corpus.yaml
 python3 evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tokenizer gpt2 --cases cases/wiki_basics.yaml
 python3 evaluate_checkpoints.py --checkpoints 'runs/*/*.ckpt' --cases cases/ --val --output-dir results/baseline
+python3 evaluate_checkpoints.py --checkpoints checkpoints --val --output-dir results/losses    # by the loss alone
 python3 evaluate_checkpoints.py --checkpoints checkpoints/best.ckpt --lm-eval lambada_openai --lm-eval-limit 200    # pip install lm-eval
 """
 
@@ -31,7 +33,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="+", type=file_path, metavar="PATH", help="case files, or folders of them")
     add_tokenizer_flag(parser)
-    parser.add_argument("--val", action="store_true", help="also the loss on the validation text, as by eval_val.py")
+    parser.add_argument(
+        "--val", action="store_true", help="also the loss on the validation text, as by eval_val.py; without --cases it decides the rank"
+    )
     parser.add_argument(
         "--config", type=file_path, metavar="FILE", help="with --val: the validation text of this config for all, instead of each one's own"
     )
@@ -50,8 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap (default 42); the scores themselves draw nothing")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     args = parser.parse_args(argv)
-    if not args.cases and not args.lm_eval:
-        parser.error("give --cases, --lm-eval, or both")
+    if not args.cases and not args.val and not args.lm_eval:
+        parser.error("give --cases, --val, --lm-eval, or several of them")
     if args.lm_eval and find_spec("lm_eval") is None:
         raise UserError("--lm-eval needs the EleutherAI harness, which is not installed; pip install lm-eval")
     return args
@@ -183,12 +187,14 @@ def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str
 
 
 def rank(checkpoints: list[CheckpointResult], cases: list[Case], seed: int) -> list[CheckpointResult]:
-    """With scores, 95% intervals and ranks, the best first.
+    """With scores, 95% intervals and ranks, the best first; without cases, with ranks alone.
 
     The bootstrap (Efron, 1979) draws as many cases again, with replacement, RESAMPLES times: how much would the score
     vary with other cases of this kind? All checkpoints see the same draws, so differences are paired: one that beats
     the first in more than 2.5% of them cannot be told from it.
     """
+    if not cases:
+        return rank_by_loss(checkpoints)
     weights = np.array([case.weight for case in cases])  # (cases,)
     scores = np.array([[result.score for result in checkpoint.results] for checkpoint in checkpoints])  # (checkpoints, cases)
     draws = np.random.default_rng(seed).multinomial(len(cases), np.full(len(cases), 1 / len(cases)), RESAMPLES) * weights  # (draws, cases)
@@ -201,6 +207,13 @@ def rank(checkpoints: list[CheckpointResult], cases: list[Case], seed: int) -> l
         place = {"rank": 1 + int((means > means[i]).sum()), "tied": int((means == means[i]).sum()) > 1, "same_as_first": bool(behind[i] <= 0)}
         by_category = {name: float(np.average(scores[i][where], weights=weights[where])) for name, where in categories.items()}
         ranked.append(replace(checkpoint, score=float(means[i]), low=float(low[i]), high=float(high[i]), categories=by_category, **place))
+    return sorted(ranked, key=lambda c: (c.rank, c.file))
+
+
+def rank_by_loss(checkpoints: list[CheckpointResult]) -> list[CheckpointResult]:
+    """With ranks, the lowest loss first. It is taken in bits per byte, so that models of different tokenizers compare."""
+    bits = [round(c.bits_per_byte, 6) if math.isfinite(c.bits_per_byte) else math.inf for c in checkpoints]
+    ranked = [replace(c, rank=1 + sum(other < own for other in bits), tied=bits.count(own) > 1) for c, own in zip(checkpoints, bits, strict=True)]
     return sorted(ranked, key=lambda c: (c.rank, c.file))
 
 
@@ -235,8 +248,8 @@ def each_checkpoint(paths: Iterable[Path], n: int, score: Callable[[Path], Any])
 
 
 def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evaluation:
-    """Score every checkpoint on the cases. Raises UserError."""
-    cases = read_cases(args.cases)
+    """Score every checkpoint on the cases, and with --val on the validation text. Raises UserError."""
+    cases = read_cases(args.cases) if args.cases else []
     texts: dict[str, list] = {}
     checkpoints = each_checkpoint(progress(paths, "checkpoints"), len(paths), lambda path: evaluate_checkpoint(path, cases, args, device, texts))
     for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
@@ -272,31 +285,32 @@ def evaluate_tasks(args: argparse.Namespace, paths: list[Path], device: str, ind
 
 def place(checkpoint: CheckpointResult) -> str:
     """`2`, `2=` where others share the rank, `2~` where the cases cannot tell it from the first."""
-    return f"{checkpoint.rank}" + "=" * checkpoint.tied + "~" * (checkpoint.same_as_first and checkpoint.rank > 1)
+    return f"{checkpoint.rank}" + "=" * checkpoint.tied + "~" * bool(checkpoint.same_as_first and checkpoint.rank > 1)
 
 
 def print_table(evaluation: Evaluation) -> None:
     from rich.table import Table
 
-    with_val, names = evaluation.checkpoints[0].val_loss is not None, list(evaluation.chance) if len(evaluation.chance) <= COLUMNS else []
+    n, with_val = len(evaluation.cases), evaluation.checkpoints[0].val_loss is not None
+    names = list(evaluation.chance) if len(evaluation.chance) <= COLUMNS else []
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("rank", "file", "step", "score", "95% interval", *(["val loss", "bits/byte"] if with_val else []), *names):
+    scored, validated = ["score", "95% interval"] if n else [], ["val loss", "bits/byte"] if with_val else []
+    for name in ("rank", "file", "step", *scored, *validated, *names):
         table.add_column(printable(name), justify="left" if name == "file" else "right", no_wrap=True, overflow="ignore")
     for c in evaluation.checkpoints:
         file = printable(c.file) + (f" ({' '.join(c.names)})" if c.names else "")
         losses = [f"{c.val_loss:.4f}", f"{c.bits_per_byte:.4f}"] if with_val else []
-        interval = f"{c.low:.3f} to {c.high:.3f}"
-        table.add_row(place(c), file, str(c.step), f"{c.score:.4f}", interval, *losses, *[f"{c.categories[name]:.3f}" for name in names])
+        score = [f"{c.score:.4f}", f"{c.low:.3f} to {c.high:.3f}"] if n else []
+        table.add_row(place(c), file, str(c.step), *score, *losses, *[f"{c.categories[name]:.3f}" for name in names])
     if any(evaluation.chance[name] is not None for name in names):
         levels = ["" if evaluation.chance[name] is None else f"{evaluation.chance[name]:.3f}" for name in names]
         table.add_row("", "guessing", "", "", "", *[""] * (2 * with_val), *levels, style="dim")
     print_wide(table)
-    n = len(evaluation.cases)
     if any(c.tied for c in evaluation.checkpoints):
-        print("= the same score")
+        print("= the same score" if n else "= the same loss")
     if any(c.same_as_first and c.rank > 1 for c in evaluation.checkpoints):
         print(f"~ these {n} cases cannot tell it from the first (paired bootstrap, 95%)")
-    if not names:
+    if len(names) < len(evaluation.chance):
         print(f"{len(evaluation.chance)} categories are too many for this table; --output-dir writes them to files")
 
 
@@ -353,7 +367,10 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
 
     write_csv(folder / "evaluation_results.csv", [checkpoint_row(c) for c in evaluation.checkpoints])
     pairs = [(c, case, result) for c in evaluation.checkpoints for case, result in zip(evaluation.cases, c.results, strict=True)]
-    write_csv(folder / "cases.csv", [case_row(*pair) for pair in pairs])
+    if pairs:
+        write_csv(folder / "cases.csv", [case_row(*pair) for pair in pairs])
+    else:  # ranked by the loss alone
+        (folder / "cases.csv").unlink(missing_ok=True)
     write_report(folder / "report.html", evaluation)  # with scores.svg and scores.png beside it
 
 
@@ -362,8 +379,6 @@ def main(argv: list[str] | None = None) -> int:
     args.command = shlex.join(["python3", "evaluate_checkpoints.py", *(sys.argv[1:] if argv is None else argv)])
     if args.config and not args.val:
         raise UserError("--config names the validation text, so it goes with --val")
-    if args.val and not args.cases:
-        raise UserError("--val stands beside the scores of --cases; python3 eval_val.py gives it alone")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
     if not args.lm_eval and (args.lm_eval_tasks or args.lm_eval_limit is not None):
@@ -374,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     index = find_tasks(args.lm_eval, args.lm_eval_tasks) if args.lm_eval else None
     if args.output_dir:  # before the work, so that a bad name costs nothing
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    if args.cases:
+    if args.cases or args.val:
         evaluation = evaluate(args, paths, device)
         if args.json:
             for c in evaluation.checkpoints:

@@ -144,8 +144,14 @@ class TrainingConfig(Section):
     grad_accum_steps: int = Field(1, gt=0, description="Micro-batches whose gradients add up to one step: a large effective batch in little memory.")
     seq_len: int | None = Field(None, gt=1, description="Tokens of one training sequence. Default: `model.max_seq_len`.")
     lr: float = Field(1e-3, gt=0, le=10, description="Peak learning rate of AdamW, at most 10.")
-    min_lr: float = Field(0.0, ge=0, description="What `cosine`, `linear` and `wsd` decay to: steps after the schedule have it, its last step a little more. At most `lr`. Muon's part decays to the same share of `muon_lr`.")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to its peak: the first step has `1 / warmup_steps` of it, the last all of it.")
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        description="What `cosine`, `linear` and `wsd` decay to: steps after the schedule have it, its last step a little more. At most `lr`. Muon's part decays to the same share of `muon_lr`.",
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps over which the learning rate rises to its peak: the first step has `1 / warmup_steps` of it, the last all of it."
+    )
     schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = Field(
         "cosine",
         description="After the warmup: decay to `min_lr` by `cosine` or `linear`; `wsd` decays over the last fifth of those steps; `step` drops at "

@@ -1,5 +1,5 @@
-"""What an evaluation of checkpoints on case files found, as plain values: made by evaluate_checkpoints.py, shown by support/report.py
-and support/plots.py."""
+"""What an evaluation of checkpoints found, on cases or on a validation text, as plain values: made by evaluate_checkpoints.py, shown
+by support/report.py and support/plots.py."""
 
 from __future__ import annotations
 
@@ -41,22 +41,27 @@ class CheckpointResult:
     n_params: int
     tokenizer: str  # in words: "bpe 1024"
     results: list[CaseResult]  # in the order of Evaluation.cases
-    score: float = 0.0  # weighted mean over the cases
-    low: float = 0.0  # its 95% bootstrap interval
-    high: float = 0.0
+    score: float | None = None  # weighted mean over the cases; None without cases, and so are low and high
+    low: float | None = None  # its 95% bootstrap interval
+    high: float | None = None
     rank: int = 0  # from 1; equal scores share a rank
     tied: bool = False  # another one has the same rank
-    same_as_first: bool = False  # cannot be told from the first with these cases
+    same_as_first: bool | None = None  # cannot be told from the first with these cases; None without cases
     categories: dict[str, float] = field(default_factory=dict)  # the score on each category's cases alone
     val_loss: float | None = None
     bits_per_byte: float | None = None
 
+    @property
+    def value(self) -> float:
+        """What its rank comes from: the score, or without cases the bits per byte."""
+        return self.bits_per_byte if self.score is None else self.score
+
 
 @dataclass
 class Evaluation:
-    """Checkpoints ranked on cases."""
+    """Checkpoints ranked on cases, or without cases by their loss in bits per byte."""
 
-    cases: list[Case]
+    cases: list[Case]  # none where --val alone was asked for
     checkpoints: list[CheckpointResult]  # sorted by rank
     chance: dict[str, float | None]  # per category what guessing wins: 1/len(choices) of a case with choices, else 0; None without any choices
     seed: int

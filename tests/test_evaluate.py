@@ -362,6 +362,40 @@ def test_validation_losses_are_those_of_the_training(evaluate, tiny_run):
     assert all(row["bits_per_byte"] > 0 for row in rows)
 
 
+def test_without_cases_the_validation_loss_decides_the_rank(evaluate, tiny_run, tmp_path):
+    """In the table, in --json, and in files: no scores anywhere, and no cases.csv of an earlier evaluation remains."""
+    (tmp_path / "cases.csv").write_text("of an earlier evaluation")
+    rows, err = evaluate("--checkpoints", tiny_run.folder, "--val", "--output-dir", tmp_path)
+    logged = sorted((row["val_loss"], row["step"]) for row in tiny_run.val_rows)
+    assert [(row["val_loss"], row["step"]) for row in rows] == [(pytest.approx(loss, rel=1e-5), step) for loss, step in logged]
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert all(row[name] is None for row in rows for name in ("score", "low", "high", "same_as_first"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation_results.csv", "report.html", "scores.png", "scores.svg"]
+    with open(tmp_path / "evaluation_results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in table] == [row["val_loss"] for row in rows] and {row["score"] for row in table} == {""}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "by their validation loss" in page and "Loss over step" in page and "bits per byte of the validation text" in page
+    assert "bootstrap" not in page and "Score" not in page and "<script>" not in page
+    assert all(f"{row['val_loss']:.4f}" in page for row in rows)
+
+
+def test_the_table_without_cases_shows_losses_alone(tiny_run, capsys):
+    assert evaluate_checkpoints.main(["--checkpoints", str(tiny_run.folder), "--val", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["rank", "file", "step", "val", "loss", "bits/byte"] and len(lines) == 4
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+
+
+def test_losses_are_ranked_in_bits_per_byte_and_equal_ones_share_a_rank():
+    """A byte tokenizer has a lower loss on more tokens; a model that predicts nothing well is last, also where its loss is not a number."""
+    plain = {"names": [], "run": "", "step": 1, "tokens": 1, "n_params": 1, "results": []}
+    losses = {"bpe": (3.0, 2.0), "byte": (1.5, 2.2), "same": (3.0, 2.0), "broken": (math.nan, math.nan)}
+    made = [CheckpointResult(name, tokenizer=name, val_loss=loss, bits_per_byte=bits, **plain) for name, (loss, bits) in losses.items()]
+    ranked = rank(made, [], 42)
+    assert [(c.file, c.rank, c.tied) for c in ranked] == [("bpe", 1, True), ("same", 1, True), ("byte", 3, False), ("broken", 4, False)]
+
+
 def test_results_are_files_that_say_the_same(evaluate, tiny_run, tmp_path):
     rows, _ = evaluate("--checkpoints", tiny_run.folder, "--cases", CORPUS_CASES, "--output-dir", tmp_path / "results" / "baseline")
     folder, cases = tmp_path / "results" / "baseline", read_cases([CORPUS_CASES])
@@ -435,6 +469,7 @@ def test_a_bad_output_folder_is_noticed_before_the_work(tiny_run, tmp_path, monk
         (["--checkpoints", "{run}", "--cases", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--checkpoints", "{run}", "--cases", CORPUS_CASES, "--config", "config.yaml"], "goes with --val"),
         (["--checkpoints", "{run}", "--cases", CORPUS_CASES, "--seed", "-1"], "--seed -1"),
+        (["--checkpoints", "nowhere", "--val"], "nowhere: no checkpoint"),
         (["--checkpoints", "{run}", "--cases", CORPUS_CASES, "--device", "tpu"], "device 'tpu'"),
     ],
 )

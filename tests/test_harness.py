@@ -230,7 +230,7 @@ finally:
         (["--cases", "cases", "--lm-eval-tasks", "cases"], "go with --lm-eval"),
         (["--lm-eval", "x", "--lm-eval-limit", "0"], "--lm-eval-limit 0 must be at least 1"),
         (["--lm-eval", "x", "--lm-eval-tasks", "nowhere"], "--lm-eval-tasks nowhere is no folder"),
-        (["--lm-eval", "x", "--val"], "eval_val.py gives it alone"),
+        (["--lm-eval", "x", "--config", "config.yaml"], "goes with --val"),
     ],
 )
 def test_mistakes_are_answered(lm_eval, tiny_run, argv, said):
@@ -241,4 +241,4 @@ def test_mistakes_are_answered(lm_eval, tiny_run, argv, said):
 def test_something_must_be_asked_for(capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate_checkpoints.main(["--checkpoints", "checkpoints"])
-    assert "give --cases, --lm-eval, or both" in capsys.readouterr().err
+    assert "give --cases, --val, --lm-eval, or several of them" in capsys.readouterr().err

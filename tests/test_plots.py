@@ -104,6 +104,17 @@ def test_without_different_steps_the_scores_are_bars(tmp_path, steps):
     assert "a/step-" in words and "b/step-" in words and "geography" not in words
 
 
+@pytest.mark.parametrize("steps", [(10, 20), (10,)], ids=["lines", "bars"])
+def test_without_cases_the_losses_are_drawn(tmp_path, steps):
+    evaluation = make_evaluation(steps=steps, runs=("runs/a", "runs/b"))
+    evaluation.cases, evaluation.chance = [], {}
+    for n, checkpoint in enumerate(evaluation.checkpoints):
+        checkpoint.score = checkpoint.low = checkpoint.high = None
+        checkpoint.results, checkpoint.categories, checkpoint.bits_per_byte = [], {}, 2.0 + n / 8
+    words = texts(draw_scores(tmp_path / "scores", evaluation).read_bytes())
+    assert "bits per byte of the validation text" in words and "score" not in words
+
+
 def test_the_picture_of_scores_is_the_same_bytes_for_the_same_scores(tmp_path):
     pictures = [draw_scores(tmp_path / "scores", make_evaluation(n_cases=n)).read_bytes() for n in (12, 12, 9)]
     assert pictures[0] == pictures[1] != pictures[2]
