@@ -147,7 +147,8 @@ class TrainingConfig(Section):
     min_lr: float = Field(
         0.0,
         ge=0,
-        description="What `cosine`, `linear` and `wsd` decay to: steps after the schedule have it, its last step a little more. At most `lr`. Muon's part decays to the same share of `muon_lr`.",
+        description="What `cosine`, `linear` and `wsd` decay to: steps after the schedule have it, its last step a little more. At most `lr`. "
+        "Muon's part decays to the same share of `muon_lr`.",
     )
     warmup_steps: int = Field(
         0, ge=0, description="Steps over which the learning rate rises to its peak: the first step has `1 / warmup_steps` of it, the last all of it."
@@ -185,7 +186,7 @@ class TrainingConfig(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}")
         steps = self.schedule_steps or self.max_steps
-        if steps and self.warmup_steps > steps:
+        if steps and self.warmup_steps > steps and self.max_steps != 0:  # a run of 0 steps has no schedule, and no warmup
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the schedule of {steps} steps; try warmup_steps={max(1, steps // 10)}")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")

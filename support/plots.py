@@ -73,7 +73,8 @@ def draw_scores(stem: Path, evaluation: Evaluation) -> Path:
     """scores.svg and scores.png for a stem that ends in `scores`; returns the SVG's path.
 
     Score over step, a line for each run, with 95% intervals; below it, for 2 to 8 categories, the same for each category.
-    Without cases, the bits per byte of the validation text in place of the score. Where a step is missing or all are equal, a bar for each checkpoint.
+    Without cases, the bits per byte of the validation text in place of the score.
+    Where a step is missing or all are equal, a bar for each checkpoint.
     """
     pyplot = load_pyplot()
     steps = [checkpoint.step for checkpoint in evaluation.checkpoints]

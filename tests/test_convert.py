@@ -451,6 +451,7 @@ def test_transformers_reads_the_gguf_and_gives_our_logits_and_tokens(saved, tmp_
     import transformers
 
     pytest.importorskip("gguf", reason="gguf is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
     as_published = {"qwen3": {"head_dim": 128}, "gpt2": {"d_ff": 128, "max_seq_len": 1024}}
     model = random_model(vocab_size=trained_bpe.vocab_size, **(SHAPES[kind] | as_published.get(kind, {})))
     call("--ckpt", saved("ours", model, trained_bpe), "--to", "gguf", "--output", tmp_path / "m.gguf")

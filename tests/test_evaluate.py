@@ -365,7 +365,7 @@ def test_validation_losses_are_those_of_the_training(evaluate, tiny_run):
 def test_without_cases_the_validation_loss_decides_the_rank(evaluate, tiny_run, tmp_path):
     """In the table, in --json, and in files: no scores anywhere, and no cases.csv of an earlier evaluation remains."""
     (tmp_path / "cases.csv").write_text("of an earlier evaluation")
-    rows, err = evaluate("--checkpoints", tiny_run.folder, "--val", "--output-dir", tmp_path)
+    rows, _ = evaluate("--checkpoints", tiny_run.folder, "--val", "--output-dir", tmp_path)
     logged = sorted((row["val_loss"], row["step"]) for row in tiny_run.val_rows)
     assert [(row["val_loss"], row["step"]) for row in rows] == [(pytest.approx(loss, rel=1e-5), step) for loss, step in logged]
     assert [row["rank"] for row in rows] == [1, 2, 3]
@@ -378,6 +378,13 @@ def test_without_cases_the_validation_loss_decides_the_rank(evaluate, tiny_run, 
     assert "by their validation loss" in page and "Loss over step" in page and "bits per byte of the validation text" in page
     assert "bootstrap" not in page and "Score" not in page and "<script>" not in page
     assert all(f"{row['val_loss']:.4f}" in page for row in rows)
+
+
+def test_an_untrained_checkpoint_is_compared_whatever_its_warmup(evaluate, run, tmp_path):
+    """A run of 0 steps writes a schedule of 1 step, shorter than the warmup of its config, and its validation text can still be read."""
+    run(tmp_path / "untrained", "training.max_steps=0", "training.schedule_steps=null", "training.warmup_steps=5")
+    [row], err = evaluate("--checkpoints", tmp_path, "--val")
+    assert row["step"] == 0 and row["val_loss"] == pytest.approx(math.log(400), abs=0.2) and err == ""
 
 
 def test_the_table_without_cases_shows_losses_alone(tiny_run, capsys):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -221,6 +223,42 @@ finally:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
     assert process.stderr == "error: --lm-eval needs the EleutherAI harness, which is not installed; pip install lm-eval\n"
+
+
+@pytest.mark.slow
+def test_the_suite_needs_no_optional_package(tmp_path):
+    """Where none of them can be found, every test file is collected, and what would use them skips, for reasons that
+    CONTRIBUTING.md lists, or passes."""
+    (tmp_path / "without_optional.py").write_text(WITHOUT_OPTIONAL)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    base = [sys.executable, "-m", "pytest", "-p", "without_optional", "-p", "no:cacheprovider", "-q", "-rs", "-m", "not slow"]
+    chosen = "gguf or llama_cpp or parses or lm_eval or installed or package"
+    for more in (["--collect-only"], ["tests/test_harness.py"], ["tests/test_convert.py", "tests/test_docs.py", "-k", chosen]):
+        found = subprocess.run([*base, *more], capture_output=True, text=True, cwd=REPO, env=environment)
+        assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+        reasons = {line.split(": ", 1)[1] for line in found.stdout.splitlines() if line.startswith("SKIPPED")}
+        listed = re.findall(r"^- skip: (.+)$", (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+        assert [reason for reason in reasons if not reason.startswith(tuple(listed))] == []
+        assert "lm-eval is not installed" in reasons or "tests/test_harness.py" not in more
+
+
+WITHOUT_OPTIONAL = """
+import importlib.util, sys
+
+OPTIONAL = {"lm_eval", "gguf", "accelerate", "llama_cpp", "xdist", "tensorboard", "hypothesis"}
+installed = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in OPTIONAL else installed(name, *rest)
+
+
+class Blocked:
+    @staticmethod
+    def find_spec(name, *rest):
+        if name.split(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Blocked)
+"""
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 import ast
 import functools
 import importlib.metadata
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,12 +136,43 @@ def test_no_top_level_name_shadows_what_we_or_our_dependencies_import():
     assert not here & set(importlib.metadata.packages_distributions())
 
 
+def test_pip_install_of_this_folder_brings_the_requirements_and_no_module():
+    """`pip install -e .`: a module named data or list on the path of every program would hide those of others."""
+    settings = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["packages"] == settings["tool"]["setuptools"]["py-modules"] == []
+    assert settings["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert {"dependencies", "optional-dependencies"} == set(settings["project"]["dynamic"])
+
+
+@pytest.mark.slow
+def test_what_pip_installs_of_this_folder(tmp_path):
+    """The wheel that `pip install -e .` makes, without network: the requirements, and an import hook that finds nothing."""
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    for file in (*REPO.glob("*.py"), *REPO.glob("requirements*.txt"), REPO / "pyproject.toml", REPO / "LICENSE"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(REPO / "support", tmp_path / "support")
+    (tmp_path / "data").mkdir()
+    code = "from setuptools.build_meta import build_editable; build_editable('wheel')"
+    (tmp_path / "wheel").mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    [wheel] = (tmp_path / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        inside = {name: files.read(name).decode() for name in files.namelist()}
+    assert all("dist-info/" in name or name.startswith("__editable__") for name in inside)
+    assert not [text for text in inside.values() if str(tmp_path) in text], "the folder is not put on the path"
+    metadata = next(text for name, text in inside.items() if name.endswith("METADATA"))
+    lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    needed = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+    assert re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M) == needed
+
+
 def test_data_the_folder_does_not_shadow_data_the_module():
     """With an __init__.py, `import data` would find the folder of texts, and data.py would vanish."""
     assert (REPO / "data").is_dir() and (REPO / "data.py").is_file()
     assert not (REPO / "data" / "__init__.py").exists()
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_nothing_that_a_run_leaves_is_in_the_repository():
     """A clone that came with a finished run would begin by moving it aside. Outside of a git checkout there is nothing to see."""
     found = subprocess.run(["git", "ls-files", "--cached", "--ignored", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
