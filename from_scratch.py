@@ -308,6 +308,7 @@ def sampling_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int 
 # endings, letters, digits, other signs, each with the space before it, and blanks (Radford et al., 2019).
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 Pair = tuple[int, int]
+CACHED_WORDS, CACHED_LENGTH = 20_000, 40  # how many words, and of how many characters at most, BPE remembers the ids of
 
 
 def byte_order() -> list[int]:
@@ -445,16 +446,24 @@ class BPE:
         return self.special.split(text) if self.special else [text]
 
     def _encode_word(self, word: str) -> list[int]:
-        """The merges in the order they were learned: the earliest that is possible, until none is."""
-        if word not in self.cache:
-            ids = [self.id_of_byte[byte] for byte in word.encode()]
-            while len(ids) > 1:
-                pair = min(itertools.pairwise(ids), key=lambda pair: self.ranks.get(pair, math.inf))
-                if pair not in self.ranks:
-                    break
-                ids = merge_pair(ids, pair, self.ranks[pair])
+        """The merges in the order they were learned: the earliest that is possible, until none is.
+
+        Most words of a text are among the few thousand frequent ones, so the ids of short words are remembered. Rare words fill the
+        memory in the end; then all is forgotten, and what is frequent is soon back.
+        """
+        if word in self.cache:
+            return self.cache[word]
+        ids = [self.id_of_byte[byte] for byte in word.encode()]
+        while len(ids) > 1:
+            pair = min(itertools.pairwise(ids), key=lambda pair: self.ranks.get(pair, math.inf))
+            if pair not in self.ranks:
+                break
+            ids = merge_pair(ids, pair, self.ranks[pair])
+        if len(word) <= CACHED_LENGTH:
+            if len(self.cache) >= CACHED_WORDS:
+                self.cache.clear()
             self.cache[word] = ids
-        return self.cache[word]
+        return ids
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -467,10 +476,11 @@ class BPE:
         return ids
 
     def encode_iterable(self, lines: Iterable[str]) -> Iterator[int]:
-        """The ids of all lines together, one by one, with a line or two in memory: for files larger than that.
+        """The ids of all lines together, one by one: for files larger than memory, which holds a line or two and the cache of words.
 
         A line's end is no place to cut: blanks that follow belong to the same word. The place before a blank that
-        follows a character is one, and what is behind the last of them waits for the next line.
+        follows a character is one, and the text after the last of them waits for the next line. (Lines without any such
+        place, as thousands of empty ones, are one word and wait together.)
         """
         waiting = ""
         for line in lines:

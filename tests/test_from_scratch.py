@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 
@@ -168,6 +169,26 @@ def test_lines_are_not_gathered():
         next(stream)
     n_tokens = len(bpe.encode("attention is a weighted sum\n"))
     assert len(read) < 5000 / n_tokens + 3
+
+
+def test_a_text_of_ever_new_words_does_not_fill_the_memory(monkeypatch):
+    """The cache of words is bounded, in words and in characters, and what it forgets is encoded again to the same ids."""
+    monkeypatch.setattr(from_scratch, "CACHED_WORDS", 300)
+    bpe, dice = BPE.train([CORPUS], 400), random.Random(3)
+    lines = [" ".join(["".join(dice.choices("etaoin", k=9)), "x" * dice.choice((3, 99)), "attention"]) + "\n" for _ in range(3000)]
+    tracemalloc.start()
+    most = 0
+    for _ in bpe.encode_iterable(iter(lines)):
+        most = max(most, len(bpe.cache))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 250 < most <= 300 and max(map(len, bpe.cache)) <= from_scratch.CACHED_LENGTH
+    assert peak < 500_000, "3,000 different words and their ids take more than a megabyte"
+    text = "".join(lines[:500])
+    ids = bpe.encode(text)
+    monkeypatch.setattr(from_scratch, "CACHED_LENGTH", -1)  # nothing is remembered
+    forgetful = BPE(bpe.merges, [EOS_TEXT])
+    assert forgetful.encode(text) == ids and not forgetful.cache
 
 
 def test_bytes_that_are_no_text_become_the_replacement_character():
