@@ -45,8 +45,8 @@ def estimate_activations(model_config: GPTConfig, config: Config, precision: str
     else:
         kept = tokens * c.vocab_size * 4
         head = 3 * kept
-    if c.dropout and device == "cpu":  # there, dropout makes the fused kernel keep the attention weights, their mask and product
-        block += tokens * config.seq_len * c.n_heads * 12
+    if device == "mps" or (c.dropout and device == "cpu"):  # attention weights are kept; with dropout their mask and product, too
+        block += tokens * config.seq_len * c.n_heads * (12 if c.dropout else 4)
     if c.gradient_checkpointing:
         return (c.n_layers + 1) * stream + kept, (c.n_layers + 1) * stream + max(block, head)
     return c.n_layers * block + stream + kept, c.n_layers * block + stream + head

@@ -320,6 +320,42 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(there), f"{name(there)} has no heading {anchor}"
 
 
+# A page with its section: page.md#anchor, or (page.md, heading), or page.md, "heading".
+PLACE = re.compile(r"(?<![\w/])((?:docs/)?[A-Z][A-Z0-9_]+\.md)(?:#([\w-]*\w)|, (?:section )?[\"'`]([^\"'`\n]+)[\"'`]|, ([^()\n]+)\))?")
+
+
+def missing_places(text: str) -> list[str]:
+    """The pages and sections that a text names and that are not there."""
+    missing = []
+    for page, anchor, quoted, bare in PLACE.findall(text):
+        there = next((path for path in (REPO / page, REPO / "docs" / page) if path.is_file()), None)
+        heading = (quoted or bare).removesuffix(".")
+        slug = anchor or re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        if there is None or (slug and slug not in anchors(there)):
+            missing.append(f"{page} {anchor or heading}".strip())
+    return missing
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "tests"], ids=name)
+def test_pages_and_sections_named_in_the_code_exist(path):
+    """In its messages, where a name may be put together of several strings, and in its comments."""
+    source = path.read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    comments = re.findall(r"#.*", source)
+    assert [place for text in (*(node.value for node in nodes), *comments) for place in missing_places(text)] == []
+
+
+@pytest.mark.parametrize("path", sorted([*REPO.glob("*.yaml"), *REPO.glob("*/*.yaml"), REPO / "Makefile"]), ids=name)
+def test_pages_and_sections_named_in_configs_exist(path):
+    assert missing_places(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_reader_of_pages_and_sections_notices():
+    assert missing_places("see docs/DATA.md#token-files, docs/EVALUATION.md (docs/TROUBLESHOOTING.md, no network) or README.md.") == []
+    wrong = 'docs/DATA.md#tokens; docs/NOWHERE.md; (docs/TROUBLESHOOTING.md, offline); docs/DATA.md, section "No such"; docs/DATA.md, "Sources"'
+    assert missing_places(wrong)[:4] == ["docs/DATA.md tokens", "docs/NOWHERE.md", "docs/TROUBLESHOOTING.md offline", "docs/DATA.md No such"]
+
+
 def test_readme_leads_to_every_page():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     assert [name(page) for page in PAGES[1:] if f"]({name(page)})" not in readme] == []
@@ -442,6 +478,17 @@ def test_the_commands_and_snippets_of_a_page_run_in_order(page, clone, monkeypat
             run_here(call[0], shrunk(*call))
             ran += 1
     assert ran or page == "docs/ARCHITECTURE.md", "nothing was run: have the marks of the blocks changed?"
+
+
+@pytest.mark.slow
+def test_the_table_of_machines_is_what_its_snippet_prints():
+    page = REPO / "docs" / "TROUBLESHOOTING.md"
+    [snippet] = [text for _, text in blocks(page, "python") if "estimate_memory" in text]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "the snippet", "exec"), {})
+    rows = re.search(r"^\| machine \|.*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.M)[1]
+    assert out.getvalue() == rows
 
 
 @pytest.mark.slow

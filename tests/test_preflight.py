@@ -259,17 +259,23 @@ class PeakMemory(TorchDispatchMode):
         (257, {"mlp": "gelu", "norm": "layernorm", "position": "learned", "bias": True, "n_kv_heads": 4}),
         (257, {"qk_norm": True, "max_seq_len": 200}),
         (257, {"dropout": 0.1, "max_seq_len": 200}),
+        (257, {"max_seq_len": 200, "device": "mps"}),
+        (257, {"max_seq_len": 200, "device": "mps", "dropout": 0.1}),
         (257, {"gradient_checkpointing": True, "n_layers": 8, "max_seq_len": 100}),
         (5000, {}),
         (20000, {"max_seq_len": 512, "d_model": 64}),
     ],
     ids=lambda value: str(value),
 )
-def test_activations_are_estimated_within_a_quarter(vocab_size, changes):
+def test_activations_are_estimated_within_a_quarter(monkeypatch, vocab_size, changes):
     """What is kept, against the bytes that saved-tensor hooks count; the most that is alive at once, against all tensors made in
-    forward and backward, gradients of parameters left out."""
-    model_config = GPTConfig(vocab_size=vocab_size, **SHAPE | changes)
-    kept, peak = estimate_activations(model_config, config_for(SHAPE | changes), "32-true")
+    forward and backward, gradients of parameters left out. On MPS attention is written out."""
+    shape = SHAPE | changes
+    device = shape.pop("device", "cpu")
+    if device == "mps":
+        monkeypatch.setattr(model_module, "fused_attention", model_module.explicit_attention)
+    model_config = GPTConfig(vocab_size=vocab_size, **shape)
+    kept, peak = estimate_activations(model_config, config_for(shape), "32-true", device)
     torch.manual_seed(0)
     net = GPTMini(model_config).train()
     for parameter in net.parameters():
