@@ -51,7 +51,7 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
                 local = "train on local text with --override data.source=text" if flag == "data.dataset=" else "give local files by --input"
                 raise UserError(
                     f"{flag}{name}: the Hugging Face hub cannot be reached; check the network or the proxy, or {local} "
-                    "(docs/TROUBLESHOOTING.md, offline)"
+                    "(docs/TROUBLESHOOTING.md#no-network)"
                 )
             os.environ["HF_HUB_OFFLINE"] = "1"  # a dataset downloaded earlier still opens from the cache
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -61,7 +61,7 @@ def open_dataset(name: str, config: str | None, split: str, path: str | None, re
         return datasets.load_dataset(name, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error  # of a damaged file, the library wraps the reason
-        offline = "; without the hub, name local files by data.path (docs/TROUBLESHOOTING.md, offline)" if "Couldn't reach" in str(reason) else ""
+        offline = "; without the hub, name local files by data.path (docs/TROUBLESHOOTING.md#no-network)" if "Couldn't reach" in str(reason) else ""
         raise UserError(f"{flag}{name} (config {config}, split {split}) cannot be opened: {' '.join(str(reason).split())[:300]}{offline}") from None
 
 
