@@ -29,6 +29,7 @@ from support.cli import UserError
 from support.config import Config
 from support.documents import DocumentStream, hf_documents, memory_for_text, text_documents
 from support.encoding import around, document_pieces, tokenize
+from support.holdout import check_share, hold_out
 from support.loss import IGNORE
 from support.token_files import TokenFile, TokenFiles
 from tokenizer import Tokenizer
@@ -49,18 +50,17 @@ class Corpus:
 
 
 def split_documents(documents: list[str], val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Cut whole documents, drawn by `seed`, off for validation until they hold `val_fraction` of the characters. Of a
-    single document, its end."""
-    if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - val_fraction))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    wanted, chosen = val_fraction * sum(map(len, documents)), set()
-    for i in np.random.default_rng(seed).permutation(len(documents))[:-1]:  # at least one is left to train on
-        chosen.add(int(i))
-        wanted -= len(documents[i])
-        if wanted <= 0:
-            break
-    return ([d for i, d in enumerate(documents) if i not in chosen], [d for i, d in enumerate(documents) if i in chosen])
+    """Hold out whole documents, drawn by `seed`, until they hold `val_fraction` of the characters; of one that is too large
+    for that, and of a single one, its end."""
+    order = np.random.default_rng(seed).permutation(len(documents))
+    whole, cut = hold_out([len(document) for document in documents], order, val_fraction)
+    train, val = [], []
+    for i, document in enumerate(documents):
+        at = max(1, int(len(document) * (1 - val_fraction))) if i in cut else 0 if i in whole else len(document)
+        train += [document[:at]] * (i not in whole)
+        val += [document[at:]] * (i in whole or i in cut)
+    check_share(sum(map(len, val)), sum(map(len, documents)), val_fraction, "characters", "give data.val_path a text of its own")
+    return train, val
 
 
 @memory_for_text()

@@ -12,6 +12,7 @@ position before can see, or packed into blocks, in which attention stays inside 
 import glob
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import Batch, PackedData
-from support.cli import UserError, warn
+from support.cli import UserError, printable, warn
 from support.config import ROW_FIELDS, Config, DataConfig
 from support.continuation import ids_after
-from support.documents import memory_for_text, parse_json_row, read_lines, refuse_larger_than_memory, row_text
+from support.documents import is_conversation, memory_for_text, parse_json_row, read_lines, refuse_larger_than_memory, row_text
+from support.files import find_files, kind_of
+from support.holdout import check_share, hold_out_rows
 from support.hub import open_dataset, read_rows
 from support.loss import IGNORE
 from support.template import Template, first_parts
 from tokenizer import Tokenizer
 
+KINDS = (".json", ".jsonl", ".parquet")
 EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
 
 
@@ -54,12 +58,23 @@ def read_json_rows(path: Path) -> Iterator[dict]:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         raise UserError(f"{path} is not JSON: {str(error)[:150]}; if it has a row a line, name it .jsonl") from None
+    if isinstance(rows, dict):
+        raise UserError(f"{path} is one object, and should be a list of rows, [{EXAMPLE}, ...]; {how_to_list(rows, path)}")
     if not isinstance(rows, list):
         raise UserError(f"{path} should be a list of rows, [{EXAMPLE}, ...]")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number} is {json.dumps(row)[:60]}, not an object with instruction and output")
         yield row
+
+
+def how_to_list(tree: dict, path: Path) -> str:
+    """What to do with a .json file that is one object: take out the list of rows that is in it, or put it into one."""
+    key = next((key for key, value in tree.items() if isinstance(value, list) and value and isinstance(value[0], dict)), None)
+    if key is None or is_conversation(tree[key]):
+        return "put it in square brackets"
+    take_out = f"import json, sys; json.dump(json.load(open(sys.argv[1], encoding='utf-8'))[{key!r}], open('rows.json', 'w'))"
+    return f"its rows are in {printable(key)!r}:\n       {shlex.join(['python3', '-c', take_out, str(path)])} writes them to rows.json"
 
 
 def read_parquet_rows(path: Path) -> Iterator[dict]:
@@ -69,21 +84,18 @@ def read_parquet_rows(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def read_file(path: Path, key: str, errors: str = "strict") -> Iterator[tuple[dict, str]]:
-    """(row, where it stands) of a local file. Raises UserError for a file that is none of the three kinds."""
-    if not path.is_file():
-        what = "is a folder; name a file in it" if path.is_dir() else "does not exist; give a .json, .jsonl or .parquet file"
-        raise UserError(f"{key}={path} {what}")
-    refuse_larger_than_memory([path], str(path), key, "give a part of it")
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(read_lines(path, errors), 1):
-            if line.strip():
-                yield parse_json_row(line, f"{path}, line {number}", EXAMPLE), f"{path}, line {number}"
-        return
-    if path.suffix not in (".json", ".parquet"):
-        raise UserError(f"{key}={path}: instructions are read from .json, .jsonl and .parquet files")
-    for number, row in enumerate(read_json_rows(path) if path.suffix == ".json" else read_parquet_rows(path), 1):
-        yield row, f"{path}, row {number}"
+def read_files(path: str, key: str, errors: str = "strict") -> Iterator[tuple[dict, str]]:
+    """(row, where it stands) of local files: one, those of a folder, or those of a glob. Raises UserError."""
+    files = find_files(path, key, KINDS, strict=True)
+    refuse_larger_than_memory(files, path, key, "give a part of it")
+    for file in files:
+        if kind_of(file) == ".jsonl":
+            for number, line in enumerate(read_lines(file, errors), 1):
+                if line.strip():
+                    yield parse_json_row(line, f"{file}, line {number}", EXAMPLE, "name it .json"), f"{file}, line {number}"
+            continue
+        for number, row in enumerate(read_json_rows(file) if kind_of(file) == ".json" else read_parquet_rows(file), 1):
+            yield row, f"{file}, row {number}"
 
 
 def read_hub(data: DataConfig, split: str) -> Iterator[tuple[dict, str]]:
@@ -92,15 +104,16 @@ def read_hub(data: DataConfig, split: str) -> Iterator[tuple[dict, str]]:
 
 
 def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: str) -> list[Pair]:
-    """Rows to pairs. One without an instruction or an output teaches nothing and is left out, with a warning that counts
-    them. Raises UserError for a row that lacks the field, or if no pair remains."""
+    """Rows to pairs. One without an instruction or an output (null or blank) teaches nothing and is left out, with a warning that
+    counts them. Raises UserError for a row that lacks the field or holds something else there, or if no pair remains."""
     names = {name: fields.get(name, name) for name in ROW_FIELDS}
     hint = "data.fields says what they are called, e.g. {instruction: prompt, output: response}"
     pairs, empty, with_input = [], [], 0
     for row, where in rows:
         present = [name for name in ROW_FIELDS if name != "input" or row.get(names["input"]) is not None]  # that one may be missing
         with_input += "input" in present
-        texts = {"input": ""} | {name: row_text(row, names[name], where, hint) for name in present}
+        null = [name for name in present if name != "input" and row.get(names[name], "") is None]
+        texts = dict.fromkeys(ROW_FIELDS, "") | {name: row_text(row, names[name], where, hint, EXAMPLE) for name in present if name not in null}
         if texts["instruction"].strip() and texts["output"].strip():
             pairs.append(Pair(**texts, where=where))
         else:
@@ -108,7 +121,7 @@ def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: s
     if not pairs:
         raise UserError(f"{source} holds no instruction with an output; give rows like {EXAMPLE}")
     if "input" in fields and not with_input:
-        raise UserError(f"no row of {source} has {names['input']!r}, which data.fields names as input; mend it, or leave it out")
+        raise UserError(f"no row of {source} has {names['input']!r}, which data.fields names as input; correct it, or leave it out")
     if empty:
         warn(f"{len(empty):,} row{'s' * (len(empty) > 1)} without instruction or output left out, the first at {empty[0]}")
     return pairs
@@ -118,11 +131,11 @@ def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, validation pairs): whole rows, drawn by `seed`, unless validation has a file or split of its own."""
     data = config.data
     if data.path:
-        pairs = pairs_of(read_file(Path(data.path), "data.path", data.errors), data.fields, data.path)
+        pairs = pairs_of(read_files(data.path, "data.path", data.errors), data.fields, data.path)
     else:
         pairs = pairs_of(read_hub(data, data.split), data.fields, data.dataset)
     if data.val_path:
-        val = pairs_of(read_file(Path(data.val_path), "data.val_path", data.errors), data.fields, data.val_path)[: data.val_docs]
+        val = pairs_of(read_files(data.val_path, "data.val_path", data.errors), data.fields, data.val_path)[: data.val_docs]
     elif data.val_split:
         val = pairs_of(read_hub(data, data.val_split), data.fields, data.dataset)[: data.val_docs]
     else:
@@ -131,7 +144,9 @@ def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
             raise UserError(
                 f"{len(pairs)} instructions, of which {n_val} are for validation, leave none to train on; give more, or lower data.val_docs"
             )
-        drawn = set(np.random.default_rng(config.seed).permutation(len(pairs))[:n_val].tolist())
+        sizes = [len(pair.instruction) + len(pair.input) + len(pair.output) for pair in pairs]
+        drawn = hold_out_rows(sizes, np.random.default_rng(config.seed).permutation(len(pairs)), n_val)
+        check_share(sum(sizes[i] for i in drawn), sum(sizes), n_val / len(pairs), "characters", "give data.val_path rows of its own")
         val = [pair for i, pair in enumerate(pairs) if i in drawn]
         pairs = [pair for i, pair in enumerate(pairs) if i not in drawn]
     return pairs[: data.train_docs], val

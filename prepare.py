@@ -69,7 +69,7 @@ if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer at once
 
 from support.disk import atomic_write, claim_folder
-from support.documents import find_files
+from support.files import each_once, find_files
 from support.shards import Source, changed, cut_shards, join_shards, longest_tokens, pieces_sha256, source_sha256, workers, write_shards
 from support.token_files import FORMAT_VERSION, described, read_meta
 from support.tokenizer_files import tokenizer_json
@@ -86,12 +86,12 @@ from tokenizer import (
     tokenizer_from_dict,
 )
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", ".jsonl", ".parquet")
 
 
 def source_of(args: argparse.Namespace, paths: list[str] | None, split: str, flag: str = "--input") -> Source:
     """The text that flags name. Raises UserError if there is none."""
-    files = sorted({file for path in paths or [] for file in find_files(path, flag, SUFFIXES)})
+    files = each_once(file for path in paths or [] for file in find_files(path, flag, KINDS))
     return Source(files, args.dataset, args.dataset_config, split, args.revision, args.text_field, args.errors)
 
 

@@ -217,6 +217,12 @@ def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], Non
     yield advance
 
 
+def inform(message: str) -> None:
+    """Beside the result, which is alone on standard output. Of several processes the main one says it."""
+    if is_main_process():
+        print(message, file=sys.stderr)
+
+
 def warn(message: str) -> None:
     """Of several processes the main one says it, since the others find the same."""
     if is_main_process():

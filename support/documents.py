@@ -2,19 +2,19 @@
 
 import codecs
 import contextlib
-import glob
 import itertools
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from support.cli import UserError
+from support.cli import UserError, warn
+from support.files import find_files, kind_of
+from support.holdout import check_share, hold_out_rows
 from support.hub import open_dataset, read_rows
 from tokenizer import EOS_TEXT
 
@@ -26,6 +26,9 @@ SEPARATOR = re.compile(r"<\|endoftext\|>[^\S\n]*\n")  # found fast for its fixed
 LINE_CHARS = 1000  # a separator with the blanks around it is shorter
 PART_CHARS = 2**20  # characters of a long document that are held at once
 MEMORY_PER_BYTE = 2  # at least: a file is held as bytes and as text, later as text and as token ids
+TOLD = [10**n for n in range(10)]  # how many rows have been left out when a stream says so
+LIST_OF_TEXTS = "name it .json and read it with data.source=hf, data.dataset=json"
+FIELD_HINT = "set data.text_field (prepare.py: --text-field)"
 SMALLER = "give data.path a part of it, or stream it as .jsonl: --override data.source=hf --override data.dataset=json --override data.streaming=true"
 
 
@@ -52,21 +55,6 @@ def refuse_larger_than_memory(files: list[Path], path: str, key: str, advice: st
             f"{key}={path}: {size / 2**20:,.0f} MB of text need at least {size * MEMORY_PER_BYTE / 2**20:,.0f} MB of memory, and there are "
             f"{has / 2**20:,.0f} MB; {advice}"
         )
-
-
-def find_files(path: str, key: str = "data.path", suffixes: tuple[str, ...] = (".txt", ".jsonl")) -> list[Path]:
-    """The files a path means: itself, those in a folder (at any depth) that end so, or those of a glob. Raises UserError for none."""
-    if os.path.isdir(path):
-        files = [p for p in Path(path).rglob("*") if p.suffix in suffixes and p.is_file()]
-    else:
-        files = [Path(path)] if os.path.isfile(path) else [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-    if not files:
-        *some, last = suffixes
-        raise UserError(f"{key}={path}: no {', '.join(some)} or {last} file there; give a file, a folder or a quoted glob")
-    for file in files:
-        if file.suffix in {".parquet", ".json"} - {*suffixes}:
-            raise UserError(f"{file} is read by --override data.source=hf --override data.dataset={file.suffix[1:]}; prepare.py reads .jsonl")
-    return sorted(files)
 
 
 def read_blocks(file: Path, errors: str) -> Iterator[str]:
@@ -128,12 +116,14 @@ def is_separated(file: Path) -> bool:
 
 def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[tuple[str, bool]]:
     """The documents of one file, long ones in parts of about PART_CHARS: (text, whether its document ends with it). A document
-    is a row of a .jsonl or .parquet file, else the text between lines that are `<|endoftext|>` and nothing more, else the whole
+    is a row of a .jsonl or .parquet file (of any spelling), else the text between lines that are `<|endoftext|>` and nothing more, else the whole
     file. Blank ones are left out."""
-    if file.suffix in (".jsonl", ".parquet"):
-        rows = parquet_rows(file, text_field) if file.suffix == ".parquet" else jsonl_rows(file, errors)
-        texts = (row_text(row, text_field, where) for row, where in rows)
-        yield from ((text, True) for text in texts if text.strip())
+    if kind_of(file) in (".jsonl", ".parquet"):
+        texts = RowTexts(text_field)
+        for row, where in parquet_rows(file, text_field) if kind_of(file) == ".parquet" else jsonl_rows(file, errors):
+            if text := texts.text_of(row, where):
+                yield text, True
+        texts.warn_of_empty()
         return
     separated, text, begun = is_separated(file), "", False
     for block in unix_lines(read_blocks(file, errors)):
@@ -208,26 +198,77 @@ def parquet_rows(file: Path, text_field: str) -> Iterator[tuple[dict, str]]:
         raise UserError(f"{file} is no parquet file that can be read ({' '.join(str(error).split())[:150]})") from None
 
 
-def parse_json_row(line: str, where: str, example: str = '{"text": "..."}') -> dict:
+def parse_json_row(line: str, where: str, example: str = '{"text": "..."}', of_list: str = LIST_OF_TEXTS) -> dict:
+    """The object that a line of a .jsonl file holds; `of_list` says what to do with a file that is one JSON list."""
+    if line.lstrip().startswith("["):
+        raise UserError(f"{where} is not a JSON object: a list begins there; {of_list}, or write a row a line, {example}")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # also a number of too many digits, lists in lists without end
-        raise UserError(f"{where} is not JSON: {str(error)[:150]}") from None
+        raise UserError(f"{where} is not JSON: {str(error)[:150]}; each line of a .jsonl file is a whole object, {example}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object; write {example}")
     return row
 
 
-def row_text(row: dict, text_field: str, where: str, hint: str = "set data.text_field (prepare.py: --text-field)") -> str:
+def is_conversation(value: object) -> bool:
+    """Whether a field holds the turns of a conversation: [{"role": "user", "content": "Hi"}, ...], or the like."""
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "from", "content", "value"} & turn.keys() for turn in turns)
+
+
+def row_text(row: dict, text_field: str, where: str, hint: str = FIELD_HINT, example: str = '{"text": "..."}') -> str:
+    """Raises UserError for a row whose field is missing, or holds something else than text."""
     text = row.get(text_field)
     if not isinstance(text, str):
-        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}); {hint}")
+        turns = next((name for name, value in row.items() if is_conversation(value)), None)
+        if turns is not None:
+            raise UserError(f"{where} is a conversation (its turns are in {turns!r}), and conversations are not read; write rows like {example}")
+        held = f", it holds {json.dumps(text, default=str)[:60]}" if text_field in row else ""
+        remedy = f"remove the row, or {hint}" if text_field in row else hint
+        raise UserError(f"{where} has no text in field {text_field!r} (fields: {', '.join(row)}){held}; {remedy}")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{where} holds half a character ({text[error.start]!r}), which is no text; remove it") from None
     return text
+
+
+class RowTexts:
+    """The texts of rows, one field of each. A row without text (null or blank) is left out, and counted in a warning.
+
+    Of a file, a row that holds something else than text is an error, before anything is trained. A stream (`lasting`) is read while
+    training, and an error there would end the run, and each resume of it at the same row: it leaves such a row out too, once it
+    has found a text, so that a wrong field is noticed.
+    """
+
+    def __init__(self, text_field: str, lasting: bool = False):
+        self.text_field, self.lasting, self.found = text_field, lasting, False
+        self.n_empty, self.first, self.n_said = 0, "", 0
+
+    def text_of(self, row: dict, where: str, counts: bool = True) -> str:
+        """An empty text for a row that is left out; `counts` is false for one that has been counted before."""
+        text, why = "", f"{where} has no text"
+        try:
+            if self.text_field not in row or row[self.text_field] is not None:
+                text = row_text(row, self.text_field, where)
+        except UserError as error:
+            if not (self.lasting and self.found):
+                raise
+            why = str(error).partition(";")[0]
+        text = text if text.strip() or self.lasting else ""
+        self.found = self.found or bool(text)
+        if not text and counts:
+            self.n_empty += 1
+            self.first = self.first or why
+        return text
+
+    def warn_of_empty(self) -> None:
+        """Once for each number of rows, whoever asks."""
+        if self.n_empty > self.n_said:
+            warn(f"{self.n_empty:,} row{'s' * (self.n_empty > 1)} without text left out; the first: {self.first}")
+        self.n_said = self.n_empty
 
 
 class DocumentStream:
@@ -237,13 +278,15 @@ class DocumentStream:
     """
 
     def __init__(self, dataset, text_field: str, skip: int = 0, limit: int | None = None):
-        self.dataset, self.text_field, self.skip, self.limit = dataset, text_field, skip, limit
+        self.dataset, self.skip, self.limit = dataset, skip, limit
+        self.texts, self.n_looked_at = RowTexts(text_field, lasting=True), 0
         self.start = dataset.state_dict()
         self.seek(None)
 
     def seek(self, position: dict | None) -> None:
         """Go on reading from a `position()`, or (None) from the start."""
         self.rows_read = position["rows_read"] if position else 0
+        self.texts.found |= self.rows_read > self.skip
         self.dataset.load_state_dict(position["dataset"] if position else self.start)
         self.rows = None  # opened by the first take: an open iterator could not travel to a worker process
 
@@ -258,9 +301,16 @@ class DocumentStream:
         while len(documents) < n and n_chars > 0 and (self.limit is None or self.rows_read < self.skip + self.limit):
             row = next(self.rows, None)
             if row is None:
+                self.texts.warn_of_empty()
                 break
             self.rows_read += 1
-            if self.rows_read > self.skip and (text := row_text(row, self.text_field, f"row {self.rows_read}")):
+            if self.rows_read <= self.skip:
+                continue
+            text = self.texts.text_of(row, f"row {self.rows_read}", counts=self.rows_read > self.n_looked_at)
+            self.n_looked_at = max(self.n_looked_at, self.rows_read)
+            if self.texts.n_empty in TOLD:
+                self.texts.warn_of_empty()
+            if text:
                 documents.append(text)
                 n_chars -= len(text)
         return documents
@@ -292,22 +342,55 @@ def hf_documents(data: "DataConfig", seed: int) -> tuple[list[str] | DocumentStr
         return open_dataset(data.dataset, data.config, split, data.path, data.revision, data.streaming)
 
     def texts(rows: Iterable[dict], limit: int | None = None) -> list[str]:
+        """A text for each row; "" for one that has none."""
+        found = RowTexts(data.text_field, lasting=True)
         numbered = zip(range(2**63 if limit is None else limit), read_rows(rows), strict=False)
-        return [text for i, row in numbered if (text := row_text(row, data.text_field, f"row {i + 1}"))]
+        documents = [found.text_of(row, f"row {i + 1}") for i, row in numbered]
+        found.warn_of_empty()
+        return documents
 
-    val = texts(rows_of(data.val_split), data.val_docs) if data.val_split else None
+    val = [text for text in texts(rows_of(data.val_split), data.val_docs) if text] if data.val_split else None
     rows = rows_of(data.split)
     if data.streaming:
         skip = 0 if val else data.val_docs or STREAM_VAL_DOCS
-        val = val or texts(rows_of(data.split), skip)
+        own_val = bool(val)
+        val = val or [text for text in texts(rows_of(data.split), skip) if text]
         train = DocumentStream(rows, data.text_field, skip, data.train_docs)
         found = bool(train.head(1))
+        if found and not (own_val or data.train_docs):
+            check_stream(train, val)
     else:
         if val is None and data.val_docs:
-            order = np.random.default_rng(seed).permutation(len(rows))
-            val, rows = texts(rows.select(np.sort(order[: data.val_docs]))), rows.select(np.sort(order[data.val_docs :]))
-        train = texts(rows, data.train_docs)
+            train, val = hold_out_docs(texts, rows, data, seed)
+        else:
+            train = [text for text in texts(rows, data.train_docs) if text]
         found = bool(train)
     if not found:
         raise UserError(f"data.dataset={data.dataset}: no document is left to train on in split {data.split}; check data.val_docs and the split")
     return train, val
+
+
+def hold_out_docs(texts: Callable, rows, data: "DataConfig", seed: int) -> tuple[list[str], list[str]]:
+    """`val_docs` rows of a dataset in memory, drawn by `seed`, and the others, or the first `train_docs` of them. Other rows are
+    not read."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    pool = np.sort(np.concatenate([order[: data.val_docs], np.sort(order[data.val_docs :])[: data.train_docs]]))
+    documents = texts(rows.select(pool))
+    drawn = np.searchsorted(pool, order[np.isin(order, pool)])
+    held = hold_out_rows([len(text) for text in documents], drawn, min(data.val_docs, len(documents)))
+    val = [text for i, text in enumerate(documents) if i in held and text]
+    train = [text for i, text in enumerate(documents) if i not in held and text][: data.train_docs]
+    if train:
+        check_share(sum(map(len, val)), sum(map(len, train + val)), data.val_docs / len(pool), "characters", "set data.val_docs")
+    return train, val
+
+
+def check_stream(train: DocumentStream, val: list[str]) -> None:
+    """Warn where a stream has little more text than its beginning, which is held out. No more of it is read than that takes."""
+    n_val = sum(map(len, val))
+    n_train = sum(map(len, train.head(2**63, 2 * n_val)))
+    if n_train < 2 * n_val:
+        warn(
+            f"the first {train.skip:,} rows of the stream are held out for validation ({n_val:,} characters), and {n_train:,} characters are left "
+            "to train on; lower data.val_docs, or read the data set into memory with data.streaming=false"
+        )

@@ -25,6 +25,8 @@ from support.cli import UserError, end_with_parent
 from support.disk import atomic_write
 from support.documents import DocumentStream, read_parts
 from support.encoding import Piece, encode_pieces, id_type, join_pieces
+from support.files import kind_of
+from support.holdout import check_share, largest_whole, most_held
 from support.hub import open_dataset
 from tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -48,7 +50,7 @@ class Source:
     @property
     def n_bytes(self) -> int | None:
         """Of the files, for a progress bar; None where the text is packed."""
-        packed = self.dataset or any(file.suffix == ".parquet" for file in self.files)
+        packed = self.dataset or any(kind_of(file) == ".parquet" for file in self.files)
         return None if packed else sum(file.stat().st_size for file in self.files)
 
     def parts(self, position: dict | None = None) -> Iterator[Piece]:
@@ -220,46 +222,62 @@ def document_lengths(row: np.ndarray, eos_id: int) -> np.ndarray:
     return lengths if lengths[-1] else lengths[:-1]
 
 
-def threshold(folder: Path, n_tokens: int, fraction: float, seed: int, eos_id: int) -> float:
-    """Documents that drew less are for validation: as many as it takes to hold `fraction` of the tokens, but not all of them.
-    Tokens are counted by what their document drew, so nothing need be remembered of each."""
-    tokens_by_draw, highest, first = np.zeros(BINS), 0.0, 0
+@dataclass
+class Cut:
+    """What is held out: whole the documents that drew less than `limit`, of each (start, stop) in tokens its last `fraction`."""
+
+    limit: float
+    large: list[tuple[int, int]]
+    fraction: float
+
+
+def choose_cut(folder: Path, n_documents: int, n_tokens: int, fraction: float, seed: int, eos_id: int) -> Cut:
+    """As `hold_out` does with lists. Tokens are counted by what their document drew, so nothing need be remembered of each; those
+    too large to be held out whole are few."""
+    limits = n_tokens, n_documents, fraction
+    tokens_by_draw, highest, large, first, begun, position = np.zeros(BINS), 0.0, [], 0, 0, 0
     for row in shard_rows(folder, "train"):
         lengths = document_lengths(row, eos_id)
         drawn = draws(first, len(lengths), seed)
         tokens_by_draw += np.bincount((drawn * BINS).astype(np.int64), weights=lengths, minlength=BINS)
-        highest, first = max(highest, drawn.max()), first + len(lengths) - int(row[-1] != eos_id)
-    return min((int(np.searchsorted(np.cumsum(tokens_by_draw), fraction * n_tokens)) + 1) / BINS, highest)
+        whole = lengths.copy()
+        whole[0] += begun  # what an earlier shard holds of it
+        stops, ended = position + np.cumsum(lengths), len(lengths) - int(row[-1] != eos_id)
+        for i in np.flatnonzero(whole[:ended] > largest_whole(*limits)):
+            large.append((int(stops[i] - whole[i]), int(stops[i])))
+            tokens_by_draw[int(drawn[i] * BINS)] -= whole[i]
+        begun = 0 if ended == len(lengths) else int(whole[-1])
+        highest, first, position = max(highest, drawn.max()), first + ended, position + len(row)
+    held = np.cumsum(tokens_by_draw)
+    n_cut = n_tokens - held[-1]
+    crossing = int(np.searchsorted(held, fraction * (n_tokens - n_cut)))  # where the share is reached
+    too_much = fraction * n_cut + held[crossing] > most_held(*limits)
+    return Cut(min((crossing + (not too_much)) / BINS, highest), large, fraction)
 
 
-def cut_of_one(folder: Path, n_tokens: int, fraction: float, tokenizer: Tokenizer) -> int:
-    """Where the only document of a corpus is cut, not within a character: its end is for validation."""
-    cut, first = min(int(n_tokens * (1 - fraction)), n_tokens - 1), 0
+def divided(folder: Path, cut: Cut, seed: int, tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
+    """[tokens to train on, tokens to validate on], a shard at a time. A document that is cut, not within a character, ends with
+    EOS on both sides."""
+    first_document, first_token = 0, 0
     for row in shard_rows(folder, "train"):
-        if cut < first + len(row):
-            while cut < first + len(row) and tokenizer.decode(row[max(0, cut - first - 8) : cut - first].tolist()).endswith("\ufffd"):
-                cut += 1
-            return cut
-        first += len(row)
-    raise AssertionError("the cut is behind the last token")
-
-
-def divided(folder: Path, n_documents: int, n_tokens: int, fraction: float, seed: int, tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
-    """[tokens to train on, tokens to validate on], a shard at a time: whole documents, or of a single one its end."""
-    alone, first_document, first_token = n_documents == 1, 0, 0
-    limit = cut_of_one(folder, n_tokens, fraction, tokenizer) if alone else threshold(folder, n_tokens, fraction, seed, tokenizer.eos_id)
-    for row in shard_rows(folder, "train"):
-        if alone:
-            cut = min(max(0, limit - first_token), len(row))
-            crosses = first_token <= limit < first_token + len(row)
-            closing, opening = ([tokenizer.eos_id], tokenizer.bos_ids) if crosses else ([], [])
-            yield [np.append(row[:cut], np.array(closing, row.dtype)), np.append(np.array(opening, row.dtype), row[cut:])]
-        else:
-            lengths = document_lengths(row, tokenizer.eos_id)
-            for_val = np.repeat(draws(first_document, len(lengths), seed) < limit, lengths)
-            yield [row[~for_val], row[for_val]]
-            first_document += len(lengths) - int(row[-1] != tokenizer.eos_id)
+        lengths = document_lengths(row, tokenizer.eos_id)
+        for_val = np.repeat(draws(first_document, len(lengths), seed) < cut.limit, lengths)
+        first_document += len(lengths) - int(row[-1] != tokenizer.eos_id)
+        joints = []
+        for start, stop in cut.large:
+            at = min(start + int((stop - start) * (1 - cut.fraction)), stop - 1) - first_token
+            if 0 <= at < len(row):
+                while at < len(row) and tokenizer.decode(row[max(0, at - 8) : at].tolist()).endswith("\ufffd"):
+                    at += 1
+                joints.append(at)
+            for_val[max(0, start - first_token) : max(0, stop - first_token)] = False
+            for_val[max(0, at) : max(0, stop - first_token)] = True
         first_token += len(row)
+        between = [tokenizer.eos_id, *tokenizer.bos_ids]
+        where = np.repeat(np.array(joints, np.int64), len(between))
+        row = np.insert(row, where, np.array(between * len(joints), row.dtype))
+        for_val = np.insert(for_val, where, [False, *[True] * len(tokenizer.bos_ids)] * len(joints))
+        yield [row[~for_val], row[for_val]]
 
 
 def write_rows(output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dtype: type, vocab_size: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -295,15 +313,20 @@ def join_shards(folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool,
     n_tokens, n_documents, n_bytes = (sum(info[key] for info in both) for key in ("tokens", "documents", "bytes"))
     dtype, none = id_type(tokenizer.vocab_size), np.array([], id_type(tokenizer.vocab_size))
 
+    fraction = fraction or min(VAL_FRACTION, VAL_TOKENS / n_tokens)
+    cut = None if own_val else choose_cut(folder, n_documents, n_tokens, fraction, seed, tokenizer.eos_id)
+
     def rows() -> Iterator[list[np.ndarray]]:
-        if own_val:
+        if cut is not None:
+            yield from divided(folder, cut, seed, tokenizer)
+        else:
             yield from ([row, none] for row in shard_rows(folder, "train"))
             yield from ([none, row] for row in shard_rows(folder, "val"))
-        else:
-            yield from divided(folder, n_documents, n_tokens, fraction or min(VAL_FRACTION, VAL_TOKENS / n_tokens), seed, tokenizer)
 
     (output / "meta.json").unlink(missing_ok=True)  # from here on the folder is not finished
     meta, counts = write_rows(output, rows, dtype, tokenizer.vocab_size)
+    if cut is not None:
+        check_share(meta["val"]["tokens"], n_tokens, fraction, "tokens", "name a text of its own by --val-input")
     for name, count in zip(("train", "val"), counts, strict=True):
         meta[name]["documents"] = int(count[tokenizer.eos_id])
     counts = counts.sum(axis=0)

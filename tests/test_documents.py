@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import load_corpus, split_documents
@@ -169,9 +170,11 @@ def test_a_jsonl_row_is_a_document_whatever_is_in_it(tmp_path):
     assert documents(write(tmp_path / "a.jsonl", "\ufeff" + rows.replace("\n", "\r\n", 1))) == texts
 
 
-def test_empty_rows_and_lines_are_left_out_and_the_field_can_be_chosen(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"story": "one"}\n\n{"story": ""}\n{"story": "  \\n"}\n{"story": "two"}\n\n')
+def test_rows_without_text_are_left_out_and_counted_and_the_field_can_be_chosen(tmp_path, capsys):
+    """A blank line is no row."""
+    path = write(tmp_path / "a.jsonl", '{"story": "one"}\n\n{"story": ""}\n{"story": null}\n{"story": "  \\n"}\n{"story": "two"}\n\n')
     assert documents(path, text_field="story") == ["one", "two"]
+    assert capsys.readouterr().err == f"warning: 3 rows without text left out; the first: {path}, line 3 has no text\n"
 
 
 @pytest.mark.parametrize(
@@ -182,8 +185,9 @@ def test_empty_rows_and_lines_are_left_out_and_the_field_can_be_chosen(tmp_path)
         ('["text"]', "line 3 is not a JSON object"),
         ('"text"', "line 3 is not a JSON object"),
         ('{"title": "t", "body": "b"}', r"line 3 has no text in field 'text' \(fields: title, body\); set data\.text_field"),
-        ('{"text": 5}', r"line 3 has no text in field 'text' \(fields: text\)"),
-        ('{"text": null}', "line 3 has no text in field 'text'"),
+        ('{"text": 5}', r"line 3 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set data\.text_field"),
+        ('{"text": ["a", "b"]}', r"it holds \[\"a\", \"b\"\]; remove the row"),
+        ('{"text": "a" "b"}', "line 3 is not JSON: .*; each line of a .jsonl file is a whole object"),
         ("{}", "line 3 has no text in field 'text'"),
     ],
 )
@@ -250,10 +254,64 @@ def test_the_cut_is_no_run_of_neighbours():
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
 def test_something_is_left_on_both_sides_of_the_cut(fraction):
-    for documents_ in (["a", "b"], ["short", "long" * 100], ["long" * 100, "short"]):
+    for documents_ in (["a ship", "a shore"], ["short", "long" * 100], ["long" * 100, "short"]):
         for seed in range(10):
             train, val = split_documents(documents_, fraction, seed)
-            assert len(train) == len(val) == 1
+            assert "".join(train) and "".join(val)
+            assert sorted("".join(train + val)) == sorted("".join(documents_)), "nothing is lost, nothing is in both"
+
+
+def book(n: int, letter: str = "b") -> str:
+    """A long document of which every stretch of ten characters occurs once."""
+    return "".join(f"{letter}{i:09}" for i in range(n // 10))
+
+
+CORPORA = {
+    "a book beside two notes": [book(60_000), book(150, "n"), book(150, "m")],
+    "two books": [book(30_000), book(20_000, "c")],
+    "a book beside many notes": [*(book(200, chr(0x4E00 + i)) for i in range(300)), book(40_000)],
+    "six chapters": [book(9_000 + 300 * i, chr(97 + i)) for i in range(6)],
+    "twelve chapters": [book(9_000 + 300 * i, chr(97 + i)) for i in range(12)],
+    "letters, two of them long": [*(book(100 + 10 * i, chr(0x4E00 + i)) for i in range(40)), book(2_500), book(2_000, "c")],
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_about_nine_tenths_are_trained_on_whatever_the_seed(name, capsys):
+    """Documents were drawn until validation held its share, so with half of the seeds the book was held out whole, and the
+    notes alone were trained on."""
+    documents_, total = CORPORA[name], sum(map(len, CORPORA[name]))
+    for seed in range(30):
+        train, val = split_documents(documents_, 0.1, seed)
+        assert 0.8 <= sum(map(len, train)) / total <= 0.95, seed
+        assert sum(map(len, train + val)) == total
+        stretches = [{text[i : i + 10] for text in part for i in range(0, len(text), 10)} for part in (train, val)]
+        assert len(stretches[0] & stretches[1]) == 0, "no text is on both sides"
+    assert capsys.readouterr().err == ""
+
+
+def drawn_until_full(documents_: list[str], fraction: float, seed: int) -> list[str]:
+    """Validation as it has always been drawn."""
+    held, wanted = [], fraction * sum(map(len, documents_))
+    for i in np.random.default_rng(seed).permutation(len(documents_)):
+        if sum(len(documents_[j]) for j in held) >= wanted:
+            break
+        held.append(i)
+    return [documents_[i] for i in sorted(held)]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
+def test_of_many_similar_documents_the_same_are_held_out_as_ever(fraction):
+    """Published losses are of these."""
+    corpus = text_documents("data/tiny_corpus.txt", DataConfig(path="data/tiny_corpus.txt"))
+    for documents_ in (corpus, STORIES, [f"{i} " + "word " * (i * i * 7 % 31 + 20) for i in range(1000)]):
+        for seed in (0, 7, 42):
+            assert split_documents(documents_, fraction, seed)[1] == drawn_until_full(documents_, fraction, seed)
+
+
+def test_a_share_that_cannot_be_met_is_told_with_both_sizes(capsys):
+    split_documents(["abc", "de"], 0.1, 0)
+    assert "validation holds 2 characters and training 3, where 0.1 of the text was to be held out" in capsys.readouterr().err
 
 
 def test_a_single_document_is_cut_at_its_end():

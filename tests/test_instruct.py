@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import shlex
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 import instruct
 from eval_val import validate
-from instruct import IGNORE, Example, InstructPairDataset, Pair, encode_pair, load_instructions, pairs_of, read_file, score_responses, split_pairs
+from instruct import IGNORE, Example, InstructPairDataset, Pair, encode_pair, load_instructions, pairs_of, read_files, score_responses, split_pairs
 from model import GPTConfig, GPTMini
 from support.cli import UserError
 from support.config import Config, validate_config
@@ -38,12 +40,12 @@ def write(path: Path, rows: list[dict]) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows, indent=1))
+        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix.lower() in (".jsonl", ".ndjson") else json.dumps(rows, indent=1))
     return path
 
 
 def read(path: Path, **fields: str) -> list[Pair]:
-    return pairs_of(read_file(path, "data.path"), fields, str(path))
+    return pairs_of(read_files(str(path), "data.path"), fields, str(path))
 
 
 def refusal(path: Path, **fields: str) -> str:
@@ -113,9 +115,8 @@ GOOD = {"instruction": "a", "input": "b", "output": "c"}
     [
         ({"output": ...}, "has no text in field 'output' (fields: instruction, input)"),
         ({"instruction": ...}, "has no text in field 'instruction' (fields: input, output)"),
-        ({"instruction": None}, "has no text in field 'instruction' (fields: instruction, input, output)"),
-        ({"output": 4}, "has no text in field 'output'"),
-        ({"output": ["c"]}, "has no text in field 'output'"),
+        ({"output": 4}, "has no text in field 'output' (fields: instruction, input, output), it holds 4; remove the row, or "),
+        ({"output": ["c"]}, "has no text in field 'output' (fields: instruction, input, output), it holds [\"c\"]; remove the row"),
         ({"input": 0}, "has no text in field 'input'"),
         ({"input": False}, "has no text in field 'input'"),
         ({"output": "half \ud83d"}, r"holds half a character ('\ud83d')"),
@@ -134,8 +135,6 @@ def test_a_row_with_a_wrong_field_is_named_by_its_number(tmp_path, kind, changes
 def test_a_wrong_field_of_a_parquet_file_is_named_too(tmp_path):
     path = write(tmp_path / "numbers.parquet", [{"instruction": "a", "output": 1}])
     assert refusal(path).startswith(f"{path}, row 1 has no text in field 'output' (fields: instruction, output)")
-    path = write(tmp_path / "nulls.parquet", [GOOD, GOOD | {"output": None}])
-    assert refusal(path).startswith(f"{path}, row 2 has no text in field 'output'")
 
 
 def test_an_error_names_the_field_as_the_file_calls_it(tmp_path):
@@ -158,15 +157,15 @@ def test_an_error_names_the_field_as_the_file_calls_it(tmp_path):
         ("a.json", b"[[1, 2]]", "row 1 is [1, 2], not an object"),
         ("a.json", b"[null]", "row 1 is null, not an object"),
         ("a.jsonl", b'{"instruction": "a", "output": "b"}\n\n{"instruction": \n', "line 3 is not JSON"),
-        ("a.jsonl", b'[{"instruction": "a", "output": "b"}]', 'line 1 is not a JSON object; write {"instruction"'),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'[{"instruction": "a", "output": "b"}]', "line 1 is not a JSON object: a list begins there; name it .json"),
+        ("a.jsonl", b'{"a":' * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'{"instruction": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
         ("a.jsonl", b'{"instruction": "\xe9", "output": "b"}', "byte 0xe9 at offset 17 is not UTF-8"),
         ("a.parquet", b"PAR1 and no more", "cannot be opened"),
         ("a.parquet", b"", "cannot be opened"),
-        ("a.txt", b"[]", "instructions are read from .json, .jsonl and .parquet files"),
-        ("a.csv", b"instruction,output\na,b\n", "instructions are read from .json, .jsonl and .parquet files"),
-        ("a", b"[]", "instructions are read from .json, .jsonl and .parquet files"),
+        ("a.txt", b"[]", ".json, .jsonl or .parquet files are read here"),
+        ("a.csv", b"instruction,output\na,b\n", ".json, .jsonl or .parquet files are read here"),
+        ("a", b"[]", ".json, .jsonl or .parquet files are read here"),
     ],
     ids=lambda value: str(value[:20]),
 )
@@ -185,7 +184,7 @@ def test_a_name_that_looks_like_a_glob_is_a_name(tmp_path):
 def test_bytes_that_are_no_text_can_be_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"instruction": "\xe9", "output": "b"}')
-    assert [row["instruction"] for row, _ in read_file(path, "data.path", "replace")] == ["\ufffd"]
+    assert [row["instruction"] for row, _ in read_files(str(path), "data.path", "replace")] == ["\ufffd"]
 
 
 def test_a_field_that_no_row_has_is_not_silently_empty(tmp_path):
@@ -197,17 +196,64 @@ def test_a_prompt_without_a_token_masks_nothing():
     assert Example(np.array([5, 6, 7]), 0).labels(True).tolist() == [6, 7]
 
 
-def test_a_folder_and_a_file_that_is_not_there_are_refused_by_the_key_that_names_them(tmp_path):
-    for path, said in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "none.json", "does not exist; give a .json, .jsonl or .parquet")):
-        for key in ("data.path", "data.val_path"):
+def test_a_file_that_is_not_there_is_refused_by_the_key_that_names_it(tmp_path):
+    (tmp_path / "rows.txt").write_text("no rows")
+    for key in ("data.path", "data.val_path"):
+        for path, said in (
+            ("none.json", "no .json, .jsonl or .parquet file there; give a file"),
+            ("rows.txt", ".json, .jsonl or .parquet files are read"),
+        ):
             with pytest.raises(UserError) as error:
-                list(read_file(path, key))
-            assert str(error.value).startswith(f"{key}={path} {said}")
+                list(read_files(str(tmp_path / path), key))
+            assert str(error.value).startswith(f"{key}={tmp_path / path}: {said}")
+
+
+def test_a_folder_and_a_glob_are_read_as_well_as_a_file(tmp_path):
+    for name, text in (("b.JSONL", "b"), ("a.json", "a"), ("c.ndjson", "c")):
+        write(tmp_path / name, [GOOD | {"output": text}])
+    assert [pair.output for pair in read(tmp_path)] == ["a", "b", "c"]
+    assert [pair.output for pair in read(tmp_path / "[bc].*")] == ["b", "c"]
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"id": 1, "conversations": SHARED}, {"instruction": CHAT, "output": "x"}], ids=["a", "b", "c"])
+@KINDS
+def test_a_conversation_is_refused_as_what_it_is(tmp_path, kind, row):
+    """Renaming fields cannot help, since the text is in a list."""
+    message = refusal(write(tmp_path / f"rows.{kind}", [row]))
+    assert "is a conversation" in message and '{"instruction": "...", "input": "...", "output": "..."}' in message
+    assert "data.fields" not in message
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_jsonl_file_is_told_its_right_name_and_rows_in_a_json_file_theirs(tmp_path, indent):
+    (tmp_path / "list.jsonl").write_text(json.dumps([GOOD, GOOD], indent=indent))
+    message = refusal(tmp_path / "list.jsonl")
+    assert "a list begins there; name it .json" in message
+    (tmp_path / "list.jsonl").rename(tmp_path / "list.json")
+    assert len(read(tmp_path / "list.json")) == 2
+    (tmp_path / "rows.json").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD))
+    assert "if it has a row a line, name it .jsonl" in refusal(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("key", ["data", "train", 'it\'s "rows"'])
+def test_a_list_within_an_object_is_found_and_the_command_that_is_named_takes_it_out(tmp_path, monkeypatch, key):
+    (tmp_path / "whole.json").write_text(json.dumps({"version": "1", key: [GOOD, GOOD]}))
+    command = refusal(tmp_path / "whole.json").splitlines()[1].strip().removesuffix(" writes them to rows.json")
+    monkeypatch.chdir(tmp_path)
+    assert subprocess.run(shlex.split(command)).returncode == 0
+    assert len(read(tmp_path / "rows.json")) == 2
+    (tmp_path / "one.json").write_text(json.dumps(GOOD))
+    assert "is one object, and should be a list of rows" in (message := refusal(tmp_path / "one.json"))
+    assert message.endswith("put it in square brackets")
 
 
 @KINDS
 def test_rows_without_instruction_or_output_are_left_out_and_counted(tmp_path, kind, capsys):
-    empty = [GOOD | {"output": ""}, GOOD | {"instruction": " \n"}, GOOD | {"output": "\t"}]
+    empty = [GOOD | {"output": ""}, GOOD | {"instruction": " \n"}, GOOD | {"output": None}]
     path = write(tmp_path / f"some.{kind}", [GOOD, empty[0], GOOD | {"input": ""}, *empty[1:]])
     capsys.readouterr()
     place = "line" if kind == "jsonl" else "row"
@@ -283,7 +329,7 @@ def test_validation_may_have_a_file_of_its_own(many, tmp_path):
     assert [p.instruction for p in val] == [f"v{n}" for n in range(8)]
     train, val = split_pairs(config_of(many, val_path=str(other), val_docs=3, train_docs=4))
     assert (lines(train), [p.instruction for p in val]) == ([1, 2, 3, 4], ["v0", "v1", "v2"])
-    with pytest.raises(UserError, match=r"data\.val_path=nowhere\.json does not exist"):
+    with pytest.raises(UserError, match=r"data\.val_path=nowhere\.json: no \.json, \.jsonl or \.parquet file there"):
         split_pairs(config_of(many, val_path="nowhere.json"))
 
 
@@ -313,6 +359,23 @@ def test_validation_may_be_a_split_of_the_dataset(monkeypatch):
 def test_validation_that_leaves_nothing_to_train_on_is_refused(many, n_val):
     with pytest.raises(UserError, match=f"37 instructions, of which {n_val} are for validation, leave none to train on"):
         split_pairs(config_of(many, val_docs=n_val))
+
+
+@pytest.mark.parametrize("data", [{}, {"val_docs": 4}], ids=str)
+def test_a_row_that_is_most_of_the_text_is_trained_on(tmp_path, data):
+    """A row cannot be cut, so another is held out in its place; of rows that are alike, the same as ever."""
+    rows = [GOOD | {"output": f"{n} " + "word " * (n % 7)} for n in range(40)]
+    alike = write(tmp_path / "alike.json", rows)
+    rows[11] = GOOD | {"output": "long " * 5000}
+    path = write(tmp_path / "rows.json", rows)
+    moved = 0
+    for seed in range(30):
+        train, val = map(lines, split_pairs(config_of(path, seed, **data)))
+        drawn = np.random.default_rng(seed).permutation(40)
+        assert (11 + 1 in train, len(val)) == (True, 4)
+        assert sorted(n - 1 for n in lines(split_pairs(config_of(alike, seed, **data))[1])) == sorted(drawn[:4].tolist())
+        moved += 11 in drawn[:4]
+    assert moved > 0, "with some of these seeds it would have been held out"
 
 
 def test_a_single_row_cannot_be_split(tmp_path):

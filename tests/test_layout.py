@@ -34,8 +34,9 @@ ARROWS = {
     "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.hardware support.token_files tokenizer",
     "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.disk support.evaluation "
     "support.hardware support.harness support.report support.run support.scoring support.template tokenizer",
-    "data": "support.cli support.config support.documents support.encoding support.loss support.token_files tokenizer",
-    "instruct": "data support.cli support.config support.continuation support.documents support.hub support.loss support.template tokenizer",
+    "data": "support.cli support.config support.documents support.encoding support.holdout support.loss support.token_files tokenizer",
+    "instruct": "data support.cli support.config support.continuation support.documents support.files support.holdout support.hub "
+    "support.loss support.template tokenizer",
     "lora": "support.cli",
     "model": "support.loss",
     "from_scratch": "model support.cli support.tokenizer_files tokenizer",
@@ -51,7 +52,7 @@ ARROWS = {
     "support.cases": "support.cli support.safe_yaml support.values",
     "support.config": "model support.cli support.conversions support.hub support.overrides support.ported support.safe_yaml support.template "
     "support.values",
-    "support.documents": "support.cli support.config support.hardware support.hub tokenizer",
+    "support.documents": "support.cli support.config support.files support.hardware support.holdout support.hub tokenizer",
     "support.exchange": "model support.cli",
     "support.gguf_file": "model support.cli support.exchange support.template support.tokenizer_files tokenizer",
     "support.pretrained": "model support.checkpoint support.cli support.exchange tokenizer",
@@ -74,13 +75,16 @@ ARROWS = {
     "support.disk": "support.cli",
     "support.encoding": "tokenizer",
     "support.token_files": "support.cli support.continuation tokenizer",
-    "prepare": "support.checkpoint support.cli support.disk support.documents support.shards support.token_files support.tokenizer_files tokenizer",
-    "support.shards": "support.cli support.disk support.documents support.encoding support.hub tokenizer",
+    "prepare": "support.checkpoint support.cli support.disk support.documents support.files support.shards support.token_files "
+    "support.tokenizer_files tokenizer",
+    "support.shards": "support.cli support.disk support.documents support.encoding support.files support.holdout support.hub tokenizer",
     "support.conversions": "support.foreign_names",
     "support.foreign_flags": "support.conversions support.foreign_names",
     "support.overrides": "support.cli support.hub support.values",
     "support.ported": "support.conversions support.foreign_names support.values",
     "support.values": "support.cli support.safe_yaml",
+    "support.files": "support.cli",
+    "support.holdout": "support.cli",
 }
 SCRIPTS = {"train", "finetune", "convert", "prepare", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
 KNOW_LIGHTNING = {"train", "support.callbacks"}
