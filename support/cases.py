@@ -1,6 +1,7 @@
 """Case files: prompts and what should follow them, as `evaluate_checkpoints.py` scores it. docs/EVALUATION.md shows the format."""
 
 import difflib
+import glob
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from support.cli import UserError, unix_text
+from support.files import find_files
 from support.safe_yaml import read_mapping
 from support.values import typed
 
@@ -107,13 +109,11 @@ def explain(error: dict, where: str) -> str:
 
 
 def find_case_files(paths: list[str]) -> list[Path]:
-    """The files that the paths (files, or folders of .yaml files) name. Raises UserError for a path that names none."""
+    """The files that the paths (files, folders of .yaml files, or globs) name. Raises UserError for a path that names none."""
     found: list[Path] = []
-    for path in map(Path, paths):
-        here = sorted(file for file in path.iterdir() if file.suffix.lower() in (".yaml", ".yml", ".json")) if path.is_dir() else [path]
-        if not here:
-            raise UserError(f"--cases {path}: no .yaml or .json file in this folder; try --cases cases/wiki_basics.yaml")
-        found += here
+    for path in paths:
+        named = Path(path).is_file() or not (Path(path).is_dir() or glob.has_magic(path))
+        found += [Path(path)] if named else find_files(path, "--cases", (".yaml", ".json"), strict=True)
     return list(dict.fromkeys(found))
 
 

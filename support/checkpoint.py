@@ -12,6 +12,8 @@ import glob
 import hashlib
 import os
 import reprlib
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from model import GPTConfig, GPTMini
 from support.archive import Damage, check_archive, check_plain, check_tensors, named_tensors
 from support.cli import UserError, printable, warn
 from support.disk import atomic_write
+from support.files import counted, kind_of, walk
 from support.template import Template
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 KEY = "tiny_transformer"
 FORMAT_VERSION = 1
 
+SPECIAL = ("last", "best", "final")  # further names of step files
 MAX_CONTEXT = 2**22  # tokens: the one size of a model that no weight need bear out
 
 
@@ -286,27 +290,60 @@ def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) 
 
 
 def find_checkpoints(paths: list[str]) -> list[Path]:
-    """Every checkpoint that files, folders (at any depth) and globs name, each file once: where `last`, `best` or `final`
-    is a hard link of a step file, the step file stands for both. Raises UserError for a path that names none."""
+    """Every checkpoint that files, folders (at any depth) and globs name, each once: where `last`, `best` or `final` is a step
+    file by another name, or a copy of it beside it, the step file stands for all. Raises UserError for a path that names none."""
     found: dict[Any, Path] = {}
     for path in paths:
+        hidden = ""
         if os.path.isdir(path):
-            here = list(Path(path).rglob("*.ckpt"))  # also what is no file, to be told
+            files, left_out = walk(path)
+            here = [file for file in files if kind_of(file) == ".ckpt"]  # also what is no file, to be told
+            hidden = f" ({counted(left_out)} left out)" if left_out else ""
         else:
             here = [file for file in map(Path, [*glob.glob(path, recursive=True), path]) if file.is_file()]
         if not here:
-            raise UserError(f"{path}: no checkpoint (.ckpt) there; python3 train.py --config config_smoke.yaml makes some")
+            raise UserError(f"{path}: no checkpoint (.ckpt) there{hidden}; python3 train.py --config config_smoke.yaml makes some")
         for file in here:
             status = file.stat() if file.exists() else None  # a link to nothing has none
             same = (status.st_dev, status.st_ino) if status else file
-            found[same] = min(found.get(same, file), file, key=lambda file: (not file.name.startswith("step-"), file))
-    return sorted(found.values())
+            found[same] = min(found.get(same, file), file, key=_first_name)
+    return _each_content_once(found.values())
+
+
+def _each_content_once(files: Iterable[Path]) -> list[Path]:
+    """A plain copy of a run's folder turns the further names of a step file into files of their own."""
+    alike: dict[Any, list[Path]] = {}
+    for file in sorted(files, key=_first_name):
+        alike.setdefault((file.parent, file.stat().st_size if file.exists() else file), []).append(file)
+    kept: dict[Any, Path] = {}
+    for group in alike.values():
+        for file in group:
+            kept.setdefault((file.parent, _content(file) or file) if len(group) > 1 else file, file)
+    return sorted(kept.values())
+
+
+def _first_name(file: Path) -> tuple[bool, int, Path]:
+    """Sorts the name that stands for all names of a checkpoint before the others: a step file's."""
+    return not file.name.startswith("step-"), len(file.parts), file
+
+
+def _content(path: Path) -> tuple | None:
+    """Equal for archives of equal content: the checksums of all parts, which an archive's table holds, so that no weight is
+    read. None for a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple((part.filename.partition("/")[2], part.file_size, part.CRC) for part in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return None
 
 
 def other_names(path: Path) -> list[str]:
-    """Which of `last`, `best` and `final` in its folder are this very file."""
-    others = [path.with_name(f"{name}.ckpt") for name in ("last", "best", "final")]
-    return [other.stem for other in others if other.name != path.name and other.exists() and path.exists() and other.samefile(path)]
+    """Which other checkpoints in its folder are this very file, or a copy of it."""
+    if not path.is_file():
+        return []
+    size, others = path.stat().st_size, [file for file in path.parent.glob("*.ckpt") if file.name != path.name and file.is_file()]
+    same = [file.stem for file in others if file.stat().st_size == size and (file.samefile(path) or _content(file) == (_content(path) or ()))]
+    return sorted(same, key=lambda name: (name not in SPECIAL, SPECIAL.index(name) if name in SPECIAL else 0, name))
 
 
 def step_of(path: Path) -> int:

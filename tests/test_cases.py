@@ -102,7 +102,10 @@ def test_all_mistakes_are_told_at_once_and_not_hundreds(tmp_path):
 
 
 def test_paths_that_hold_no_cases_are_refused(tmp_path):
-    for path, said in ((tmp_path, "no .yaml or .json file"), (tmp_path / "nothing.yaml", "does not exist; try --cases cases/wiki_basics.yaml")):
+    for path, said in (
+        (tmp_path, r"no \.yaml or \.json file there"),
+        (tmp_path / "nothing.yaml", "does not exist; try --cases cases/wiki_basics.yaml"),
+    ):
         with pytest.raises(UserError, match=said):
             read_cases([str(path)])
     (tmp_path / "bytes.yaml").write_bytes(b"cases: \xff")

@@ -45,11 +45,11 @@ ARROWS = {
     "support.archive": "support.cli",
     "support.base": "lora model support.checkpoint support.cli support.config support.token_files tokenizer",
     "support.callbacks": "model support.checkpoint support.cli support.continuation support.disk support.hardware",
-    "support.checkpoint": "lora model support.archive support.cli support.disk support.template tokenizer",
+    "support.checkpoint": "lora model support.archive support.cli support.disk support.files support.template tokenizer",
     "support.cli": "support.foreign_flags",
     "support.continuation": "tokenizer",
     "support.tokenizer_reading": "support.cli",
-    "support.cases": "support.cli support.safe_yaml support.values",
+    "support.cases": "support.cli support.files support.safe_yaml support.values",
     "support.config": "model support.cli support.conversions support.hub support.overrides support.ported support.safe_yaml support.template "
     "support.values",
     "support.documents": "support.cli support.config support.files support.hardware support.holdout support.hub tokenizer",

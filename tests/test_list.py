@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.checkpoint import load_model
 from support.cli import UserError
@@ -23,6 +24,10 @@ def show(capsys):
         return capsys.readouterr().out
 
     return call
+
+
+def json_rows(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def row_of(out: str, name: str) -> str:
@@ -45,15 +50,46 @@ def test_every_file_is_named_with_its_step_and_losses(show, tiny_run):
 
 
 def test_further_names_of_a_file_are_marks_of_its_row(show, tiny_run, tmp_path):
-    """Hard links are one file and one row; copies are two."""
+    """Whether they are hard links, or copies, as a plain copy of a run's folder makes them."""
     best = load_model(tiny_run.folder / "best.ckpt")[2]["metrics"]["step"]
     for row in map(json.loads, show(tiny_run.folder, "--json").splitlines()):
         assert row["names"] == ["last"] * (row["step"] == 12) + ["best"] * (row["step"] == best) + ["final"] * (row["step"] == 12)
     assert "last" in row_of(show(tiny_run.folder / "step-0000012.ckpt"), "step-0000012").split()
     assert "last" in row_of(show(tiny_run.folder / "final.ckpt"), "final.ckpt").split()
-    for name in ("step-0000012", "final"):
-        shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / f"{name}.ckpt")
+    shutil.copytree(tiny_run.folder, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "final.ckpt").samefile(tmp_path / "copy" / "step-0000012.ckpt"), "a copy loses the links"
+    names, copied = (
+        [(Path(row["file"]).name, row["names"]) for row in map(json.loads, show(folder, "--json").splitlines())]
+        for folder in (tiny_run.folder, tmp_path / "copy")
+    )
+    assert copied == names
+    shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "copy" / "mine.ckpt")
+    assert json_rows(show(tmp_path / "copy", "--json"))[-1]["names"] == [*names[-1][1], "mine"]
+
+
+def test_checkpoints_of_one_size_and_different_content_are_rows_of_their_own(show, tiny_run, tmp_path):
+    for name, offset in (("a", 0), ("b", 1)):
+        checkpoint = tiny_run.checkpoint()
+        checkpoint["state_dict"]["net.norm.weight"][0] += offset
+        torch.save(checkpoint, tmp_path / f"{name}.ckpt")
+    assert (tmp_path / "a.ckpt").stat().st_size == (tmp_path / "b.ckpt").stat().st_size
     assert len(show(tmp_path).splitlines()) == 3
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.ckpt").write_bytes(b"both are broken")
+    assert len(json_rows(show(tmp_path, "--json"))) == 2
+
+
+def test_linked_folders_are_followed_once_and_hidden_ones_left_out(show, tiny_run, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x").symlink_to(tiny_run.folder)
+    (tmp_path / "runs" / "circle").symlink_to(tmp_path / "runs")
+    assert len(json_rows(show(tmp_path / "runs", "--json"))) == 3
+    (tmp_path / "other" / ".trash").mkdir(parents=True)
+    shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "other" / ".trash" / "final.ckpt")
+    with pytest.raises(UserError, match=r"no checkpoint \(\.ckpt\) there \(1 hidden left out\)"):
+        listing.main([str(tmp_path / "other")])
+    shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "other" / "FINAL.CKPT")
+    assert "FINAL.CKPT" in show(tmp_path / "other")
 
 
 @pytest.mark.parametrize("column", ["step", "val_loss", "train_loss", "size_mb", "file", "names", "config"])
@@ -118,8 +154,6 @@ def test_a_damaged_file_is_a_row_that_says_so(show, tiny_run, tmp_path):
     "damage", [{"metrics": {}}, {"metrics": None}, {"tokenizer": {}}, {"model": {"d_model": 32, "n_heads": 5}}, {"model": None}], ids=str
 )
 def test_damaged_fields_are_a_row_too(show, tiny_run, tmp_path, damage):
-    import torch
-
     checkpoint = tiny_run.checkpoint()
     checkpoint["tiny_transformer"] |= damage
     torch.save(checkpoint, tmp_path / "odd.ckpt")
@@ -173,7 +207,8 @@ def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch, terminal):
 
 def test_many_files_are_read_by_several_processes_and_give_the_same_rows(show, tiny_run, tmp_path):
     for n in range(listing.MANY):
-        shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / f"copy-{n}.ckpt")
+        (tmp_path / str(n)).mkdir()
+        shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / str(n) / "copy.ckpt")
     (tmp_path / "bad.ckpt").touch()
     rows = {row["file"]: row for row in map(json.loads, show(tmp_path, "--json").splitlines())}
     assert len(rows) == listing.MANY + 1
