@@ -75,6 +75,7 @@ from support.disk import atomic_write
 from support.evaluation import CaseResult, CheckpointResult, Evaluation
 from support.hardware import resolve_device, resolve_precision
 from support.harness import find_tasks, run_tasks
+from support.hub import HubError
 from support.run import run_record
 from support.scoring import continuations, encode, log_likelihoods
 from support.template import DEFAULT, TEMPLATES, Template, first_parts
@@ -177,7 +178,10 @@ def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str
     """As by eval_val.py; `texts` keeps the documents, so that checkpoints of one config read them once."""
     key = json.dumps([config.data.model_dump(), config.seed])
     if key not in texts:
-        texts[key] = documents_of(config, None)
+        try:
+            texts[key] = documents_of(config, None)
+        except HubError as error:
+            raise HubError(error.why, "leave --val out, or score a text on this machine: --val --config config_smoke.yaml") from None
         if len(texts) == 2:
             warn("the checkpoints validate on different texts, so their val_loss does not compare; give one text to all by --config")
     return validate(model, tokenizer, texts[key], config, precision=resolve_precision(config.hardware.precision, device))

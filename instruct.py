@@ -36,6 +36,8 @@ from support.template import Template, first_parts
 from tokenizer import Tokenizer
 
 KINDS = (".json", ".jsonl", ".parquet")
+INSTEAD = "fine-tune on rows of your own:\n       python3 finetune.py --config configs/finetune_tiny.yaml --override data.path=my_rows.json "
+INSTEAD += "--override training.warmup_steps=0"
 EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
 
 
@@ -99,7 +101,8 @@ def read_files(path: str, key: str, errors: str = "strict") -> Iterator[tuple[di
 
 
 def read_hub(data: DataConfig, split: str) -> Iterator[tuple[dict, str]]:
-    for number, row in enumerate(read_rows(open_dataset(data.dataset, data.config, split, None, data.revision, False)), 1):
+    rows = open_dataset(data.dataset, data.config, split, None, data.revision, False, instead=INSTEAD)
+    for number, row in enumerate(read_rows(rows), 1):
         yield row, f"{data.dataset}, row {number} of {split}"
 
 

@@ -60,7 +60,8 @@ class Source:
                 yield from read_parts(file, self.text_field, self.errors)
             return
         if self.stream is None:
-            rows = open_dataset(self.dataset, self.config, self.split, None, self.revision, streaming=True, flag="--dataset ")
+            where = self.dataset, self.config, self.split, None, self.revision
+            rows = open_dataset(*where, streaming=True, flag="--dataset ", instead="read local files: --input my_book.txt in place of --dataset")
             self.stream = DocumentStream(rows, self.text_field)
         self.stream.seek(position)
         while documents := self.stream.take(1):

@@ -337,7 +337,7 @@ def test_validation_may_be_a_split_of_the_dataset(monkeypatch):
     hub = {"train": [{"q": f"t{n}", "output": "o"} for n in range(6)], "test": [{"q": f"v{n}", "output": "o"} for n in range(4)]}
     asked = []
 
-    def open_dataset(name, config, split, path, revision, streaming):
+    def open_dataset(name, config, split, path, revision, streaming, instead):
         asked.append((name, config, split, path, revision, streaming))
         return hub[split]
 

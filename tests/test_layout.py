@@ -31,9 +31,10 @@ ARROWS = {
     "support.proof support.run support.scoring support.template support.tokenizer_files tokenizer",
     "infer": "model support.checkpoint support.cli support.continuation support.hardware support.template tokenizer",
     "list": "support.checkpoint support.cli",
-    "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.hardware support.token_files tokenizer",
+    "eval_val": "data instruct model support.checkpoint support.cli support.config support.documents support.files support.hardware support.hub "
+    "support.token_files tokenizer",
     "evaluate_checkpoints": "eval_val model support.cases support.checkpoint support.cli support.config support.disk support.evaluation "
-    "support.hardware support.harness support.report support.run support.scoring support.template tokenizer",
+    "support.hardware support.harness support.hub support.report support.run support.scoring support.template tokenizer",
     "data": "support.cli support.config support.documents support.encoding support.holdout support.loss support.token_files tokenizer",
     "instruct": "data support.cli support.config support.continuation support.documents support.files support.holdout support.hub "
     "support.loss support.template tokenizer",
@@ -62,7 +63,7 @@ ARROWS = {
     "support.foreign_names": "",
     "support.hardware": "support.cli",
     "support.harness": "model support.cli support.scoring tokenizer",
-    "support.hub": "support.cli",
+    "support.hub": "support.cli support.files",
     "support.loss": "",
     "support.plots": "support.cli support.disk support.evaluation",
     "support.preflight": "data model optim support.base support.cli support.config support.continuation support.hardware support.loss support.run",
