@@ -47,6 +47,6 @@ def hold_out_rows(sizes: Sequence[int], order: Sequence[int], n_held: int) -> se
 
 
 def check_share(held: int, total: int, fraction: float, unit: str, advice: str) -> None:
-    """Warn where validation holds far more, or far less, than the share that was asked for."""
-    if total and not fraction / 2 <= held / total <= 2 * fraction + 0.05:
+    """Warn where validation holds far more, or far less, than the share that was asked for. A few words have no shares."""
+    if total >= 1000 and not fraction / 2 <= held / total <= 2 * fraction + 0.05:
         warn(f"validation holds {held:,} {unit} and training {total - held:,}, where {fraction:.3g} of the text was to be held out; {advice}")

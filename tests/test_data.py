@@ -25,7 +25,7 @@ from data import (
 )
 from support.cli import UserError
 from support.config import Config, validate_config
-from support.documents import hf_documents
+from support.documents import DocumentStream, hf_documents
 from tokenizer import ByteTokenizer, CharTokenizer, build_tokenizer
 
 BYTE = ByteTokenizer()
@@ -599,11 +599,89 @@ def test_empty_rows_are_skipped_wherever_they_are(tmp_path):
     assert corpus.train.head(10) == ["one", "two"]
 
 
-def test_a_bad_row_of_a_stream_is_named(tmp_path):
-    rows = [{"text": f"story {i}"} for i in range(7)] + [{"text": None}]
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_null_row_is_left_out_and_counted(tmp_path, capsys, streaming):
+    """It ended the run in the middle, and each resume at the same row."""
+    rows = [{"text": f"story {i}"} for i in range(7)] + [{"text": None}, {"text": "the end"}, {"text": ""}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"row 8 has no text in field 'text' \(fields: text\); set data\.text_field"):
-        load_corpus(stream_config(tmp_path, val_docs=2)).train.take(100)
+    corpus = load_corpus(stream_config(tmp_path, val_docs=2, streaming=streaming))
+    train = corpus.train.take(100) if streaming else corpus.train
+    assert sorted(train + corpus.val) == sorted(row["text"] for row in rows if row["text"])
+    assert capsys.readouterr().err.splitlines()[-1] == "warning: 2 rows without text left out; the first: row 8 has no text"
+    if streaming:
+        corpus.train.seek(None)
+        assert corpus.train.take(100) == train
+        assert capsys.readouterr().err == "", "told once, not in each epoch"
+
+
+class Rows:
+    """A stream of anything, as a data set without types gives it."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows, self.at = rows, 0
+
+    def __iter__(self):
+        while self.at < len(self.rows):
+            self.at += 1
+            yield self.rows[self.at - 1]
+
+    def state_dict(self) -> dict:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.at = state["at"]
+
+
+ODD = [{"text": 5}, {"text": ["a", "b"]}, {"body": "x"}, {"text": "half \ud83d"}, {"text": None}, {}]
+
+
+def test_a_row_of_another_type_does_not_end_a_stream(capsys):
+    """A row that nobody can repair would end every resume, so it is left out, and told."""
+    rows = [{"text": "one"}, *ODD, {"text": "two"}]
+    assert DocumentStream(Rows(rows), "text").take(9) == ["one", "two"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "warning: 1 row without text left out; the first: row 2 has no text in field 'text' (fields: text), it holds 5"
+    assert said[-1].startswith("warning: 6 rows without text left out; the first: row 2")
+
+
+def test_a_stream_resumes_exactly_between_rows_without_text():
+    rows = [{"text": f"the story of number {i}"} if i % 3 else ODD[i // 3 % len(ODD)] for i in range(1, 40)]
+
+    def steps(n: int, state: str | None = None) -> list:
+        stream = DocumentStream(Rows(rows), "text")
+        return list(itertools.islice(StreamingPackedLMDataset(stream, BYTE, SEQ_LEN, SEQ_LEN, StepShape(2, 1), 42, state=state), n))
+
+    whole = steps(60)
+    assert json.loads(whole[-1][0]["stream_state"])["epoch"] > 0
+    for at in range(0, 56, 5):
+        assert same_steps(steps(3, whole[at][0]["stream_state"]), whole[at + 1 : at + 4])
+
+
+def test_a_stream_whose_first_row_has_no_such_field_is_refused():
+    with pytest.raises(UserError, match=r"row 1 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set data\.text_field"):
+        DocumentStream(Rows([{"text": 5}, {"text": "one"}]), "text").take(1)
+
+
+def test_a_stream_that_is_mostly_held_out_is_told_with_both_sizes(tmp_path, capsys):
+    """By default its first 200 rows validate, however few follow."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:07}..."}) + "\n" for i in range(230)))
+    corpus = load_corpus(stream_config(tmp_path, val_docs=None))
+    assert "the first 200 rows of the stream are held out for validation (2,000 characters), and 300 characters are left" in capsys.readouterr().err
+    assert corpus.train.take(1) == ["0000200..."], "reading has not moved"
+    load_corpus(stream_config(tmp_path, val_docs=20))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_document_that_is_most_of_a_dataset_is_trained_on(tmp_path):
+    texts = [f"{i:03} short" for i in range(40)]
+    texts[7] = "long " * 1000
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for seed in range(20):
+        for limit in (None, 5):
+            train, val = hf_documents(stream_config(tmp_path, streaming=False, val_docs=9, train_docs=limit).data, seed)
+            assert texts[7] not in val
+            assert len(train) == (limit or 31) and (limit or len(val) == 9)
+            assert not set(train) & set(val)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -9,7 +9,9 @@ import pytest
 from data import load_corpus, split_documents
 from support.cli import UserError
 from support.config import DataConfig, validate_config
-from support.documents import find_files, read_documents, text_documents
+from support.documents import read_documents, text_documents
+from support.files import find_files
+from support.holdout import check_share
 
 EOS_LINE = b"<|endoftext|>\n"
 
@@ -78,6 +80,80 @@ def test_a_path_without_files_is_an_error_that_names_it(tmp_path, path):
 def test_files_of_another_reader_are_answered_with_how_to_read_them(tmp_path, name):
     with pytest.raises(UserError, match=rf"data\.source=hf --override data\.dataset={name.partition('.')[2]}"):
         documents(write(tmp_path / name, "[]"))
+
+
+def test_an_ending_counts_in_any_case_and_ndjson_is_jsonl(tmp_path):
+    """Rows were trained on as plain text, braces and all, and a folder's .TXT passed over."""
+    for name in ("a.ndjson", "b.JSONL", "c.NdJson"):
+        write(tmp_path / name, '{"text": "a row"}\n{"text": "another"}\n')
+        assert documents(tmp_path / name) == ["a row", "another"]
+    write(tmp_path / "D.TXT", "a text")
+    assert documents(tmp_path) == ["a text", *["a row", "another"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rows.jsonl.gz", "is packed, and only unpacked files are read; unpack it first: gunzip -k"),
+        ("a.TXT.ZST", "unpack it first: unzstd"),
+        ("a.txt.xz", "unxz -k"),
+        ("a.bz2", "bunzip2 -k"),
+        ("a.zip", "unzip"),
+        ("a.7z", "is packed"),
+        ("a.PDF", "is not plain text; save its text as .txt"),
+        ("a.docx", "is not plain text"),
+        ("a.htm", "holds markup; save its text as .txt, or name it .txt"),
+        ("a.csv", "is a table; write the column with the text as .jsonl"),
+        ("a.pkl", "is a pickle"),
+        ("train.npy", "data.source=tokens"),
+        ("final.ckpt", "holds a model"),
+    ],
+)
+def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, said):
+    """It was read as text, or called binary, with the advice to replace what is not UTF-8. In a folder it is left out."""
+    path = write(tmp_path / name, "not a text")
+    with pytest.raises(UserError) as caught:
+        documents(path)
+    assert str(caught.value).startswith(f"{path} ") and said in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        documents(tmp_path)
+    assert f"no .txt or .jsonl file there (found: 1 {path.suffix})" in str(caught.value)
+    assert said in str(caught.value), "and what to do with the files that are there"
+
+
+def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path, capsys):
+    for name in ("a.txt", "deep/b.txt", "c.jsonl"):
+        write(tmp_path / name, '{"text": "row"}' if name == "c.jsonl" else "text")
+    assert len(documents(tmp_path)) == 3
+    assert capsys.readouterr().err == "", "nothing was left out"
+    for name in ("x.pdf", "deep/y.pdf", "README", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        write(tmp_path / name, b"\0\5")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    assert len(documents(tmp_path)) == 3
+    left_out = "6 left out (2 .pdf, 2 hidden, 1 broken link, 1 without an ending)"
+    assert capsys.readouterr().err == f"data: 3 files read from {tmp_path}, {left_out}\n"
+    (tmp_path / "deep" / "folder").mkdir()
+    assert len(documents(tmp_path / "*.txt")) == 1
+    assert "1 left out (1 broken link)" in capsys.readouterr().err
+    assert len(documents(f"{tmp_path}/deep/*")) == 1
+    assert "2 left out (1 .pdf, 1 folder)" in capsys.readouterr().err
+
+
+def test_linked_folders_are_followed_and_each_file_is_read_once(tmp_path):
+    """Also where a link leads back to where it is, and where several names lead to one file: a text that is read twice would be
+    trained on and validated on."""
+    write(tmp_path / "elsewhere" / "book.txt", "a book")
+    write(tmp_path / "texts" / "a.txt", "a note")
+    write(tmp_path / "texts" / "real" / "b.txt", "another")
+    for name, target in {"more": "../elsewhere", "again": "real", "circle": ".", "up/circle": "../.."}.items():
+        (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).symlink_to(target)
+    (tmp_path / "texts" / "link.txt").symlink_to("a.txt")
+    (tmp_path / "texts" / "hard.txt").hardlink_to(tmp_path / "texts" / "real" / "b.txt")
+    (tmp_path / "texts" / "up" / "circle").unlink()
+    found = find_files(str(tmp_path / "texts"))
+    assert [file.relative_to(tmp_path / "texts").as_posix() for file in found] == ["a.txt", "hard.txt", "more/book.txt"]
+    assert sorted(documents(f"{tmp_path}/texts/**/*.txt")) == ["a book", "a note", "another"]
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -310,8 +386,12 @@ def test_of_many_similar_documents_the_same_are_held_out_as_ever(fraction):
 
 
 def test_a_share_that_cannot_be_met_is_told_with_both_sizes(capsys):
-    split_documents(["abc", "de"], 0.1, 0)
-    assert "validation holds 2 characters and training 3, where 0.1 of the text was to be held out" in capsys.readouterr().err
+    check_share(100, 1000, 0.1, "characters", "give more")
+    assert capsys.readouterr().err == ""
+    for held in (20, 400):
+        check_share(held, 1000, 0.1, "characters", "give more")
+        said = f"validation holds {held} characters and training {1000 - held}, where 0.1 of the text was to be held out; give more"
+        assert said in capsys.readouterr().err
 
 
 def test_a_single_document_is_cut_at_its_end():
