@@ -32,8 +32,9 @@ class HubError(UserError):
 
 def offline_by_choice() -> str | None:
     """The setting by which a user keeps the libraries from the network, as the libraries read it."""
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+    names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)]
+    chosen = bool(names) and os.environ[names[0]].upper() in ("1", "ON", "YES", "TRUE")
+    return f"{names[0]}={os.environ[names[0]]}" if chosen else None
 
 
 def hub_reachable() -> bool:

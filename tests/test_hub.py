@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +16,15 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub, dataset_card, parquet
 
+import convert
+import eval_val
+import evaluate_checkpoints
+import finetune
 import infer
+import prepare
+import train as train_script
 from support.cli import UserError
+from support.config import load_config
 from support.hub import hub_reachable, open_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -220,8 +229,9 @@ def test_without_network_the_answer_comes_before_anything_is_tried(tmp_path):
     for answer in answers.values():
         assert_one_clear_error(answer)
         assert NAME in answer["err"]
-    assert "cannot be reached" in answers["streamed"]["err"]
-    assert "data.source=text" in answers["streamed"]["err"], "a way out is shown"
+        assert "cannot be reached" in answer["err"]
+        assert "python3 train.py --config config_smoke.yaml --override data.path=my_book.txt" in answer["err"], "a small model, not 124M"
+        assert "OfflineMode" not in answer["err"], "what the user has not chosen"
     assert not answers["streamed"]["datasets"]
     assert not (tmp_path / "run").exists()
 
@@ -230,9 +240,86 @@ def test_offline_by_choice_no_probe_is_sent(monkeypatch):
     """HF_HUB_OFFLINE=1 (the tests' own setting) goes straight to the cache, where this one is not."""
     monkeypatch.setattr("support.hub.hub_reachable", lambda: pytest.fail("the hub was probed"))
     for streaming in (True, False):
-        with pytest.raises(UserError, match="no/such") as caught:
+        with pytest.raises(UserError, match=r"no/such: HF_HUB_OFFLINE=1 keeps the Hugging Face hub away, .*; unset it") as caught:
             open_dataset("no/such", None, "train", None, None, streaming)
-        assert "\n" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Nobody has asked for being offline, and nothing answers."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("support.hub.hub_reachable", lambda: False)
+
+
+def command_of(error: UserError, script: str) -> list[str]:
+    """The words behind `python3 SCRIPT` in the last line of a message."""
+    words = shlex.split(str(error).splitlines()[-1])
+    assert words[:2] == ["python3", script]
+    return words[2:]
+
+
+def refused(main, argv: list[str]) -> UserError:
+    with pytest.raises(UserError, match="hub cannot be reached") as caught:
+        main(argv)
+    assert "docs/TROUBLESHOOTING.md#no-network" in str(caught.value)
+    assert "HF_HUB_OFFLINE" not in os.environ, "the setting is the user's"
+    return caught.value
+
+
+@pytest.mark.parametrize("config", ["config.yaml", "configs/tinystories.yaml"])
+def test_training_without_network_is_told_a_command_that_trains(no_hub, tmp_path, monkeypatch, config):
+    argv = command_of(refused(train_script.main, ["--config", config, "--override", f"checkpoint.dir={tmp_path}"]), "train.py")
+    loaded = load_config(argv[1], argv[3::2])
+    assert (loaded.data.source, loaded.data.path) == ("text", "my_book.txt")
+    assert loaded.model.d_model <= 128, "no large model, for it may be a laptop"
+    shutil.copyfile(ROOT / "data/tiny_corpus.txt", tmp_path / "my_book.txt")
+    with pytest.raises(SystemExit) as end:
+        train_script.main([word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in argv] + ["--show-step", "1"])
+    assert end.value.code == 0
+
+
+def test_fine_tuning_without_network_is_told_a_command_that_fine_tunes(no_hub, tmp_path, tiny_run):
+    base = ["--override", f"base_ckpt={tiny_run.folder}/final.ckpt", "--override", f"checkpoint.dir={tmp_path / 'sft'}"]
+    argv = command_of(refused(finetune.main, ["--config", "config_finetune.yaml", *base]), "finetune.py")
+    (tmp_path / "my_rows.json").write_text(json.dumps([{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(3)]))
+    assert finetune.main([word.replace("my_rows.json", f"{tmp_path}/my_rows.json") for word in argv] + base) == 0
+
+
+def test_scoring_without_network_is_told_to_score_the_checkpoints_own_text_or_another(no_hub, tmp_path, tiny_run):
+    ckpt = str(tiny_run.folder / "final.ckpt")
+    error = refused(eval_val.main, ["--ckpt", ckpt, "--config", "config.yaml"])
+    assert "leave --config out, to score the text that the checkpoint validated on" in str(error)
+    assert "train" not in str(error).replace(ckpt, "").replace("trained", "")
+    assert eval_val.main(["--ckpt", ckpt]) == 0
+    shutil.copyfile(ROOT / "data/tiny_corpus.txt", tmp_path / "my_book.txt")
+    argv = [word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in command_of(error, "eval_val.py")]
+    assert eval_val.main(argv) == 0
+    assert eval_val.main([*argv, "--config", "config.yaml"]) == 0
+    checkpoint = tiny_run.checkpoint()
+    checkpoint["tiny_transformer"]["config"]["data"] = {"source": "hf", "dataset": "a/b"}
+    torch.save(checkpoint, tmp_path / "streamed.ckpt")
+    for words in ([], ["--config", "config.yaml"]):
+        assert "leave --config out" not in str(refused(eval_val.main, ["--ckpt", str(tmp_path / "streamed.ckpt"), *words])), "its text is there too"
+    cases = ["--cases", "cases/tiny_corpus.yaml", "--checkpoints", ckpt, "--val"]
+    assert "--val --config config_smoke.yaml" in str(refused(evaluate_checkpoints.main, [*cases, "--config", "config.yaml"]))
+    assert evaluate_checkpoints.main([*cases, "--config", "config_smoke.yaml"]) == 0
+
+
+def test_other_scripts_without_network_name_what_they_take_in_place(no_hub, tmp_path):
+    error = refused(prepare.main, ["tokens", "--dataset", "a/b", "--tokenizer", "byte", "--output", str(tmp_path / "t"), "--num-proc", "1"])
+    assert str(error).endswith("read local files: --input my_book.txt in place of --dataset")
+    error = refused(convert.main, ["--from", "some/model", "--output", str(tmp_path / "m.ckpt")])
+    assert str(error).endswith("hf download some/model --local-dir model")
+
+
+def test_local_files_of_a_dataset_may_be_a_folder(tmp_path):
+    for name in ("a.jsonl", "deep/b.JSONL", ".hidden.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    rows = open_dataset("json", None, "train", str(tmp_path), None, True)
+    assert [row["text"] for row in rows] == ["a.jsonl", "deep/b.JSONL"]
 
 
 @pytest.mark.parametrize("path", ["/", "/api/datasets/no/such"])
