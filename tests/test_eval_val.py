@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from foreign_tokenizers import tokenizer_like
 from test_resume import BYTE
 
 import eval_val
+import finetune
 from data import load_corpus
-from eval_val import text_blocks
+from eval_val import text_blocks, validate
+from instruct import Pair
 from support.checkpoint import load_model
 from support.cli import UserError
 from support.config import load_config, validate_config
@@ -165,3 +169,61 @@ def test_a_text_with_characters_the_tokenizer_does_not_know_is_refused(run, tmp_
     (tmp_path / "greek.txt").write_text("λόγος " * 30)
     with pytest.raises(UserError, match="λ"):
         eval_val.main(["--ckpt", str(made.folder / "final.ckpt"), "--data", str(tmp_path / "greek.txt")])
+
+
+# ---- instructions -------------------------------------------------------------------------------------------------
+
+ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} and {n}."} for n in range(20)]
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[:3]))
+    (tmp_path / "rows.ndjson").write_text("\n".join(map(json.dumps, ROWS[:3])))
+    (tmp_path / "all.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def fine_tune(folder: Path, *words: str) -> Path:
+    overrides = [f"checkpoint.dir={folder}", "training.warmup_steps=0", "training.epochs=2", "hardware.accelerator=cpu", *words]
+    assert finetune.main(["--config", "configs/finetune_tiny.yaml", *(f"--override={override}" for override in overrides)]) == 0
+    return folder / "final.ckpt"
+
+
+def test_instructions_are_scored_by_the_same_flag_as_a_text(rows, tiny_run, score, capsys):
+    """One flag for all; the number is that of the rows, and is not compared with a loss on others."""
+    ckpt = fine_tune(rows / "sft", f"base_ckpt={tiny_run.folder}/final.ckpt", f"data.path={rows}/all.json")
+    model, tokenizer, metadata = load_model(ckpt)
+    config = load_config(None, [], metadata["config"])
+    by_hand = validate(model, tokenizer, [Pair(**row, where="") for row in ROWS[:3]], config)
+    for name in ("rows.json", "rows.ndjson"):
+        found = score("--ckpt", ckpt, "--data", rows / name)
+        assert (found["loss"], found["n_documents"], found["token_accuracy"]) == (by_hand.loss, 3, by_hand.token_accuracy)
+        assert (found["set"], found["logged_val_loss"]) == (str(rows / name), None)
+    own = score("--ckpt", ckpt)
+    assert own["loss"] == pytest.approx(own["logged_val_loss"], rel=1e-5)
+    assert own["set"] == "its own validation set"
+    capsys.readouterr()
+    assert eval_val.main(["--ckpt", str(ckpt), "--override", f"data.val_path={rows}/rows.json"]) == 0
+    said = capsys.readouterr().out
+    assert "3 instructions of the validation set of its config with the overrides" in said and "in training" not in said
+    assert score("--ckpt", ckpt, "--data", REPO / "README.md")["token_accuracy"] is None, "a text is still a text"
+
+
+def test_a_model_that_was_not_taught_to_answer_is_told_how_to_be(rows, tiny_run, score):
+    """The command that is named works as it is, on three rows too."""
+    for name in ("rows.json", "rows.ndjson"):
+        with pytest.raises(UserError, match="holds instructions, and this model has not been taught to answer any") as caught:
+            eval_val.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), "--data", str(rows / name)])
+    words = shlex.split(str(caught.value).splitlines()[-1])
+    assert words[:4] == ["python3", "finetune.py", "--config", "configs/finetune_tiny.yaml"]
+    ckpt = fine_tune(rows / "taught", *words[5::2])
+    assert score("--ckpt", ckpt, "--data", rows / "rows.ndjson")["n_documents"] == 3
+
+
+def test_texts_in_rows_are_texts_for_every_model(rows, tiny_run, score):
+    (rows / "texts.jsonl").write_text('{"text": "It was a dark night.", "output": "no answer"}\n' * 3)
+    assert score("--ckpt", tiny_run.folder / "final.ckpt", "--data", rows / "texts.jsonl")["n_documents"] == 3
+    (rows / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    with pytest.raises(UserError, match="is a conversation"):
+        eval_val.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), "--data", str(rows / "chat.jsonl")])
