@@ -61,9 +61,9 @@ class DataConfig(Section):
     )
     path: str | None = Field(
         None,
-        description="`text`: a file, a folder or a quoted glob. `hf`: local data files, when `dataset` is `json`, `parquet` or `text`. "
-        "`tokens`: a folder with train.npy and val.npy, or a .npy or .bin file. `instructions`: a .json, .jsonl or .parquet file, used in place "
-        "of `dataset`.",
+        description="`text`: a file, a folder or a quoted glob of .txt and .jsonl files. `hf`: local data files, when `dataset` is `json`, "
+        "`parquet` or `text`. `tokens`: a folder with train.npy and val.npy, or a .npy or .bin file. `instructions`: a .json, .jsonl or .parquet "
+        "file, or a folder or a quoted glob of such, used in place of `dataset`.",
     )
     dtype: Literal["uint16", "uint32"] | None = Field(
         None, description="`tokens`: what a raw .bin file holds, which does not say so itself; others write `uint16`. Of a .npy file leave it out."
@@ -85,7 +85,11 @@ class DataConfig(Section):
         None, gt=0, description="`hf`, `instructions`: number of validation documents or rows; with `streaming` the default is 200."
     )
     val_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of the text cut off for validation, by whole documents chosen by `seed`; of a single document, its end."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the text held out for validation: whole documents drawn by `seed`, and of one that is much larger than the share "
+        "its end.",
     )
     stride: int | None = Field(None, gt=0, description="Distance between the starts of two blocks. Default: `seq_len`; smaller makes blocks overlap.")
     shuffle: bool = Field(
