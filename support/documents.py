@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from support.cli import UserError, warn
-from support.files import find_files, kind_of
+from support.files import find_files, kind_of, refuse_disguised
 from support.holdout import check_share, hold_out_rows
 from support.hub import open_dataset, read_rows
 from tokenizer import EOS_TEXT
@@ -63,6 +63,8 @@ def read_blocks(file: Path, errors: str) -> Iterator[str]:
     with open(file, "rb") as stream:
         while True:
             raw = stream.read(PART_CHARS)
+            if offset == 0:
+                refuse_disguised(file, raw)
             if b"\0" in raw and errors == "strict":
                 raise UserError(
                     f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or UTF-16, not UTF-8 text; "
@@ -125,6 +127,7 @@ def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> 
                 yield text, True
         texts.warn_of_empty()
         return
+    warn_of_rows(file)
     separated, text, begun = is_separated(file), "", False
     for block in unix_lines(read_blocks(file, errors)):
         text += block
@@ -142,6 +145,15 @@ def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> 
         yield from ended(between_separators(text + "\n"), begun)
     elif begun or text.strip():
         yield text, True
+
+
+def warn_of_rows(file: Path) -> None:
+    """A text whose first line is a JSON object is a .jsonl file by another name, most likely, and its markup would be learned."""
+    line = next(read_blocks(file, "replace")).partition("\n")[0]
+    if line.startswith("{") and line.rstrip().endswith("}"):
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(line)
+            warn(f"{file} is read as plain text, and its first line is a JSON object; if each line is one, name it .jsonl")
 
 
 def between_separators(text: str) -> list[str]:

@@ -29,6 +29,8 @@ OTHER_KINDS = {  # what is said of a file that is not read as text, whatever its
     **dict.fromkeys((".pkl", ".pickle"), "is a pickle, which can run code when opened; write its text as .txt or .jsonl"),
 }
 
+FIRST_BYTES = {b"\x1f\x8b": ".gz", b"PK\x03\x04": ".zip", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ": ".xz", b"BZh91AY&SY": ".bz2", b"%PDF-": ".pdf"}
+
 
 def kind_of(path: str | Path) -> str:
     """The ending that says what a file holds, in its usual spelling: `.jsonl` for A.JSONL and for a.ndjson."""
@@ -92,6 +94,13 @@ def refusal(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str |
     return f"{file} {OTHER_KINDS[kind].format(file=file)}" if kind in OTHER_KINDS else None
 
 
+def refuse_disguised(file: Path, begins: bytes) -> None:
+    """Raise UserError for a file whose first bytes are those of a kind that is not read, whatever its name says."""
+    kind = next((kind for magic, kind in FIRST_BYTES.items() if begins.startswith(magic)), None)
+    if kind:
+        raise UserError(f"{file} {OTHER_KINDS[kind].format(file=file)} (by its first bytes it is a {kind} file)")
+
+
 def find_files(path: str, key: str = "data.path", kinds: tuple[str, ...] = (".txt", ".jsonl"), strict: bool = False) -> list[Path]:
     """The files a path means: itself, those in a folder (at any depth) that are of these kinds, or those of a glob. `strict`: a
     file that is named must be of these kinds too; otherwise one of an unknown ending is read. One line says what was left out.
@@ -115,10 +124,9 @@ def find_files(path: str, key: str = "data.path", kinds: tuple[str, ...] = (".tx
             left_out[file.suffix or "without an ending"] += 1
     if not files:
         found = f" (found: {counted(left_out)})" if left_out.total() else ""
-        advice = next((why for file in sorted(there) if file.is_file() and (why := refusal(file, kinds, key, False))), None)
-        raise UserError(
-            f"{key}={path}: no {listed(kinds)} file there{found}; " + (f"\n       {advice}" if advice else "give a file, a folder or a quoted glob")
-        )
+        why_not = (refusal(file, kinds, key, False) for file in sorted(there) if file.is_file() and not strict)
+        advice = next((f"\n       {why}" for why in why_not if why), " give a file, a folder or a quoted glob")
+        raise UserError(f"{key}={path}: no {listed(kinds)} file there{found};{advice}")
     files = each_once(files)
     if n := left_out.total():
         label = key.partition(".")[0].strip("-")

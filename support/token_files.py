@@ -15,6 +15,7 @@ import numpy as np
 
 from support.cli import UserError
 from support.continuation import text_after
+from support.files import kind_of
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
@@ -35,7 +36,7 @@ class TokenFile:
         self.path = Path(path)
         with open(self.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if self.path.suffix == ".npy":
+            if kind_of(self.path) == ".npy":
                 self.offset, self.dtype, n = self._header(file)
                 if dtype not in (None, self.dtype.name):
                     raise UserError(f"data.dtype={dtype}, and {path} says of itself that it holds {self.dtype.name}; leave data.dtype out")
@@ -207,14 +208,14 @@ def open_token_files(path: str, val_path: str | None = None, dtype: str | None =
     where, meta = Path(path), None
     if where.is_dir():
         meta = read_meta(where)
-        train = next((file for file in (where / "train.npy", where / "train.bin") if file.is_file()), None)
+        files = {file.name.lower(): file for file in sorted(where.iterdir(), reverse=True) if file.is_file()}
+        train = files.get("train.npy") or files.get("train.bin")
         if train is None:
             unfinished = " (an unfinished preparation: the same prepare.py command goes on)" if (where / ".shards").is_dir() else ""
             raise UserError(f"data.path={path}: no train.npy or train.bin there{unfinished}; {HOW_TO_MAKE}")
-        val = train.with_name(f"val{train.suffix}")
-        if val_path is None and val.is_file():
+        if val_path is None and (val := files.get(f"val{kind_of(train)}")):
             val_path = str(val)
-    elif where.is_file() and where.suffix in (".npy", ".bin"):
+    elif where.is_file() and kind_of(where) in (".npy", ".bin"):
         train = where
     elif where.exists():
         raise UserError(f"data.path={path} is no token file (.npy, .bin); {HOW_TO_MAKE}, and data.source=text reads text")

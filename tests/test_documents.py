@@ -1,6 +1,9 @@
 """What counts as a document, in files of every kind, and how validation is cut off."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +122,30 @@ def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, 
         documents(tmp_path)
     assert f"no .txt or .jsonl file there (found: 1 {path.suffix})" in str(caught.value)
     assert said in str(caught.value), "and what to do with the files that are there"
+
+
+@pytest.mark.parametrize(
+    ("packed", "said"),
+    [
+        (gzip.compress(b"text"), "gunzip"),
+        (bz2.compress(b"text"), "bunzip2"),
+        (lzma.compress(b"text"), "unxz"),
+        (b"PK\3\4", "unzip"),
+        (b"%PDF-1.7", "save its text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "book"])
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_a_packed_file_under_the_name_of_a_text_is_refused_as_what_it_is(tmp_path, packed, said, name, errors):
+    with pytest.raises(UserError, match=said):
+        documents(write(tmp_path / name, packed), errors=errors)
+
+
+def test_rows_under_the_name_of_a_text_are_read_and_warned_of(tmp_path, capsys):
+    assert len(documents(write(tmp_path / "a.txt", '{"text": "a"}\n{"text": "b"}\n'))) == 1
+    assert "a.txt is read as plain text, and its first line is a JSON object" in capsys.readouterr().err
+    documents(write(tmp_path / "b.txt", "{braces} in a text\n{}"))
+    assert capsys.readouterr().err == ""
 
 
 def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path, capsys):

@@ -75,7 +75,7 @@ ARROWS = {
     "support.template": "tokenizer",
     "support.disk": "support.cli",
     "support.encoding": "tokenizer",
-    "support.token_files": "support.cli support.continuation tokenizer",
+    "support.token_files": "support.cli support.continuation support.files tokenizer",
     "prepare": "support.checkpoint support.cli support.disk support.documents support.files support.shards support.token_files "
     "support.tokenizer_files tokenizer",
     "support.shards": "support.cli support.disk support.documents support.encoding support.files support.holdout support.hub tokenizer",

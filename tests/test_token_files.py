@@ -287,3 +287,12 @@ print(rss() - before)
         assert found.returncode == 0, found.stderr
         grown.append(int(found.stdout))
     assert grown[1] < grown[0] + 40, grown
+
+
+def test_endings_count_in_any_case(folder, tmp_path):
+    (tmp_path / "copy").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "copy" / f"{name.upper()}.NPY").write_bytes((folder / f"{name}.npy").read_bytes())
+    files, before = open_token_files(str(tmp_path / "copy")), open_token_files(str(folder))
+    assert np.array_equal(files.train[:], before.train[:]) and np.array_equal(files.val[:], before.val[:])
+    assert len(open_token_files(str(tmp_path / "copy" / "VAL.NPY")).train) < len(files.val)
