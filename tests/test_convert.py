@@ -247,7 +247,7 @@ def test_missing_and_damaged_files_are_one_line(saved, tmp_path):
     (tmp_path / "hf" / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
-    with pytest.raises(UserError, match="hub cannot be reached"):
+    with pytest.raises(UserError, match="keeps the Hugging Face hub away"):
         call("--from", "nobody/nothing", "--output", tmp_path / "new.ckpt")
     with pytest.raises(UserError, match=r"cannot be (downloaded|reached)"):
         call("--from", "", "--output", tmp_path / "new.ckpt")
