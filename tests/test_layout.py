@@ -76,8 +76,7 @@ ARROWS = {
     "support.disk": "support.cli",
     "support.encoding": "tokenizer",
     "support.token_files": "support.cli support.continuation support.files tokenizer",
-    "prepare": "support.checkpoint support.cli support.disk support.documents support.files support.shards support.token_files "
-    "support.tokenizer_files tokenizer",
+    "prepare": "support.checkpoint support.cli support.disk support.files support.shards support.token_files support.tokenizer_files tokenizer",
     "support.shards": "support.cli support.disk support.documents support.encoding support.files support.holdout support.hub tokenizer",
     "support.conversions": "support.foreign_names",
     "support.foreign_flags": "support.conversions support.foreign_names",
