@@ -19,6 +19,7 @@ GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # pickle's instru
 UNDER_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}  # those that take all values back to a mark, and how many under it
 MAX_SIZE = 10**8  # of a description, in characters and values, everything that stands in it twice counted twice
 MAX_DEPTH = 100
+LEGACY_VERSION = 1001  # a number in each file from before 1.6, however short
 
 
 class Damage(ValueError):
@@ -43,6 +44,23 @@ def check_archive(path: Path) -> None:
         if len(pickles) != 1 or entries[0].header_offset or pickles[0].file_size > MAX_SIZE:
             raise Damage("truncated or damaged")
         check_pickle(archive.read(pickles[0]))
+
+
+def check_legacy(path: Path) -> None:
+    """Raise Damage for a file as torch.save wrote it before version 1.6, by the same rules: five pickles, one behind the other
+    (a magic number, a version, the machine, the content, the order of the storages), and then the numbers.
+
+    What the content says of a storage's length is believed before the storage is read, so none may be longer than the file.
+    """
+    with open(path, "rb") as file:
+        for _ in range(5):
+            start = file.tell()
+            for _, value, _ in pickletools.genops(file):
+                if file.tell() - start > MAX_SIZE or (type(value) is int and start and value > max(path.stat().st_size, LEGACY_VERSION)):
+                    raise Damage("truncated or damaged")
+            end = file.tell()
+            file.seek(start)
+            check_pickle(file.read(end - start))
 
 
 def check_pickle(data: bytes) -> None:

@@ -34,9 +34,8 @@ def with_base(tree: dict[str, Any]) -> dict[str, Any]:
     try:
         metadata = read_metadata(path)
     except UserError as error:
-        raise UserError(
-            f"base_ckpt: {error}\n       fine-tuning starts from a trained model; python3 train.py --config config_smoke.yaml makes one"
-        ) from None
+        makes_one = "\n       fine-tuning starts from a trained model; python3 train.py --config config_smoke.yaml makes one"
+        raise UserError(f"base_ckpt: {error}{'' if Path(path).exists() else makes_one}") from None
     model = {key: value for key, value in metadata["model"].items() if key != "vocab_size"}
     own = {"model": model, "tokenizer": tokenizer_section(metadata, path)}
     merged = dict(tree)

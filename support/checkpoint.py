@@ -11,9 +11,11 @@ fields under one key, `tiny_transformer`:
 import glob
 import hashlib
 import os
+import re
 import reprlib
 import zipfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from pydantic import ValidationError
 
 from lora import merge_adapters
 from model import GPTConfig, GPTMini
-from support.archive import Damage, check_archive, check_plain, check_tensors, named_tensors
+from support.archive import Damage, check_archive, check_legacy, check_plain, check_tensors, named_tensors
 from support.cli import UserError, printable, warn
 from support.disk import atomic_write
 from support.files import counted, kind_of, walk
+from support.foreign_files import AS_FOLDER, LEGACY_MAGIC, TORCH, what_is
 from support.template import Template
 from tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -33,6 +36,7 @@ KEY = "tiny_transformer"
 FORMAT_VERSION = 1
 
 SPECIAL = ("last", "best", "final")  # further names of step files
+MISFITS = 20  # kinds of tensors that do not fit, in one message
 MAX_CONTEXT = 2**22  # tokens: the one size of a model that no weight need bear out
 
 
@@ -66,10 +70,14 @@ def open_archive(path: Path, mmap: bool) -> Any:
     """What torch.save put into the file at `path`, after every check that can be made without knowing what it is."""
     try:
         with open(path, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                raise UserError(f"{path} is not a checkpoint ({'an empty file' if path.stat().st_size == 0 else 'not a .ckpt archive'})")
-        check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            head = file.read(len(LEGACY_MAGIC))
+        if legacy := head == LEGACY_MAGIC:  # it can only be read, not mapped
+            check_legacy(path)
+        elif not head.startswith(b"PK\x03\x04"):
+            raise UserError(f"{path} is not a checkpoint ({'an empty file' if path.stat().st_size == 0 else 'not a .ckpt archive'})")
+        else:
+            check_archive(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and not legacy)
         check_tensors(checkpoint)
         return checkpoint
     except UserError:
@@ -91,12 +99,18 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; python3 list.py shows those there are")
     if path.is_dir():
-        raise UserError(f"checkpoint {path} is a folder; name a file in it, e.g. {path / 'final.ckpt'}")
+        raise UserError(f"checkpoint {path} is {what_is(path) or 'a folder without a checkpoint; python3 list.py shows those there are'}")
     if not path.is_file():  # reading from a pipe would wait for ever
         raise UserError(f"checkpoint {path} is a pipe, a socket or a device; name a file")
-    checkpoint = open_archive(path, mmap)
+    try:
+        checkpoint = open_archive(path, mmap)
+    except UserError:
+        if (foreign := what_is(path)) and not foreign.startswith(TORCH):  # of such a file the reason says more
+            raise UserError(f"{path} is {foreign}") from None
+        raise
     if type(checkpoint) is not dict or KEY not in checkpoint or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is a PyTorch file but not a Tiny Transformer checkpoint (no {KEY!r} in it)")
+        foreign = what_is(path) or f"{TORCH} of another program; {AS_FOLDER}"
+        raise UserError(f"{path} is not a Tiny Transformer checkpoint (no {KEY!r} in it) but {foreign}")
     weights = checkpoint["state_dict"]
     if not isinstance(checkpoint[KEY], dict) or not isinstance(weights, dict) or getattr(weights, "__dict__", {}).keys() - {"_metadata"}:
         raise UserError(f"checkpoint {path} is damaged: {KEY!r} and 'state_dict' should both be mappings")
@@ -117,7 +131,7 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pytorch_model.bin, mapped and not read, after the same checks. Raises UserError."""
+    """The tensors of a pytorch_model.bin, after the same checks; mapped and not read, unless PyTorch before 1.6 wrote it. Raises UserError."""
     found = open_archive(path, mmap=True)
     if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()):
         raise UserError(f"{path} holds something else than named weights")
@@ -223,19 +237,22 @@ def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:
         raise UserError(f"checkpoint {source} has a damaged tokenizer: {printable(' '.join(str(error).split())[:200])}; take another one") from None
 
 
-def empty_model(checkpoint: dict[str, Any], source: str) -> GPTMini:
-    """The model that a checkpoint describes, without memory for its weights (the meta device). Raises UserError.
-
-    A size that no weight bears out is refused first: a million layers take hours and gigabytes even when empty.
-    """
-    sizes, weights = checkpoint[KEY]["model"], checkpoint["state_dict"].values()
+def oversized(sizes: dict[str, Any], weights: Collection[torch.Tensor]) -> str | None:
+    """The size of a model that these weights cannot bear out, in words; None if there is none. A million layers would take hours
+    and gigabytes even when empty."""
     widths = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
     limits = dict.fromkeys(widths, max((weight.numel() for weight in weights), default=0)) | {"n_layers": len(weights), "max_seq_len": MAX_CONTEXT}
     for name, limit in limits.items():
         if isinstance(sizes.get(name), int) and sizes[name] > limit:
-            raise UserError(
-                f"checkpoint {source} is damaged: {name}={reprlib.repr(sizes[name])}, but its weights allow {limit} at most; take another one"
-            )
+            return f"{name}={reprlib.repr(sizes[name])}, but its weights allow {limit} at most"
+    return None
+
+
+def empty_model(checkpoint: dict[str, Any], source: str) -> GPTMini:
+    """The model that a checkpoint describes, without memory for its weights (the meta device). Raises UserError."""
+    sizes = checkpoint[KEY]["model"]
+    if wrong := oversized(sizes, checkpoint["state_dict"].values()):
+        raise UserError(f"checkpoint {source} is damaged: {wrong}; take another one")
     try:
         with torch.device("meta"):
             return GPTMini(GPTConfig(**sizes))
@@ -270,16 +287,30 @@ def warn_of_other_tokenizer(wanted: str, kind: str, vocab_size: int) -> None:
         )
 
 
+def misfits(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str | None:
+    """All that keeps `weights` from fitting a model that wants tensors of these names and shapes, in words; None if they fit.
+    What is wrong in the same way in many blocks is said once.
+
+    >>> misfits({"layers.0.a": torch.zeros(2), "layers.1.a": torch.zeros(2)}, {"layers.0.a": torch.zeros(3), "layers.1.a": torch.zeros(3)})
+    'layers.*.a: expected (2,), provided (3,) (2 times)'
+    """
+    found: Counter[str] = Counter()
+    names: dict[str, str] = {}
+    for name in [*wanted, *sorted(weights.keys() - wanted.keys())]:
+        expected, given = (tuple(side[name].shape) if name in side else "none" for side in (wanted, weights))
+        if expected != given:
+            kind = f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name)[:100]}: expected {expected}, provided {given}"
+            found[kind] += 1
+            names[kind] = f"{name[:100]}: expected {expected}, provided {given}"
+    listed = [names[kind] if times == 1 else f"{kind} ({times} times)" for kind, times in found.items()]
+    more = f"; and {len(listed) - MISFITS} more" if len(listed) > MISFITS else ""
+    return "; ".join(printable(item) for item in listed[:MISFITS]) + more if listed else None
+
+
 def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Put `weights` into `model`: every name there, every shape right, nothing left over. Raises UserError."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if missing or extra:
-        names = f"missing {str(missing[:3])[:150] if missing else 'none'}, not expected {str(extra[:3])[:150] if extra else 'none'}"
-        raise UserError(f"{source}: weights do not fit the model; {names}")
-    for name, shape in wanted.items():
-        if weights[name].shape != shape:
-            raise UserError(f"{source}: {name} has shape {tuple(weights[name].shape)}, the model expects {tuple(shape)}")
+    """Put `weights` into `model`: every name there, every shape right, nothing left over. Raises UserError that names all that is not."""
+    if wrong := misfits(model.state_dict(), weights):
+        raise UserError(f"{source}: weights do not fit the model: {wrong}")
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     if len(dtypes) > 1 or "float" not in dtypes[0]:
         raise UserError(f"{source}: weights of {', '.join(dtypes)}; all should be of one kind of float, so take another checkpoint")
@@ -302,6 +333,9 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
         else:
             here = [file for file in map(Path, [*glob.glob(path, recursive=True), path]) if file.is_file()]
         if not here:
+            foreign = what_is(Path(path)) if os.path.isdir(path) else None
+            if foreign:
+                raise UserError(f"{path} is {foreign}")
             raise UserError(f"{path}: no checkpoint (.ckpt) there{hidden}; python3 train.py --config config_smoke.yaml makes some")
         for file in here:
             status = file.stat() if file.exists() else None  # a link to nothing has none

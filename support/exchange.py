@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model import GPTConfig
 from support.cli import UserError
+from support.foreign_files import FAMILIES, unfit
 
 GPT2_NAMES = {  # ours, in a block, to GPT-2's
     "input_layernorm": "ln_1",
@@ -22,8 +23,8 @@ GPT2_NAMES = {  # ours, in a block, to GPT-2's
     "mlp.down_proj": "mlp.c_proj",
 }
 GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # tables that older files carry along
-FAMILIES = ("llama", "mistral", "qwen3", "gpt2")
 
 
 # ---- config.json --------------------------------------------------------------------------------------------------
@@ -33,12 +34,18 @@ def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """The fields of GPTConfig for a config.json. Raises UserError that names what our blocks cannot do."""
     kind = hf.get("model_type")
     if kind not in FAMILIES:
-        why = "; its q, k and v have biases and its other matrices none, for which our model has no switch" if kind == "qwen2" else ""
-        raise UserError(f"model_type {kind!r} cannot be read{why}; these can: {', '.join(FAMILIES)}")
+        raise UserError(unfit(kind))
     try:
-        return gpt2_fields(hf) if kind == "gpt2" else llama_fields(hf)
+        fields = gpt2_fields(hf) if kind == "gpt2" else llama_fields(hf)
+        if odd := [name for name in SIZES if name in fields and type(fields[name]) is not int]:
+            raise TypeError(f"{odd[0]}: {fields[odd[0]]!r}"[:100])
+        return fields
     except KeyError as error:
         raise UserError(f"config.json of model_type {kind} lacks {error}; it is damaged, or of another version") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"config.json of model_type {kind} holds a value of the wrong type ({error}); download it again") from None
 
 
 def refuse(hf: dict[str, Any], allowed: dict[str, tuple]) -> None:
@@ -155,11 +162,13 @@ def family_of(config: GPTConfig) -> str:
     return "gpt2" if odd else "qwen3" if c.qk_norm else "llama"
 
 
-def config_json(config: GPTConfig, eos_id: int, bos_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """config.json for transformers 4 and 5, vLLM, llama.cpp's converter. Raises UserError."""
+def config_json(config: GPTConfig, eos_id: int, bos_ids: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """config.json for transformers 4 and 5, vLLM, llama.cpp's converter; `dtype` is that of the weights. Raises UserError."""
     c, kind = config, family_of(config)
     common = {"model_type": kind, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings}
-    common |= {"bos_token_id": bos_ids[0] if bos_ids else eos_id, "eos_token_id": eos_id, "torch_dtype": "float32", "use_cache": True}
+    named = str(dtype).removeprefix("torch.")
+    common |= {"bos_token_id": bos_ids[0] if bos_ids else eos_id, "eos_token_id": eos_id, "use_cache": True}
+    common |= {"dtype": named, "torch_dtype": named}  # the newer name of transformers, and the older
     if kind == "gpt2":
         own = {"architectures": ["GPT2LMHeadModel"], "n_embd": c.d_model, "n_layer": c.n_layers, "n_head": c.n_heads, "n_inner": c.d_ff}
         own |= {"n_positions": c.max_seq_len, "n_ctx": c.max_seq_len, "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new"}

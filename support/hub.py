@@ -11,10 +11,11 @@ from pathlib import Path
 
 from support.cli import UserError
 from support.files import find_files
+from support.foreign_files import AS_FOLDER, own_checkpoint, what_is
 
 LOCAL_FORMATS = ("json", "parquet", "text")
 PROBE_SECONDS = 3
-MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "*.safetensors", "*.safetensors.index.json"]
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # of older repositories, which have no safetensors
 
 
@@ -132,13 +133,24 @@ def read_rows(dataset: Iterable[dict]) -> Iterator[dict]:
         raise UserError(f"reading the dataset failed: {' '.join(str(error).split())[:300]}") from None
 
 
+def check_model_folder(path: Path) -> Path:
+    """The folder itself, if it looks like a model of Hugging Face's. Raises UserError that says what is there instead, and what reads that."""
+    if not (path.is_dir() or path.is_file()):
+        raise UserError(f"--from {path} is a pipe, a socket or a device; name a folder")
+    if own := own_checkpoint(path):
+        raise UserError(f"--from {path}: {own} is a checkpoint of ours; --ckpt reads it: python3 convert.py --ckpt {own} --to hf --output export")
+    if path.is_dir() and (path / "config.json").exists():
+        return path
+    what = what_is(path) or ("a folder without config.json" if path.is_dir() else "a file")
+    raise UserError(f"--from {path} is {what}" + ("" if ";" in what else f"; {AS_FOLDER}"))
+
+
 def find_model(source: str, revision: str | None = None) -> Path:
     """The folder of a model: a local one as it is, or a hub repository, downloaded to the cache with a progress bar. Raises UserError."""
-    if os.path.isdir(source):
-        return Path(source)
-    if os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        what = "is a file; name the folder it is in" if os.path.exists(source) else "does not exist"
-        raise UserError(f"--from {source} {what}; give a folder with config.json and model.safetensors, or a name on the hub such as gpt2")
+    if os.path.exists(source):
+        return check_model_folder(Path(source))
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"--from {source} does not exist; give a folder with config.json and model.safetensors, or a name on the hub such as gpt2")
     chosen = offline_by_choice()
     no_network = bool(chosen) or not hub_reachable()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -162,5 +174,5 @@ def find_model(source: str, revision: str | None = None) -> Path:
         raise UserError(f"--from {source}: the hub's repository has no revision {revision!r}; give a commit, a branch or a tag of it") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"--from {source}: no folder here and no model on the hub has this name; if it is private: hf auth login") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # of the library, and of whatever it uses to reach the network
         raise UserError(f"--from {source} cannot be downloaded: {' '.join(str(error).split())[:200]}") from None

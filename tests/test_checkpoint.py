@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import first_not_finite, load_model, model_weights, read_checkpoint, read_metadata
+from support.checkpoint import first_not_finite, load_model, misfits, model_weights, read_checkpoint, read_metadata
 from support.cli import UserError
 from support.disk import atomic_write, link_or_copy
 from tokenizer import ByteTokenizer
@@ -153,8 +153,8 @@ def cut(weights: dict) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "words"),
     [
-        (drop, "layers.1.self_attn.k_proj.weight", "missing"),
-        (add, "layers.2.self_attn.k_proj.weight", "not expected"),
+        (drop, "layers.1.self_attn.k_proj.weight", "provided none"),
+        (add, "layers.2.self_attn.k_proj.weight", "expected none"),
         (transpose, "layers.1.self_attn.k_proj.weight", "(24, 12)"),
         (cut, "layers.1.self_attn.k_proj.weight", "(11, 24)"),
     ],
@@ -165,6 +165,28 @@ def test_weights_that_do_not_fit_are_named(saved, damage, name, words):
     message = refusal(saved(checkpoint))
     assert name in message
     assert words in message
+
+
+def test_all_that_does_not_fit_is_in_one_message(saved):
+    """What is wrong in the same way in every block is said once, with how often."""
+    checkpoint = checkpoint_of(byte_model())
+    weights = checkpoint["state_dict"]
+    for i in (0, 1):
+        weights[f"net.layers.{i}.mlp.up_proj.weight"] = weights[f"net.layers.{i}.mlp.up_proj.weight"][:-1]
+    add(weights)
+    drop(weights)
+    weights["net.norm.weight"] = torch.zeros(3)
+    message = refusal(saved(checkpoint))
+    for said in (
+        "layers.*.mlp.up_proj.weight: expected (",
+        "(2 times)",
+        "norm.weight: expected (24,), provided (3,)",
+        "provided none",
+        "expected none",
+    ):
+        assert said in message, message
+    many = {f"odd.tensor{i}x": torch.zeros(1) for i in range(50)}
+    assert misfits({}, many).count("provided") == 20 and misfits({}, many).endswith("; and 30 more") and misfits(many, many) is None
 
 
 def test_head_and_tokenizer_of_different_sizes_are_refused(saved):
@@ -235,8 +257,8 @@ def zip_file() -> bytes:
     [
         (b"", "an empty file"),
         (b"Attention is all you need.\n", "not a .ckpt archive"),
-        (pickle.dumps({"state_dict": {}}), "not a .ckpt archive"),
-        (zip_file(), "truncated or damaged"),
+        (pickle.dumps({"state_dict": {}}), "a Python pickle"),
+        (zip_file(), "a zip archive"),
     ],
     ids=["empty", "text", "pickle", "zip"],
 )
@@ -248,7 +270,7 @@ def test_other_files_are_refused(tmp_path, content, reason):
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none.ckpt")
-    assert "final.ckpt" in refusal(tmp_path)
+    assert "is a folder without a checkpoint" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,23 @@ def test_what_unfolds_is_refused(tmp_path):
         assert "an entry of it is compressed" in line
 
 
+def test_the_format_from_before_1_6_is_held_to_the_same_rules(tmp_path):
+    """A number of it poses as two billion; a function takes the place of a tensor; a tuple of tuples takes for ever; it just ends."""
+    torch.save(with_weight(torch.zeros(777)), tmp_path / "whole.ckpt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    assert "expected (12, 24), provided (777,)" in refusal(tmp_path / "whole.ckpt"), "it opens: what follows is refused for its change"
+    (tmp_path / "long.ckpt").write_bytes(whole.replace(b"M\x09\x03", b"J" + struct.pack("<i", 2**31 - 1)))
+    torch.save(with_weight(os.system), tmp_path / "code.ckpt", _use_new_zipfile_serialization=False)
+    start = [place for place in range(len(whole)) if whole[place : place + 2] == b"\x80\x02"][3]
+    (tmp_path / "tuples.ckpt").write_bytes(whole[:start] + tuples_of_tuples(60) + whole[start:])
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "short.ckpt").write_bytes(whole[:30])
+    expected = {"code": "would run code when opened", "tuples": "unfold without end"}
+    names = ("long", "code", "tuples", "half", "short")
+    for name, line in zip(names, in_little_memory(*(tmp_path / f"{name}.ckpt" for name in names)), strict=True):
+        assert expected.get(name, "truncated or damaged") in line and len(line) < 500, line
+
+
 def changed(path: Path, place: int, form: str, value: int) -> Path:
     """A copy of the file with one number in it changed."""
     content = bytearray(path.read_bytes())
