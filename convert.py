@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from support.cli import UserError, file_path, guarded, make_parser
 from support.hub import find_model
@@ -83,13 +83,14 @@ from support.checkpoint import load_model, saved_template, write_merged, write_m
 from support.disk import atomic_write
 from support.exchange import config_json, to_theirs
 from support.pretrained import read_pretrained
-from support.proof import probe, verify, verify_gguf
+from support.proof import probe, verify, verify_exported_text, verify_gguf, verify_imported_text
 from support.run import run_record
 from support.scoring import encode
 from support.template import Template
 from support.tokenizer_files import tokenizer_config, tokenizer_json
 from tokenizer import Tokenizer
 
+PROMPT = "Once upon a time"  # what an imported model is seen to continue; no blank at the end, which is rare in texts
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -97,7 +98,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A decoder-only transformer of {n_params:,} parameters, made with Tiny Transformer.
+A decoder-only transformer of {n_params:,} parameters, {origin}
 
 {facts}
 
@@ -137,12 +138,13 @@ def import_model(args: argparse.Namespace) -> None:
         f"{args.source}: {model.n_params():,} parameters, {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and {c.n_kv_heads} "
         f"key/value heads, context {c.max_seq_len:,}, vocabulary {c.vocab_size:,} ({tokenizer.kind})"
     )
-    ids = torch.tensor([encode(tokenizer, "The ", begins=True) or [tokenizer.eos_id]])
-    text = tokenizer.decode(model.generate(ids, 20, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist())
-    print(f"it continues, greedily: {text!r}")
+    print(verify_imported_text(tokenizer, args.folder))
+    ids = torch.tensor([encode(tokenizer, PROMPT, begins=True) or [*tokenizer.bos_ids, tokenizer.eos_id]])
+    written = model.generate(ids, 20, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()
+    print(f"greedily, it writes: {tokenizer.decode(written[len(tokenizer.bos_ids) :])!r}")
     with all_or_nothing(output) as temporary:
         ours = probe(model)
-        write_model(temporary, model, tokenizer, run_record())
+        write_model(temporary, model, tokenizer, run_record() | {"source": source_name(args.source, args.revision)})
         del model
         print(verify(ours, args.folder))
     print(f"written: {output}; python3 infer.py --ckpt {output} --prompt ...")
@@ -151,9 +153,36 @@ def import_model(args: argparse.Namespace) -> None:
 # ---- out ----------------------------------------------------------------------------------------------------------
 
 
+def public(path: str) -> str:
+    """A path as others may see it: of one that tells of this machine, its last part.
+
+    >>> public("data/tiny_corpus.txt"), public("/home/ada/secret/plays.txt"), public("~/plays.txt")
+    ('data/tiny_corpus.txt', 'plays.txt', 'plays.txt')
+    """
+    tells = path.startswith("~") or PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or ".." in PureWindowsPath(path).parts
+    return PureWindowsPath(path).name if tells else path
+
+
+def source_name(source: str, revision: str | None) -> str:
+    """What a model was imported from: its name on the hub, or of a local folder the last part."""
+    local = os.path.isdir(source)
+    return Path(source).resolve().name if local else source + (f" (revision {revision})" if revision else "")
+
+
+def model_name(metadata: dict, ckpt: str) -> str:
+    """What an exported model is called: as what was imported, or as the folder of its run; the file's own name where there is neither."""
+    config, record = metadata.get("config") or {}, metadata.get("run") or {}
+    known = record.get("source") or (config.get("checkpoint") or {}).get("dir") or ""
+    return PureWindowsPath(str(known)).name or Path(ckpt).stem
+
+
 def model_card(model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, template: Template | None) -> str:
-    """README.md: what the run's config and metrics say of the model."""
+    """README.md: what the run's config and metrics say of the model. No path of this machine gets into it."""
     c, metrics, config = model.config, metadata["metrics"], metadata.get("config")
+    source = (metadata.get("run") or {}).get("source")
+    origin = "trained with Tiny Transformer."
+    if not config:
+        origin = f"imported{f' from `{source}`' if source else ''} with Tiny Transformer; nothing was trained here."
     lines = [
         f"- {c.n_layers} layers, width {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, context {c.max_seq_len}",
         f"- norm {c.norm}, mlp {c.mlp}, positions {c.position}, {'tied' if c.tie_embeddings else 'untied'} embeddings",
@@ -161,9 +190,10 @@ def model_card(model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, 
     ]
     if config:
         t, data = config["training"], config["data"]
-        start = f", from `{config['base_ckpt']}`" if config.get("base_ckpt") else ""
+        start = f", from `{public(config['base_ckpt'])}`" if config.get("base_ckpt") else ""
+        text = public(str(data.get("path") or data.get("dataset")))
         lines += [
-            f"- trained for {metrics['step']:,} steps on {metrics['tokens']:,} target tokens of `{data.get('path') or data.get('dataset')}`{start}",
+            f"- trained for {metrics['step']:,} steps on {metrics['tokens']:,} target tokens of `{text}`{start}",
             f"- {t['optimizer']}, lr {t['lr']:g}, schedule {t['schedule']}, {t['micro_batch_size']} x {t['grad_accum_steps']} sequences a step, "
             f"seed {config['seed']}",
         ]
@@ -174,7 +204,7 @@ def model_card(model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, 
     ids = 'tokenizer("Once", return_tensors="pt")'
     if template:
         ids = 'tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], return_tensors="pt", return_dict=True)'
-    return CARD.format(name=Path(ckpt).resolve().parent.name, n_params=model.n_params(), facts="\n".join(lines), ids=ids)
+    return CARD.format(name=model_name(metadata, ckpt), origin=origin, n_params=model.n_params(), facts="\n".join(lines), ids=ids)
 
 
 def export_hf(args: argparse.Namespace) -> None:
@@ -184,7 +214,8 @@ def export_hf(args: argparse.Namespace) -> None:
     output = Path(args.output)
     model, tokenizer, metadata = load_model(args.ckpt)
     template = saved_template(metadata, args.ckpt)
-    config = config_json(model.config, tokenizer.eos_id, tokenizer.bos_ids)  # refuses before anything is written
+    dtype = model.embed_tokens.weight.dtype
+    config = config_json(model.config, tokenizer.eos_id, tokenizer.bos_ids, dtype)  # refuses before anything is written
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     texts = {
         "config.json": json.dumps(config, indent=2),
@@ -199,9 +230,11 @@ def export_hf(args: argparse.Namespace) -> None:
             with atomic_write(temporary / name) as file:
                 file.write(text.encode())
         save_file(to_theirs(model.config, model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # the library's is for its owner alone
+        text = verify_exported_text(tokenizer, temporary)
         ours = probe(model)
         del model
-        print(verify(ours, temporary))
+        print(verify(ours, temporary, written=True), text, sep="\n")
     print(f"written: {output} ({config['architectures'][0]}), {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
@@ -214,8 +247,8 @@ def export_gguf(args: argparse.Namespace) -> None:
     output, dtype = Path(args.output), args.dtype or "f32"
     model, tokenizer, metadata = load_model(args.ckpt)
     with all_or_nothing(output) as temporary:
-        write_gguf(temporary, model, tokenizer, saved_template(metadata, args.ckpt), dtype, Path(args.ckpt).resolve().parent.name)
-        print(verify_gguf(temporary, model, tokenizer, dtype))
+        words = write_gguf(temporary, model, tokenizer, saved_template(metadata, args.ckpt), dtype, model_name(metadata, args.ckpt))
+        print(verify_gguf(temporary, model, tokenizer, dtype, words))
     print(f"written: {output} ({dtype}), {output.stat().st_size / 2**20:,.1f} MB")
 
 

@@ -96,8 +96,8 @@ def refuse_what_does_not_fit(config: GPTConfig, tokenizer: Tokenizer, dtype: str
     return tree
 
 
-def write_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, template: Template | None, dtype: str, name: str) -> None:
-    """Write the file. Raises UserError for what it cannot hold."""
+def write_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, template: Template | None, dtype: str, name: str) -> str:
+    """Write the file; returns what it calls the way to cut text into words. Raises UserError for what it cannot hold."""
     import gguf
 
     tree = refuse_what_does_not_fit(model.config, tokenizer, dtype)
@@ -119,6 +119,7 @@ def write_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, template: Templ
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return pre_tokenizer_name(tree)
 
 
 def add_sizes(writer: Any, c: GPTConfig) -> None:
@@ -144,7 +145,7 @@ def add_tokenizer(writer: Any, tree: dict[str, Any], tokenizer: Tokenizer, templ
 
     added = {token["id"]: token for token in tree["added_tokens"]}
     names = {id: token for token, id in tree["model"]["vocab"].items()} | {id: token["content"] for id, token in added.items()}
-    kinds = [gguf.TokenType.NORMAL] * tokenizer.vocab_size
+    kinds = [gguf.TokenType.NORMAL if id in names else gguf.TokenType.UNUSED for id in range(tokenizer.vocab_size)]
     for id, token in added.items():  # no text can spell a special one
         kinds[id] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
