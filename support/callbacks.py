@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from model import SamplingConfig
 from support.checkpoint import first_not_finite, read_checkpoint, read_metadata, save_archive, step_files, write_merged
 from support.cli import UserError, is_main_process, warn
 from support.continuation import text_after
-from support.disk import atomic_write, link_or_copy
+from support.disk import atomic_write, link_or_copy, temporary_folder
 from support.hardware import bf16_peak_flops, memory_used_mb
 
 
@@ -193,7 +192,7 @@ class CheckpointSaver(pl.Callback):
 
     def _rescue(self, trainer: pl.Trainer, name: str, failure: str) -> UserError:
         """The run ends and its folder takes no file: leave the state where temporary files go, and say so."""
-        path = Path(trainer.strategy.broadcast(tempfile.mkdtemp(prefix="tiny-transformer-"))) / name
+        path = Path(trainer.strategy.broadcast(str(temporary_folder()))) / name
         if (again := self._write(trainer, path)) is None:
             return UserError(
                 f"{self.folder} cannot be written ({failure}); the state at step {trainer.global_step} has been saved to {path}\n"

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +51,13 @@ def link_or_copy(source: Path, target: Path) -> None:
         sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)  # rename leaves it where both names already were one file
+
+
+def temporary_folder() -> Path:
+    """A new folder where temporary files go, as open to others as the umask says (tempfile's would be for its owner alone)."""
+    folder = Path(tempfile.gettempdir()) / f"tiny-transformer-{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
 
 
 def claim_folder(folder: Path, flag: str = "--override checkpoint.dir="):

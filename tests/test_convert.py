@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def test_a_model_goes_to_hugging_face_and_comes_back_with_the_same_bits(saved, t
     assert model.generate(ids[:1, :5], 64, SamplingConfig(temperature=0)).tolist() == text.tolist()
 
     said = call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
-    assert "verified: largest difference" in said and "it continues, greedily" in said
+    assert "verified: largest difference" in said and "greedily, it writes: 'Once upon a time" in said
     back, tokenizer, _ = load_model(tmp_path / "back.ckpt")
     assert same_weights(back, model)
     assert back.config == model.config
@@ -162,13 +163,116 @@ def test_a_pytorch_bin_is_read_safely(tmp_path):
         call("--from", folder, "--output", tmp_path / "evil.ckpt")
 
 
+def test_a_pytorch_bin_from_before_1_6_is_read_safely(tmp_path):
+    """One pickle behind another, and then the numbers, without a zip archive around them."""
+    model = random_model(**GPT2)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_json(model.config, 256)))
+    (folder / "tokenizer.json").write_text(tokenizer_json(ByteTokenizer()))
+    torch.save(to_theirs(model.config, model.state_dict()), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert (folder / "pytorch_model.bin").read_bytes()[:2] != b"PK"
+    assert "verified: largest difference" in call("--from", folder, "--output", tmp_path / "ours.ckpt")
+    assert same_weights(load_model(tmp_path / "ours.ckpt")[0], model)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    for size in (len(whole) // 2, 400, 20):
+        (folder / "pytorch_model.bin").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            call("--from", folder, "--output", tmp_path / "new.ckpt")
+    torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="would run code when opened"):
+        call("--from", folder, "--output", tmp_path / "evil.ckpt")
+
+
+def in_bfloat16(folder: Path) -> None:
+    """The folder as if published so."""
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_a_model_trained_in_bfloat16_goes_out_and_comes_back(saved, tmp_path, kind):
+    """Both sides compute in float32, in which bfloat16 weights are exact; each file says of which type its weights are."""
+    import transformers
+
+    path = saved("ours", random_model(**SHAPES[kind]).bfloat16())
+    assert "verified: largest difference" in call("--ckpt", path, "--to", "hf", "--output", tmp_path / "hf")
+    config, weights = json.loads((tmp_path / "hf" / "config.json").read_text()), load_file(tmp_path / "hf" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{config['dtype']}"} == {"torch.bfloat16"}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+    call("--ckpt", path, "--to", "weights", "--output", tmp_path / "small.ckpt")
+    assert same_weights(load_model(tmp_path / "small.ckpt")[0], load_model(path)[0])
+
+    assert "verified: largest difference" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
+    back = load_model(tmp_path / "back.ckpt")[0]
+    assert same_weights(back, load_model(path)[0].float())
+    call("--ckpt", tmp_path / "back.ckpt", "--to", "hf", "--output", tmp_path / "hf32")
+    config, weights = json.loads((tmp_path / "hf32" / "config.json").read_text()), load_file(tmp_path / "hf32" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{config['dtype']}"} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_a_model_trained_in_bfloat16_becomes_gguf(saved, tmp_path, trained_bpe, dtype):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    path = saved("ours", random_model(vocab_size=trained_bpe.vocab_size).bfloat16(), trained_bpe)
+    assert call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf").startswith("verified: largest difference")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_a_quantized_folder_is_refused_by_the_name_of_its_method_or_read_where_its_weights_are_plain(saved, tmp_path, method):
+    call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, "bits": 4}}))
+    said = call("--from", tmp_path / "hf", "--output", tmp_path / "plain.ckpt")
+    assert f"config.json says {method}, and they are plain floats" in said and "verified: largest difference" in said
+    assert same_weights(load_model(tmp_path / "plain.ckpt")[0], random_model())
+
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    packed = {
+        "gptq": weights | {name.replace("weight", "qweight"): torch.zeros(4, 32, dtype=torch.int32)},
+        "awq": {key: tensor for key, tensor in weights.items() if key != name} | {name.replace("weight", "qweight"): torch.zeros(4, 4)},
+        "bitsandbytes": weights | {name: weights[name].to(torch.int8)},
+        "fp8": weights | {name: weights[name].to(torch.float8_e4m3fn)},
+    }[method]
+    save_file(packed, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"is quantized \({method}, by its config.json\); .*: take the model it was made from"):
+        call("--from", tmp_path / "hf", "--output", tmp_path / "packed.ckpt")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"packed numbers|do not fit its config.json"):
+        call("--from", tmp_path / "hf", "--output", tmp_path / "packed.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "n_layers=1000000000, but its weights allow"),
+        ({"num_hidden_layers": "two"}, "a value of the wrong type"),
+        ({"num_attention_heads": 0, "head_dim": None}, "a value of the wrong type"),
+        ({"hidden_size": None}, "a value of the wrong type"),
+        ({"rope_parameters": [1]}, "a value of the wrong type"),
+        ({"rms_norm_eps": "small"}, "a value of the wrong type"),
+        ({"max_position_embeddings": "long"}, "a value of the wrong type"),
+        ({"model_type": ["llama"]}, "cannot be read"),
+        ({"vocab_size": "257"}, "do not belong together"),
+    ],
+)
+def test_a_config_json_with_odd_values_is_one_line(saved, tmp_path, changed, said):
+    call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=said) as caught:
+        call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_bf16_weights_become_float32_and_a_shorter_context_can_be_asked_for(tmp_path):
     model = random_model(**GPT2)
     call_folder = tmp_path / "hf"
     call("--ckpt", _write(tmp_path, model), "--to", "hf", "--output", call_folder)
-    save_file(
-        {name: t.bfloat16() for name, t in load_file(call_folder / "model.safetensors").items()}, call_folder / "model.safetensors", {"format": "pt"}
-    )
+    in_bfloat16(call_folder)
     said = call("--from", call_folder, "--output", tmp_path / "short.ckpt", "--max-seq-len", "50")
     short = load_model(tmp_path / "short.ckpt")[0]
     assert "context: 50 of its 80 tokens" in said and short.config.max_seq_len == 50
@@ -218,9 +322,9 @@ def test_the_fused_matrix_of_gpt2_is_cut_as_its_paper_code_does():
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ({"num_attention_heads": 5}, "describes no model"),
-        ({"intermediate_size": 60}, r"layers.0.mlp.\w+.weight should have shape"),
-        ({"num_hidden_layers": 3}, "9 weights are missing, the first is layers.2"),
-        ({"num_hidden_layers": 1}, "which the model does not have"),
+        ({"intermediate_size": 60}, r"layers.\*.mlp.gate_proj.weight: expected \(60, 32\), provided \(64, 32\) \(2 times\); .*up_.*; .*down_"),
+        ({"num_hidden_layers": 3}, r"layers.2.input_layernorm.weight: expected \(32,\), provided none; .*layers.2.mlp.down_proj"),
+        ({"num_hidden_layers": 1}, r"layers.1.input_layernorm.weight: expected none, provided \(32,\); "),
         ({"vocab_size": 200}, "its embedding has 200 rows, and its tokenizer 257"),
     ],
 )
@@ -235,7 +339,8 @@ def test_what_does_not_fit_is_named_before_anything_is_written(saved, tmp_path, 
 
 def test_missing_and_damaged_files_are_one_line(saved, tmp_path):
     call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
-    for name, said in (("tokenizer.json", "has no tokenizer.json"), ("model.safetensors", "holds no weights"), ("config.json", "does not exist")):
+    missing = {"tokenizer.json": "has no tokenizer.json", "model.safetensors": "holds no weights", "config.json": "weights without their config"}
+    for name, said in missing.items():
         (tmp_path / "hf" / name).rename(tmp_path / "kept")
         with pytest.raises(UserError, match=said):
             call("--from", tmp_path / "hf", "--output", tmp_path / "new.ckpt")
@@ -430,7 +535,7 @@ def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe
     pytest.importorskip("gguf", reason="gguf is not installed")
     model = random_model(vocab_size=trained_bpe.vocab_size, max_seq_len=256, **switches)
     said = call("--ckpt", saved("ours", model, trained_bpe), "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
-    assert f"from llama.cpp ({dtype})" in said and said.startswith("verified")
+    assert f"from llama.cpp ({dtype})" in said and said.startswith("verified: largest") and "texts and all" in said
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, verbose=False, flash_attn=False, type_k=0, type_v=0)
     for text in HOSTILE:
         assert llama.tokenize(text.encode(), add_bos=False) == trained_bpe.encode(text), text
@@ -505,7 +610,7 @@ def test_a_wrong_gguf_is_noticed_and_leaves_nothing(saved, tmp_path, trained_bpe
             with pytest.raises(UserError, match="the conversion is wrong"):
                 call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
     monkeypatch.setattr("support.gguf_file.pre_tokenizer_name", lambda tree: "smollm")
-    with pytest.raises(UserError, match="the tokenizer is not carried over"):
+    with pytest.raises(UserError, match=r"reads .* as \[.*\], and this project as \[.*; the tokenizer is not carried over"):
         call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
 
@@ -544,6 +649,62 @@ def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeyp
     for said in ("trained for 2 steps", "data/tiny_instructions.json", "base.ckpt", f"- val_loss: {row['val_loss']:.4f}", "adamw, lr 0.003"):
         assert said in card, card
     assert "trained for" not in (tmp_path / "hf" / "README.md").read_text()
+
+
+HERE = re.compile(rb"/tmp/|/home/|/root|Users|secret|ada|\\.\\.")
+
+
+def test_a_card_of_an_import_says_so_and_no_exported_file_names_a_path(saved, tmp_path, trained_bpe, monkeypatch):
+    """The name of a local folder is all that is published of where it was."""
+    home = tmp_path / "home" / "ada" / "secret" / "small-model"
+    call("--ckpt", saved("ours", random_model(vocab_size=trained_bpe.vocab_size), trained_bpe), "--to", "hf", "--output", home)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "--from", str(home)])
+    monkeypatch.chdir(home.parent)
+    for given, name in ((home, "small-model"), (".", "secret"), ("../secret/small-model", "small-model")):
+        output = tmp_path / "ada.ckpt"
+        source = tmp_path / "home" / "ada" / "secret"
+        if given == ".":
+            monkeypatch.chdir(home)
+            name = "small-model"
+        call("--from", given, "--output", output)
+        monkeypatch.chdir(source)
+        call("--ckpt", output, "--to", "hf", "--output", tmp_path / "out")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"# {name}\n" in card and f"imported from `{name}` with Tiny Transformer; nothing was trained here." in card
+        for file in (tmp_path / "out").iterdir():
+            if file.name not in ("tokenizer.json", "model.safetensors"):
+                assert not HERE.search(file.read_bytes()), file.name
+        output.unlink()
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("data/tiny_corpus.txt", "data/tiny_corpus.txt"),
+        ("some/dataset", "some/dataset"),
+        ("/home/ada/secret/plays.txt", "plays.txt"),
+        ("~/secret/plays.txt", "plays.txt"),
+        ("../../ada/plays.txt", "plays.txt"),
+        ("C:\\Users\\ada\\plays.txt", "plays.txt"),
+        ("/home/ada/*.txt", "*.txt"),
+    ],
+)
+def test_a_card_of_a_run_shows_no_path_of_this_machine(tiny_run, tmp_path, path, shown):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    checkpoint = tiny_run.checkpoint()
+    config = checkpoint[KEY]["config"]
+    config["data"]["path"] = config["base_ckpt"] = path
+    config["tokenizer"]["path"] = "/home/ada/secret/tokenizer.json"
+    config["checkpoint"]["dir"] = "/home/ada/runs/plays"
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    call("--ckpt", tmp_path / "run.ckpt", "--to", "hf", "--output", tmp_path / "hf")
+    call("--ckpt", tmp_path / "run.ckpt", "--to", "gguf", "--output", tmp_path / "m.gguf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.count(f"`{shown}`") == 2 and "# plays\n" in card and "trained with Tiny Transformer." in card
+    for name in ("README.md", "config.json", "generation_config.json", "tokenizer_config.json"):
+        assert not HERE.search((tmp_path / "hf" / name).read_bytes()), name
+    assert b"/home" not in (tmp_path / "m.gguf").read_bytes() and b"secret" not in (tmp_path / "m.gguf").read_bytes()
 
 
 def run_card(folder: Path) -> str:
