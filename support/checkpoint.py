@@ -28,7 +28,7 @@ from support.archive import Damage, check_archive, check_legacy, check_plain, ch
 from support.cli import UserError, printable, warn
 from support.disk import atomic_write
 from support.files import counted, kind_of, walk
-from support.foreign_files import AS_FOLDER, LEGACY_MAGIC, TORCH, what_is
+from support.foreign_files import AS_FOLDER, LEGACY_MAGIC, TORCH, read_from_hub, what_is
 from support.template import Template
 from tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -74,7 +74,8 @@ def open_archive(path: Path, mmap: bool) -> Any:
         if legacy := head == LEGACY_MAGIC:  # it can only be read, not mapped
             check_legacy(path)
         elif not head.startswith(b"PK\x03\x04"):
-            raise UserError(f"{path} is not a checkpoint ({'an empty file' if path.stat().st_size == 0 else 'not a .ckpt archive'})")
+            what = "an empty file" if path.stat().st_size == 0 else "not a .ckpt archive"
+            raise UserError(f"{path} is not a checkpoint ({what}); python3 list.py shows those there are")
         else:
             check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and not legacy)
@@ -97,7 +98,7 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist; python3 list.py shows those there are")
+        raise UserError(f"checkpoint {path} does not exist; python3 list.py shows those there are{read_from_hub(str(path))}")
     if path.is_dir():
         raise UserError(f"checkpoint {path} is {what_is(path) or 'a folder without a checkpoint; python3 list.py shows those there are'}")
     if not path.is_file():  # reading from a pipe would wait for ever

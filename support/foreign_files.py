@@ -5,9 +5,12 @@ Nothing is opened by a library here, and nothing is unpickled: an archive is lis
 
 import json
 import pickletools
+import re
 import shlex
 import zipfile
 from pathlib import Path
+
+from support.cli import printable
 
 FAMILIES = ("llama", "mistral", "qwen3", "gpt2")  # of config.json, whose models convert.py reads
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,7 +59,7 @@ def what_is(path: Path) -> str | None:
     'a GGUF file of llama.cpp; convert.py writes GGUF and does not read it; ...'
     """
     found = (folder_kind if path.is_dir() else file_kind)(path)
-    return "; ".join(found) if found else None
+    return printable("; ".join(found)) if found else None
 
 
 def own_checkpoint(path: Path) -> Path | None:
@@ -70,7 +73,7 @@ def own_checkpoint(path: Path) -> Path | None:
 def unfit(model_type: object) -> str:
     """Why a model of this type cannot be read."""
     why = "; its q, k and v have biases and its other matrices none, for which our model has no switch" if model_type == "qwen2" else ""
-    return f"model_type {model_type!r} cannot be read{why}; these can: {', '.join(FAMILIES)}"
+    return f"model_type {repr(model_type)[:50]} cannot be read{why}; these can: {', '.join(FAMILIES)}"
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------
@@ -95,12 +98,16 @@ def folder_kind(folder: Path) -> tuple[str, str] | None:
         return "a sharded checkpoint of torch.distributed", AS_FOLDER
     if "saved_model.pb" in names:
         return "a SavedModel of TensorFlow", AS_FOLDER
+    if "train.bin" in names:
+        return "a folder of token files, which are data and no model", "train on them by data.source=tokens and data.path"
     if ends & {".safetensors", ".bin", ".pt", ".pth"}:
         return "a folder of weights without their config.json", AS_FOLDER
     if odd := sorted(ends & {".gguf", ".onnx", ".h5", ".msgpack"}):
         name = min(name for name in names if name.endswith(odd[0]))
         what, then = file_kind(folder / name) or ("a file of another program", AS_FOLDER)
         return f"a folder with {name}, {what}", then
+    if next(folder.glob("*/*.ckpt"), None):
+        return "a folder of runs", f"name a checkpoint in it; python3 list.py {shlex.quote(str(folder))} shows them"
     return None
 
 
@@ -109,13 +116,13 @@ def model_folder_kind(folder: Path, names: set[str]) -> tuple[str, str]:
         others = sorted(name for name in names if name.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".bin", ".safetensors")))
         instead = f" (only {', '.join(others[:3])})" if others else ""
         return f"a model folder without weights{instead}", f"it should hold {WEIGHT_FILES[0]}, its parts with an index, or {WEIGHT_FILES[2]}"
-    kind = model_type_of(folder)
-    return f"a Hugging Face model folder ({kind})", read_by(folder) if kind in FAMILIES else unfit(kind)
+    kind = entry_of(folder / "config.json", "model_type")
+    return f"a Hugging Face model folder ({str(kind)[:50]})", read_by(folder) if kind in FAMILIES else unfit(kind)
 
 
 def adapter_kind(folder: Path) -> tuple[str, str]:
     base = entry_of(folder / "adapter_config.json", "base_model_name_or_path")
-    return f"a folder of adapters (PEFT) for {base or 'another model'}", (
+    return f"a folder of adapters (PEFT) for {str(base or 'another model')[:100]}", (
         "merge them into that model first (merge_and_unload, then save_pretrained, in PEFT), and give the merged folder to convert.py --from"
     )
 
@@ -128,8 +135,12 @@ def entry_of(path: Path, key: str) -> object:
         return None
 
 
-def model_type_of(folder: Path) -> object:
-    return entry_of(folder / "config.json", "model_type")
+def read_from_hub(name: str) -> str:
+    """The command that fetches a model, to add to the answer for a file that is not there; nothing if the name cannot be one of the hub."""
+    if name.endswith(".ckpt") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return ""
+    output = f"checkpoints/{name.rpartition('/')[2]}.ckpt"
+    return f"; if it is a model of the Hugging Face hub: python3 convert.py --from {name} --output {output}"
 
 
 def read_by(folder: Path) -> str:
@@ -157,9 +168,9 @@ def file_kind(path: Path) -> tuple[str, str] | None:
         return weights_kind(path, f"{TORCH} from before version 1.6")
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return PICKLE
-    if path.suffix in SUFFIXES:
-        return SUFFIXES[path.suffix]
-    if path.suffix in (".json", ".yaml", ".yml", ".txt", ".md"):
+    if path.suffix.lower() in SUFFIXES:
+        return SUFFIXES[path.suffix.lower()]
+    if path.suffix.lower() in (".json", ".yaml", ".yml", ".txt", ".md"):
         return text_kind(path)
     return None
 

@@ -124,7 +124,7 @@ def verify_exported_text(tokenizer: Tokenizer, folder: Path) -> str:
     transformers = quiet_transformers()
     program = f"transformers {transformers.__version__}"
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever it finds wrong with our files
         raise UserError(f"{program} cannot open the tokenizer that was written ({reason(error)}); nothing has been kept") from None
     if theirs.eos_token_id != tokenizer.eos_id:
@@ -142,7 +142,7 @@ def verify_imported_text(tokenizer: Tokenizer, folder: Path) -> str:
     transformers = quiet_transformers()
     program = f"transformers {transformers.__version__}"
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         found = first_difference(tokenizer, of_transformers(theirs, program))
     except Exception as error:  # a class that is not there, a package that it needs, no tokenizer in the folder
         found = f"{program} cannot open its tokenizer ({reason(error)})"
@@ -199,10 +199,10 @@ def verify(ours: Tensor, folder: Path, written: bool = False) -> str:
     transformers = quiet_transformers()
     program = f"transformers {transformers.__version__}"
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):  # left over: our reader has seen that the weights are plain
             del config.quantization_config
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config).float().eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False).float().eval()
     except Exception as error:  # an older PyTorch, by which it opens no .bin; a package that it wants; a setting that it does not know
         if written:
             raise UserError(f"{program} cannot open what was written ({reason(error)}); nothing has been kept") from None

@@ -273,7 +273,11 @@ def read_run(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
     missing = {"config", "sequences_per_step", "data_fingerprint", "run"} - metadata.keys()
     if missing or not isinstance(metadata["config"], dict):
-        raise UserError(f"checkpoint {path} holds a model but no run to go on with ({', '.join(sorted(missing)) or 'config'} missing)")
+        what = ", ".join(sorted(missing)) or "config"
+        raise UserError(
+            f"checkpoint {path} holds a model but no run to go on with ({what} missing); it can be the base of a new one: python3 finetune.py "
+            f"--config config_finetune.yaml --override base_ckpt={path}"
+        )
     return metadata
 
 

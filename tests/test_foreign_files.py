@@ -142,6 +142,8 @@ FOREIGN = {
     "meta": ("llama", folder_with("consolidated.00.pth", params="{}"), "in Meta's own layout", FOLDER_STEP),
     "distcp": ("dcp", folder_with(".metadata", "__0_0.distcp"), "torch.distributed", FOLDER_STEP),
     "tensorflow": ("tf", folder_with("saved_model.pb"), "a SavedModel of TensorFlow", FOLDER_STEP),
+    "tokens": ("tokens", folder_with("train.bin", "val.bin", meta="{}"), "a folder of token files", "data.source=tokens"),
+    "odd-names": ("odd", folder_with("a.gguf\x1b[2J.gguf"), "a folder with a.gguf\\x1b[2J.gguf, a GGUF file", "does not read it"),
     "gguf-folder": ("g", folder_with("model-q8.gguf"), "a folder with model-q8.gguf, a GGUF file", "does not read it"),
     "bare-weights": ("b", folder_with("model.safetensors"), "weights without their config.json", FOLDER_STEP),
     "gguf": ("model.gguf", file_of(b"GGUF\x03\x00\x00\x00"), "a GGUF file", "convert.py writes GGUF and does not read it"),
@@ -153,6 +155,7 @@ FOREIGN = {
     "training": ("train.pth", saved(TRAINER), "a training checkpoint of another program", FOLDER_STEP),
     "scripted": ("model.pt", scripted, "a TorchScript program", FOLDER_STEP),
     "pickle": ("model.pkl", file_of(pickle.dumps({"a": 1})), "a Python pickle", "it is not opened here"),
+    "upper": ("MODEL.ONNX", file_of(b"\x08\x07"), "an ONNX file", FOLDER_STEP),
     "onnx": ("model.onnx", file_of(b"\x08\x07"), "an ONNX file", FOLDER_STEP),
     "hdf5": ("model.h5", file_of(b"\x89HDF\r\n\x1a\n"), "an HDF5 file", FOLDER_STEP),
     "numpy": ("w.npy", file_of(b"\x93NUMPY\x01"), "a NumPy array", FOLDER_STEP),
@@ -227,6 +230,23 @@ def test_checkpoints_of_ours_are_sent_to_ckpt(tmp_path, monkeypatch):
     (tmp_path / "run" / "final.ckpt").unlink()
     assert "step-0000004.ckpt" in said_by(infer.main, "--ckpt", tmp_path / "run", "--prompt", "x")
     assert own_checkpoint(tmp_path / "export") is None and what_is(tmp_path / "run" / "step-0000004.ckpt") is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "some/model"])
+def test_a_name_of_the_hub_is_sent_to_convert(name):
+    said = said_by(infer.main, "--ckpt", name, "--prompt", "x")
+    assert (
+        f"does not exist; python3 list.py shows those there are; if it is a model of the Hugging Face hub: python3 convert.py --from {name}" in said
+    )
+    assert "convert" not in said_by(infer.main, "--ckpt", "runs/final.ckpt", "--prompt", "x")
+    assert f"convert.py --from {name}" in said_by(finetune.main, "--config", "configs/finetune_tiny.yaml", "--override", f"base_ckpt={name}")
+
+
+def test_a_folder_of_runs_is_listed(tmp_path):
+    write_model(tmp_path / "runs" / "a" / "final.ckpt", tiny_model(), ByteTokenizer(), {})
+    said = said_by(infer.main, "--ckpt", tmp_path / "runs", "--prompt", "x")
+    assert f"a folder of runs; name a checkpoint in it; python3 list.py {tmp_path / 'runs'} shows them" in said
+    assert "final.ckpt" in said_by(listing.main, tmp_path / "runs")
 
 
 def test_folders_that_are_not_whole_are_named_where_they_are_read(tmp_path):

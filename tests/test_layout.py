@@ -60,7 +60,7 @@ ARROWS = {
     "support.proof": "model support.cli tokenizer",
     "support.tokenizer_files": "support.cli support.template support.tokenizer_reading tokenizer",
     "support.evaluation": "support.cases",
-    "support.foreign_files": "",
+    "support.foreign_files": "support.cli",
     "support.foreign_names": "",
     "support.hardware": "support.cli",
     "support.harness": "model support.cli support.scoring tokenizer",
