@@ -209,6 +209,7 @@ def model_card(model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, 
 
 def export_hf(args: argparse.Namespace) -> None:
     """The folder, complete and compared, or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     output = Path(args.output)
@@ -229,7 +230,10 @@ def export_hf(args: argparse.Namespace) -> None:
         for name, text in texts.items():
             with atomic_write(temporary / name) as file:
                 file.write(text.encode())
-        save_file(to_theirs(model.config, model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(to_theirs(model.config, model.state_dict()), temporary / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say, which the library hides behind an error of its own
+            raise UserError(f"--output {output} cannot be written: {' '.join(str(error).split())[:200]}; make room, or name another") from None
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # the library's is for its owner alone
         text = verify_exported_text(tokenizer, temporary)
         ours = probe(model)

@@ -107,7 +107,7 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         checkpoint = open_archive(path, mmap)
     except UserError:
         if (foreign := what_is(path)) and not foreign.startswith(TORCH):  # of such a file the reason says more
-            raise UserError(f"{path} is {foreign}") from None
+            raise UserError(f"{path} is not a checkpoint but {foreign}") from None
         raise
     if type(checkpoint) is not dict or KEY not in checkpoint or "state_dict" not in checkpoint:
         foreign = what_is(path) or f"{TORCH} of another program; {AS_FOLDER}"

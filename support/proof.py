@@ -139,17 +139,19 @@ def verify_imported_text(tokenizer: Tokenizer, folder: Path) -> str:
     model_type alone, say); the file is what counts, and what the class does otherwise is said."""
     if importlib.util.find_spec("transformers") is None:
         return "TEXT NOT VERIFIED: transformers is not installed"
+    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        return "TEXT NOT VERIFIED: the folder has no tokenizer to compare with"
     transformers = quiet_transformers()
     program = f"transformers {transformers.__version__}"
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        found = first_difference(tokenizer, of_transformers(theirs, program))
+        found, opened = first_difference(tokenizer, of_transformers(theirs, program)), True
     except Exception as error:  # a class that is not there, a package that it needs, no tokenizer in the folder
-        found = f"{program} cannot open its tokenizer ({reason(error)})"
+        found, opened = f"{program} cannot open its tokenizer ({reason(error)})", False
     if found is None:
         return text_found(tokenizer, program)
     if not (folder / "tokenizer.json").exists():
-        if any(folder.glob("vocab.*")):
+        if opened:
             raise not_carried_over(found)
         return f"TEXT NOT VERIFIED: {found}"
     eos = tokenizer.decode([tokenizer.eos_id])

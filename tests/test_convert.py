@@ -394,6 +394,18 @@ def test_a_switch_that_no_family_has_is_refused_before_anything_is_written(saved
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_refuses_the_weights_is_one_line_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def refuse(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", refuse)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device.*; make room, or name another"):
+        call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
+
+
 def test_what_is_there_is_not_overwritten(saved, tmp_path):
     path = saved("ours", random_model())
     (tmp_path / "full").mkdir()

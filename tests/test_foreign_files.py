@@ -23,6 +23,7 @@ import eval_val
 import evaluate_checkpoints
 import finetune
 import infer
+import prepare
 import train
 from model import GPTConfig, GPTMini
 from support.checkpoint import load_model, write_model
@@ -203,6 +204,16 @@ def test_each_flag_that_takes_a_model_names_what_it_was_given(tmp_path, kind):
         said = said_by(*flags(path))
         assert what in said and then in said, f"{script}: {said}"
         assert "Traceback" not in said and not (tmp_path / "new.ckpt").exists()
+
+
+@pytest.mark.parametrize("kind", sorted(FOREIGN.keys() - {"hf", "hf-bert", "hf-no-weights"}))
+def test_what_is_no_tokenizer_is_refused_as_one(tmp_path, kind):
+    """`prepare.py --tokenizer` and `tokenizer.path` read a tokenizer.json; whatever else they get, they say so."""
+    name, make, _, _ = FOREIGN[kind]
+    path = make(tmp_path / name)
+    with pytest.raises((UserError, FileNotFoundError)):
+        prepare.main(["tokens", "--input", "data/tiny_corpus.txt", "--tokenizer", str(path), "--output", str(tmp_path / "made")])
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf-weights", "hf-config", "hf-cache", "hf-trainer"])

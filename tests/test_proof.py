@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -17,7 +18,7 @@ from model import GPTConfig, GPTMini
 from support import proof
 from support.checkpoint import load_model, write_model
 from support.cli import UserError
-from support.exchange import config_json
+from support.exchange import config_json, to_theirs
 from support.pretrained import read_tokenizer
 from support.proof import OWN_TOKENS, TEXTS, Witness, first_difference, telling_texts
 from support.tokenizer_files import byte_characters, gpt2_merges, tokenizer_json
@@ -181,10 +182,12 @@ def test_each_kind_is_proven_in_text_both_ways(saved, tmp_path, tokenizer):
 # ---- whose tokenizer a folder has -----------------------------------------------------------------------------------
 
 
+GPT2_SWITCHES = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True}
+
+
 def gpt2_folder(folder: Path, tokenizer: Backend | None) -> Path:
     folder.mkdir(exist_ok=True)
-    switches = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True}
-    config = GPTConfig(vocab_size=50257, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=32, max_seq_len=16, **switches)
+    config = GPTConfig(vocab_size=50257, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=32, max_seq_len=16, **GPT2_SWITCHES)
     (folder / "config.json").write_text(json.dumps(config_json(config, 50256)))
     if tokenizer:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -217,6 +220,15 @@ def one_merge_moved() -> Backend:
 
 def two_tokens_swapped() -> Backend:
     return Backend.from_str(swapped(as_published().to_str()))
+
+
+def test_a_gpt2_folder_without_a_tokenizer_says_that_its_text_is_not_compared(tmp_path):
+    folder = gpt2_folder(tmp_path / "hf", None)
+    torch.manual_seed(0)
+    model = GPTMini(GPTConfig(vocab_size=50257, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=32, max_seq_len=16, **GPT2_SWITCHES))
+    save_file(to_theirs(model.config, model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    said = call("--from", folder, "--output", tmp_path / "ours.ckpt")
+    assert "has none; OpenAI's of GPT-2 is taken" in said and "TEXT NOT VERIFIED" in said and "verified: largest difference" in said
 
 
 def kind_of(folder: Path) -> str:
