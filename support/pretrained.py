@@ -14,7 +14,8 @@ from support.cli import UserError, printable
 from support.exchange import model_fields, to_ours
 from support.foreign_files import what_is
 from support.tokenizer_files import gpt2_merges
-from tokenizer import EOS_TEXT, FileTokenizer, GPT2Tokenizer, Tokenizer, gpt2_files
+from support.tokenizer_reading import gpt2_files
+from tokenizer import EOS_TEXT, FileTokenizer, GPT2Tokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 4096  # published contexts reach a million tokens, for which the cache alone would fill the memory
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -96,29 +97,12 @@ def is_published_gpt2(tokenizer: FileTokenizer) -> bool:
     )
 
 
-def tokenizer_of_merges(folder: Path) -> FileTokenizer:
-    """The tokenizer of the two files that GPT-2's kind had before tokenizer.json: vocab.json and merges.txt. Raises UserError."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{folder}: vocab.json and merges.txt cannot be read ({' '.join(str(error).split())[:150]}); download them again") from None
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if backend.token_to_id(EOS_TEXT) is None:
-        raise UserError(f"{folder}: vocab.json has no {EOS_TEXT}, which ends a document; save its tokenizer.json there")
-    backend.add_special_tokens([AddedToken(EOS_TEXT, special=True, normalized=False)])
-    return FileTokenizer(backend.to_str(), EOS_TEXT)
-
-
 def own_tokenizer(folder: Path, kind: str) -> FileTokenizer | None:
     """The tokenizer that a folder holds; None if it holds none. Raises UserError, also where the `tokenizers` library panics."""
     try:
-        if (folder / "tokenizer.json").exists():
+        merges = kind == "gpt2" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists()  # others cut words otherwise
+        if merges or (folder / "tokenizer.json").exists():
             return FileTokenizer.from_file(folder)
-        if kind == "gpt2" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            return tokenizer_of_merges(folder)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library is no Exception

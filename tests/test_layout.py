@@ -56,7 +56,8 @@ ARROWS = {
     "support.documents": "support.cli support.config support.files support.hardware support.holdout support.hub tokenizer",
     "support.exchange": "model support.cli support.foreign_files",
     "support.gguf_file": "model support.cli support.exchange support.template support.tokenizer_files tokenizer",
-    "support.pretrained": "model support.checkpoint support.cli support.exchange support.foreign_files support.tokenizer_files tokenizer",
+    "support.pretrained": "model support.checkpoint support.cli support.exchange support.foreign_files support.tokenizer_files "
+    "support.tokenizer_reading tokenizer",
     "support.proof": "model support.cli tokenizer",
     "support.tokenizer_files": "support.cli support.template support.tokenizer_reading tokenizer",
     "support.evaluation": "support.cases",
