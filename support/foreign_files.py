@@ -65,7 +65,7 @@ def what_is(path: Path) -> str | None:
 def own_checkpoint(path: Path) -> Path | None:
     """A checkpoint of ours: this file, or one in this folder; None if there is none."""
     if path.is_dir():
-        files = [path / f"{name}.ckpt" for name in ("final", "last", "best")] + sorted(path.glob("*.ckpt"), reverse=True)
+        files = [path / f"{name}.ckpt" for name in ("final", "last", "best")] + sorted(path.glob("[!.]*.ckpt"), reverse=True)
         return next((file for file in files if file.is_file() and own_checkpoint(file)), None)
     return path if zipfile.is_zipfile(path) and "tiny_transformer" in words_of_archive(path) else None
 
@@ -106,7 +106,7 @@ def folder_kind(folder: Path) -> tuple[str, str] | None:
         name = min(name for name in names if name.endswith(odd[0]))
         what, then = file_kind(folder / name) or ("a file of another program", AS_FOLDER)
         return f"a folder with {name}, {what}", then
-    if next(folder.glob("*/*.ckpt"), None):
+    if next(folder.glob("[!.]*/[!.]*.ckpt"), None):
         return "a folder of runs", f"name a checkpoint in it; python3 list.py {shlex.quote(str(folder))} shows them"
     return None
 
