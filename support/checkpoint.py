@@ -330,6 +330,7 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
         if os.path.isdir(path):
             files, left_out = walk(path)
             here = [file for file in files if kind_of(file) == ".ckpt"]  # also what is no file, to be told
+            here += [folder for folder in Path(path).rglob("*.ckpt") if folder.is_dir()]  # of a sharded checkpoint, say
             hidden = f" ({counted(left_out)} left out)" if left_out else ""
         else:
             here = [file for file in map(Path, [*glob.glob(path, recursive=True), path]) if file.is_file()]

@@ -21,7 +21,7 @@ SECTIONS = {
     "checkpoint": "dir save_every keep_last",
     "logging": "tensorboard wandb",
     "lora": "rank alpha targets",
-    "template": "system prompt prompt_with_input multi_turn stop",
+    "template": "system prompt prompt_with_input multi_turn stop special_tokens",
 }
 OUR_KEYS = tuple(f"{section}.{key}".strip(".") for section, keys in SECTIONS.items() for key in keys.split())
 

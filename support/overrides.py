@@ -9,14 +9,14 @@ from support.cli import UserError
 from support.hub import LOCAL_FORMATS
 from support.values import key_type, typed_override
 
+SHARE = "data.val_fraction"  # given beside what takes its place it is not looked at, which is no contradiction
 # Keys that exclude each other, or of which one is not looked at when the other is there: (key, what it takes the place of).
 INSTEAD_OF = {
     "training.max_steps": ("training.epochs",),
     "training.epochs": ("training.max_steps",),
     "data.val_path": ("data.val_split",),
     "data.val_split": ("data.val_path",),
-    "data.val_docs": ("data.val_fraction",),
-    "data.val_fraction": ("data.val_path", "data.val_split", "data.val_docs"),
+    SHARE: ("data.val_path", "data.val_split", "data.val_docs"),
 }
 OF_A_DATASET = ("data.dataset", "data.config", "data.revision", "data.val_split")  # of instructions from the hub
 
@@ -46,7 +46,7 @@ def apply_overrides(tree: dict, overrides: list[str], schema: type[BaseModel]) -
     typed_in = dict(_named(tree, overrides))
     for key, value in typed_in.items():
         for other in alternatives(key, value, tree) if value is not None else ():
-            if typed_in.get(other) is not None:
+            if typed_in.get(other) is not None and key != SHARE:
                 raise UserError(f"--override {key} and --override {other} exclude each other; give one of them")
             section, _, leaf = other.partition(".")
             tree[section].pop(leaf, None) if isinstance(tree.get(section), dict) and other not in typed_in else None
@@ -71,7 +71,7 @@ def alternatives(key: str, value: Any, tree: dict) -> tuple[str, ...]:
         return OF_A_DATASET
     if key == "data.dataset" and (data.get("source") == "instructions" or (data.get("source") == "hf" and value not in LOCAL_FORMATS)):
         return ("data.path",)
-    if data.get("streaming") is True and key in ("data.val_docs", "data.val_fraction"):
+    if data.get("streaming") is True and key == SHARE:
         return ()  # a stream has no share
     if key == "tokenizer.kind" and value != "file":
         return ("tokenizer.path",)

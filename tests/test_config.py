@@ -617,7 +617,6 @@ def test_what_is_overridden_wins_over_what_the_file_says_for_an_alternative(base
         (tree(), ["training.max_steps=40", "training.epochs=2"]),
         (tree(data=ROWS | {"path": None}), ["data.path=r.json", "data.dataset=c/d"]),
         (tree(data=ROWS | {"path": None}), ["data.val_path=r.json", "data.val_split=c/d"]),
-        (tree(), ["data.val_path=v.txt", "data.val_fraction=0.2"]),
         (tree(), ["tokenizer.kind=char", "tokenizer.path=t.json"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -627,6 +626,11 @@ def test_two_overrides_that_exclude_each_other_are_refused_by_their_names(base, 
         with pytest.raises(UserError, match="exclude each other; give one of them") as caught:
             load_config(None, order, base)
         assert all(override.split("=")[0] in str(caught.value) for override in overrides)
+
+
+def test_a_share_beside_a_validation_text_is_no_contradiction():
+    config = load_config(None, ["data.val_fraction=0.2", "data.val_path=v.txt"], tree())
+    assert (config.data.val_path, config.data.val_fraction) == ("v.txt", 0.2)
 
 
 def test_null_takes_the_place_of_nothing():
