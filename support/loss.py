@@ -47,7 +47,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             label = target.clamp(min=0)[:, None]
             logits = (chunk @ head.T).float()  # (chunk, V)
             log_total = logits.logsumexp(dim=-1)
-            loss += ((log_total - logits.gather(1, label).squeeze(1)) * scored).sum()
+            # Not +=: torch.compile in PyTorch 2.11 makes every gradient zero where the result was changed in place.
+            loss = loss + ((log_total - logits.gather(1, label).squeeze(1)) * scored).sum()
             if need_rows or need_weight:
                 grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in the logits' own memory
                 grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=grad.dtype))

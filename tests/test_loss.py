@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import support.loss
+from model import GPTConfig, GPTMini
 from support.loss import ChunkedCrossEntropy, cross_entropy_sum
 
 B, T, D, V = 3, 7, 5, 13  # 21 rows
@@ -114,6 +115,50 @@ def test_in_bf16_the_sum_is_float32_and_gradients_have_their_tensor_s_dtype(monk
     for tensor, gradient in zip((hidden, weight), reference(hidden, weight, labels)[1:], strict=True):
         assert tensor.grad.dtype == model_dtype
         torch.testing.assert_close(tensor.grad.double(), gradient, rtol=0.05, atol=0.05)
+
+
+def gradients(function, autocast: bool) -> list[Tensor]:
+    hidden, weight, labels = example([3, 9])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, n_targets = function(hidden * 1.0, weight * 1.0, labels)  # as in a model, neither is a leaf
+    (loss / n_targets).backward()
+    return [hidden.grad, weight.grad]
+
+
+AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 7], ids=["plain", "chunks"])
+@AUTOCAST
+def test_traced_by_the_compiler_the_gradients_are_the_same(monkeypatch, chunk_rows, autocast):
+    """What the compiler makes of the Python code, run without generating any. With PyTorch 2.11 all of them were zero."""
+    use_form(monkeypatch, chunk_rows)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(cross_entropy_sum, backend="aot_eager"), autocast)
+    for one, other in zip(compiled, gradients(cross_entropy_sum, autocast), strict=True):
+        assert other.abs().max() > 0.01
+        torch.testing.assert_close(one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_rows", [None, 7], ids=["plain", "chunks"])
+@AUTOCAST
+def test_compiled_gradients_of_a_model_equal_eager_ones(monkeypatch, chunk_rows, autocast):
+    """The whole way, through the C++ compiler."""
+    use_form(monkeypatch, chunk_rows)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = GPTMini(GPTConfig(vocab_size=61, d_model=32, n_layers=1, n_heads=2, max_seq_len=16))
+        if compiled:
+            torch._dynamo.reset()
+            net.compile()
+        ids = torch.randint(61, (2, 17))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, n_targets = net(ids[:, :-1], ids[:, 1:])
+        (loss / n_targets).backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert (found[0] - found[1]).norm() < (2e-2 if autocast else 1e-5) * found[0].norm()
 
 
 def test_large_logits_do_not_overflow(monkeypatch):
