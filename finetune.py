@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args, sys.argv[1:], results=False)  # --help and wrong flags answer before torch is imported
 
 from torch import Tensor
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 import threading
@@ -43,14 +44,64 @@ def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def guarded(main: Callable, *args, **kwargs):
+class OutputFile(io.FileIO):
+    """Standard output or standard error as a file whose failure (a full disk, a lost terminal) ends nothing: what it does not
+    take is dropped. Where `results` go to it, the first failure is a UserError. A reader of standard output who has gone
+    (`| head`) is the BrokenPipeError that it always is."""
+
+    def __init__(self, descriptor: int, results: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self.results = results
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno == errno.EPIPE and self.fileno() == 1:
+                raise
+            if self.results:
+                self.results = False
+                raise UserError(f"standard output cannot be written ({error.strerror}); a part is missing, so send it elsewhere") from None
+            return len(data)
+
+
+def open_output(results: bool) -> None:
+    """Make standard output and standard error fit for any text and any end. A character that their encoding lacks is written
+    as an escape (`\\u6771`); one of them that is closed takes everything and shows nothing; one that fails ends nothing, but
+    for standard output where the script's results go to it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would get its number, and what is printed
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor, important in (("stdout", 1, results), ("stderr", 2, False)):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):  # done before, or caught by a test
+            continue
+        if os.name == "nt" and stream:  # its terminal is no plain file
+            stream.reconfigure(errors="backslashreplace")
+            continue
+        file = OutputFile(descriptor, important)
+        writer = file if stream and stream.write_through else io.BufferedWriter(file)
+        by_line = bool(stream and stream.line_buffering)
+        encoding = stream.encoding if stream else "utf-8"
+        text = io.TextIOWrapper(writer, encoding, "backslashreplace", line_buffering=by_line, write_through=writer is file)
+        setattr(sys, name, text)
+
+
+def guarded(main: Callable, *args, results: bool = True, **kwargs):
     """Call `main`; turn a user's mistake into one to three lines on stderr and exit status 2, without a traceback.
 
     Anything else that is raised is a bug of ours and keeps its traceback; Ctrl-C is none, also during later imports.
+    `results` says whether standard output is what the script is for (else a full disk there ends nothing).
     """
     sys.excepthook = _quiet_interrupt
+    open_output(results)
     try:
-        return main(*args, **kwargs)
+        try:
+            return main(*args, **kwargs)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         if is_main_process():  # the others found the same
             print(f"error: {error}", file=sys.stderr)
@@ -221,6 +272,23 @@ def inform(message: str) -> None:
     """Beside the result, which is alone on standard output. Of several processes the main one says it."""
     if is_main_process():
         print(message, file=sys.stderr)
+
+
+class Extra(contextlib.AbstractContextManager):
+    """`with extra: ...` around what is not training itself, such as a picture or a log: its first failure is a warning, and
+    none of them ends the run."""
+
+    def __init__(self, name: str):
+        self.name, self.failed = name, False
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception):  # a signal or an exit goes through
+            return False
+        if not self.failed:
+            what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            warn(f"{self.name} failed ({type(error).__name__}: {printable(what)}); the run goes on without")
+        self.failed = True
+        return True
 
 
 def warn(message: str) -> None:
