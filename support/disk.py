@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from support.cli import UserError
+from support.cli import UserError, warn
 
 
 @contextlib.contextmanager
@@ -61,16 +61,42 @@ def temporary_folder() -> Path:
 
 
 def claim_folder(folder: Path, flag: str = "--override checkpoint.dir="):
-    """Make the folder and hold it for this process; returns the lock to keep. Raises UserError if another run holds it; `flag` is
-    the one that names another folder."""
+    """Make the folder and hold it for this process; returns the lock to keep. Where the file system has no locks, a warning
+    says so. Raises UserError if another run holds it, or if it cannot be written; `flag` is the one that names another folder."""
     import filelock
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", blocking=False)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another run is writing to {folder}; wait for it, or write elsewhere by {flag}{folder}-2") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another run is writing to {folder}; wait for it, or write elsewhere by {flag}{folder}-2") from None
+        except OSError as error:
+            open(folder / ".lock", "ab").close()  # not the folder is at fault, or this would fail too
+            warn(f"{folder} cannot be locked ({error.strerror}): its file system has no locks, so do not start a second run there")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            if made:
+                (folder / ".lock").unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise UserError(f"{folder} cannot be written ({error.strerror}); name another folder by {flag}PATH") from None
     for leftover in folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
         leftover.unlink()
     return lock
+
+
+def why_no_lock(folder: Path) -> str | None:
+    """Why files in this folder cannot be locked, None if they can. Leaves nothing behind."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where every file system has locks
+        return None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.strerror
+    return None
