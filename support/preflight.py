@@ -1,5 +1,6 @@
 """`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and time. Writes nothing."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -9,15 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from data import Batch, make_dataloaders
 from model import GPTConfig, GPTMini, KVCache
 from optim import build_optimizer, lr_factor, parameter_groups
-from support.base import net_on_meta
+from support.base import net_on_meta, shape_net
 from support.cli import UserError, end_with_parent, printable_lines
+from support.compiling import compare_gradients, try_compiler
 from support.config import Config
 from support.continuation import text_after
+from support.disk import why_no_lock
 from support.hardware import device_label, memory_total
 from support.loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB, IGNORE
 from support.run import Plan, plan_run, refuse_unfinished, refuse_unwritable
@@ -27,14 +31,16 @@ LARGE = 30_000_000  # parameters from which the probes use a small copy of the m
 PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
 
 
-def estimate_activations(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> tuple[int, int]:
+def estimate_activations(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu", seq_len: int | None = None) -> tuple[int, int]:
     """(bytes that one micro-batch keeps for the backward pass, bytes of activations and their gradients alive at once at most).
 
-    The first counts what our blocks and the head save, as `torch.autograd.graph.saved_tensors_hooks` sees it.
+    `seq_len` is that of the data's longest row, where no row is as long as the config allows. The first number counts what our
+    blocks and the head save, as `torch.autograd.graph.saved_tensors_hooks` sees it.
     """
     word = 2 if precision == "bf16-true" else 4
     matmul = 4 if precision == "32-true" else 2  # what autocast keeps for matrix products
-    c, tokens = model_config, config.training.micro_batch_size * config.seq_len
+    seq_len = seq_len or config.seq_len
+    c, tokens = model_config, config.training.micro_batch_size * seq_len
     attention, kv = c.n_heads * c.head_dim, c.n_heads * c.head_dim if c.n_kv_heads < c.n_heads else c.n_kv_heads * c.head_dim
     mlp = c.d_ff * (4 if c.mlp == "swiglu" else 2)
     block = tokens * (4 * c.d_model * word + (2 * c.d_model + 3 * attention + 2 * kv + mlp) * matmul)
@@ -46,13 +52,13 @@ def estimate_activations(model_config: GPTConfig, config: Config, precision: str
         kept = tokens * c.vocab_size * 4
         head = 3 * kept
     if device == "mps" or (c.dropout and device == "cpu"):  # attention weights are kept; with dropout their mask and product, too
-        block += tokens * config.seq_len * c.n_heads * (12 if c.dropout else 4)
+        block += tokens * seq_len * c.n_heads * (12 if c.dropout else 4)
     if c.gradient_checkpointing:
         return (c.n_layers + 1) * stream + kept, (c.n_layers + 1) * stream + max(block, head)
     return c.n_layers * block + stream + kept, c.n_layers * block + stream + head
 
 
-def estimate_memory(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu") -> dict[str, int]:
+def estimate_memory(model_config: GPTConfig, config: Config, precision: str, device: str = "cpu", seq_len: int | None = None) -> dict[str, int]:
     """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch, and their
     total. The first three are exact; activations are the most that is alive at once."""
     net = net_on_meta(model_config, config)
@@ -63,9 +69,20 @@ def estimate_memory(model_config: GPTConfig, config: Config, precision: str, dev
         "parameters": n_params * word,
         "gradients": n_trained * word,
         "optimizer": (2 * n_trained - hidden) * word,
-        "activations": estimate_activations(model_config, config, precision, device)[1],
+        "activations": estimate_activations(model_config, config, precision, device, seq_len)[1],
     }
     return parts | {"total": sum(parts.values())}
+
+
+def memory_of(plan: Plan) -> dict[str, int]:
+    """`estimate_memory` for the rows that the plan's data really has."""
+    return estimate_memory(plan.model_config, plan.config, plan.precision, plan.device, max(plan.row_lengths))
+
+
+def typical_length(plan: Plan) -> int:
+    """Tokens of a training row on average, padded to the longest of its micro-batch."""
+    lengths, rows = plan.row_lengths, plan.config.training.micro_batch_size
+    return round(np.random.default_rng(0).choice(lengths, (400, rows)).max(axis=1).mean()) if len(lengths) > 1 else lengths[0]
 
 
 def count_trained(net: GPTMini) -> int:
@@ -178,9 +195,9 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
     processes = f" x {plan.world} processes" if plan.world > 1 else ""
     print(
         f"steps: {n:,} of {up_to}{plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x {training.grad_accum_steps} "
-        f"micro-batches{processes} x {plan.config.seq_len}), {up_to}{n * plan.tokens_per_step:,} in all{per_epoch}"
+        f"micro-batches{processes} x {max(plan.row_lengths)}), {up_to}{n * plan.tokens_per_step:,} in all{per_epoch}"
     )
-    need = estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["total"]
+    need = memory_of(plan)["total"]
     has = memory_total(plan.device)
     print(f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB needed of {has / 2**20:,.0f} MB")
     if start_step:
@@ -215,7 +232,7 @@ def show_mask(plan: Plan, n: int) -> None:
 
 
 def run_checks(args: Any) -> int:
-    """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config."""
+    """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config, but for compiling."""
     failed = 0
     checks: Iterator[tuple[str, Callable[[], str]]] = checklist(args)
     for name, check in checks:
@@ -259,6 +276,8 @@ def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "cache", lambda: bounded(cache_probe(probe, plan.device), 1e-4, f"cached and uncached logits differ by{{}}{which} at most")
     yield "learns one batch by heart", lambda: check_overfit(plan)
     yield "optimizer", lambda: check_optimizer(plan, probe)
+    if config.training.compile:
+        yield "compile", lambda: check_compile(plan, tiny_copy(model_config) if small else model_config) + which
     yield "memory", lambda: check_memory(plan)
     yield "time", lambda: check_time(plan, probe)
     yield "checkpoint folder", lambda: check_folder(plan, args)
@@ -282,14 +301,31 @@ def check_tokenizer(plan: Plan) -> str:
     return f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, gives text back unchanged; {len(text.encode()) / max(1, len(ids)):.2f} bytes a token"
 
 
+def small_batch(plan: Plan, length: int) -> Batch:
+    """Two rows of the first step, of at most `length` tokens, on the plan's device."""
+    batch = {name: tensor for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items() if name != "stream_state"}
+    end = int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1  # of a row with a long prompt, the end is what is learned
+    return {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
+
+
+def check_compile(plan: Plan, model_config: GPTConfig) -> str:
+    """One compiled step against one eager one, with the adapters and the frozen parameters of the run, without dropout."""
+    try_compiler(plan.device)
+
+    def build() -> GPTMini:
+        torch.manual_seed(plan.config.seed)
+        net = GPTMini(model_config.model_copy(update={"dropout": 0.0, "zero_init": False}))
+        with contextlib.suppress(UserError):  # what is frozen may lie in a layer that a small copy lacks
+            net = shape_net(net, plan.config)
+        return net.to(plan.device, torch.bfloat16 if plan.precision == "bf16-true" else None).train()
+
+    return compare_gradients(build, small_batch(plan, model_config.max_seq_len), plan.precision, plan.device)
+
+
 def check_overfit(plan: Plan) -> str:
     torch.manual_seed(plan.config.seed)
     model = GPTMini(tiny_copy(plan.model_config)).to(plan.device).train()
-    length = model.config.max_seq_len
-    batch = {name: tensor for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items() if name != "stream_state"}
-    end = int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1  # of a row with a long prompt, the end is what is learned
-    batch = {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
-    first, last = overfit_probe(model, batch)
+    first, last = overfit_probe(model, small_batch(plan, model.config.max_seq_len))
     text = f"a small copy of the model goes from loss {first:.2f} to {last:.2f} on one batch"
     if not last < first / 2:
         raise UserError(f"{text}; it should at least halve: look at the text with --show-step 1")
@@ -313,7 +349,7 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
 
 
 def check_memory(plan: Plan) -> str:
-    parts, total = estimate_memory(plan.model_config, plan.config, plan.precision, plan.device), memory_total(plan.device)
+    parts, total = memory_of(plan), memory_total(plan.device)
     text = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in parts.items()) + f"; the machine has {total / 2**20:,.0f} MB"
     if parts["total"] > total:
         raise UserError(f"{text}; lower training.micro_batch_size (and raise grad_accum_steps), or set model.gradient_checkpointing=true")
@@ -326,7 +362,8 @@ def estimate_step_time(plan: Plan, probe: GPTMini) -> tuple[float, float]:
     `probe` is the model, or a small copy of it; it is given a micro-batch, or so much of one as takes about a second, and
     forward and backward are scaled to the step by their operations, the optimizer's part by the parameters.
     """
-    training, length = plan.config.training, min(plan.config.seq_len, probe.config.max_seq_len)
+    training, typical = plan.config.training, typical_length(plan)
+    length = min(typical, probe.config.max_seq_len)
     flops_per_row = probe.flops_per_token(length) * length
     rows = int(max(1, min(training.micro_batch_size, PROBE_FLOPS / flops_per_row)))
     ids, optimizer = torch.randint(probe.config.vocab_size, (rows, length), device=plan.device), build_optimizer(probe, training)
@@ -342,7 +379,7 @@ def estimate_step_time(plan: Plan, probe: GPTMini) -> tuple[float, float]:
     forward_backward, update = (min(column) for column in zip(*parts, strict=True))
     with torch.device("meta"):
         model = GPTMini(plan.model_config)
-    flops = model.flops_per_token(plan.config.seq_len) * plan.tokens_per_step / plan.world
+    flops = model.flops_per_token(typical) * plan.sequences_per_step * typical / plan.world
     flops_per_sec = flops_per_row * rows / forward_backward
     return flops / flops_per_sec + update * model.n_params() / probe.n_params(), flops_per_sec
 
@@ -368,8 +405,10 @@ def check_folder(plan: Plan, args: Any) -> str:
     if args.resume is None and not args.fresh:
         refuse_unfinished(folder)
     parent = refuse_unwritable(folder)
-    free, need = shutil.disk_usage(parent).free, 4 * estimate_memory(plan.model_config, plan.config, plan.precision, plan.device)["parameters"] * 3
+    free, need = shutil.disk_usage(parent).free, 4 * memory_of(plan)["parameters"] * 3
     text = f"{folder} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
     if free < need:
         raise UserError(f"{text}; free some, or lower checkpoint.keep_last")
+    if reason := why_no_lock(parent):
+        text += f"; its file system has no locks ({reason}), so nothing keeps a second run out of it"
     return text

@@ -23,6 +23,7 @@ from model import GPTConfig
 from support.base import net_on_meta, with_base, with_own_tokenizer
 from support.checkpoint import find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process, warn
+from support.compiling import advice_on_compiling, is_of_compiler, try_compiler
 from support.config import Config, config_tree, flag_overrides, validate_config
 from support.disk import atomic_write
 from support.hardware import resolve_device, resolve_precision
@@ -30,7 +31,8 @@ from support.safe_yaml import dump_yaml
 from support.token_files import open_token_files
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
 
-RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "loss.svg", "loss.png", "tensorboard", "run_config.yaml", "final.ckpt")
+RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "samples.jsonl", "loss.svg", "loss.png", "tensorboard", "wandb")
+RUN_FILES += ("wandb_id.txt", "run_config.yaml", "final.ckpt")
 
 # What may differ between a run and its resumption: how long it goes on, what it shows, and where it runs. The size of
 # the whole step is compared besides, and so is the text.
@@ -43,6 +45,7 @@ RESUMABLE = (
     "training.compile",
     "training.val_every",
     "training.val_batches",
+    "training.train_eval_batches",
     "training.log_every",
     "training.sample_",
     "data.path",
@@ -87,8 +90,16 @@ class Plan:
         return step_shape(self.config, world=self.world).blocks
 
     @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of every training row, where they differ (instructions that are not packed); else the one length of all."""
+        if self.config.data.source == "instructions" and not self.config.data.packing:
+            return [len(example) for example in self.data.train.examples]
+        return [self.config.seq_len]
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.config.seq_len
+        """At most."""
+        return self.sequences_per_step * max(self.row_lengths)
 
 
 def plan_run(args: Any) -> Plan:
@@ -150,6 +161,8 @@ def plan_run(args: Any) -> Plan:
     net_on_meta(plan.model_config, config)  # for mistakes in lora.targets and training.freeze
     if metadata:
         compare_data(metadata, plan)
+    if config.training.compile and not args.only_looks:
+        try_compiler(device)
     return plan
 
 
@@ -369,7 +382,20 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
             f"the connection to another process of this run is lost: {text[-160:]}\n       it may have been killed, for want of memory "
             f"too: see what it said, and the system's log\n       {how_to_go_on(plan)}"
         )
+    if plan.config.training.compile and is_of_compiler(error):
+        return UserError(f"{advice_on_compiling(error)}\n       {how_to_go_on(plan)}")
     return None
+
+
+def why_no_gradient(config: Config) -> str:
+    """What to try where every gradient is zero, the likeliest reason alone."""
+    if config.training.compile:
+        return f"--override training.compile=false: PyTorch {torch.__version__} seems to compile this model wrongly; or another version of it"
+    if config.training.freeze:
+        return f"to freeze less: of training.freeze={config.training.freeze} nothing is left that this model can learn with"
+    if config.base_ckpt:
+        return f"another base_ckpt: the weights in {config.base_ckpt} pass nothing on (are they all zero?)"
+    return "model.zero_init=false, or hardware.accelerator=cpu: by the way it begins, or on this device, the network passes nothing on"
 
 
 def how_to_go_on(plan: Plan) -> str:
@@ -394,9 +420,8 @@ def run_record() -> dict[str, Any]:
             continue
     here = Path(__file__).resolve().parent.parent
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"], capture_output=True, text=True, timeout=5
-        )
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5)
         commit = answer.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None

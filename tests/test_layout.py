@@ -45,12 +45,13 @@ ARROWS = {
     "tokenizer": "support.cli support.tokenizer_reading",
     "support.archive": "support.cli",
     "support.base": "lora model support.checkpoint support.cli support.config support.token_files tokenizer",
-    "support.callbacks": "model support.checkpoint support.cli support.continuation support.disk support.hardware",
+    "support.callbacks": "model support.checkpoint support.cli support.config support.continuation support.disk support.hardware",
     "support.checkpoint": "lora model support.archive support.cli support.disk support.files support.foreign_files support.template tokenizer",
     "support.cli": "support.foreign_flags",
     "support.continuation": "tokenizer",
     "support.tokenizer_reading": "support.cli",
     "support.cases": "support.cli support.files support.safe_yaml support.values",
+    "support.compiling": "data model support.cli",
     "support.config": "model support.cli support.conversions support.hub support.overrides support.ported support.safe_yaml support.template "
     "support.values",
     "support.documents": "support.cli support.config support.files support.hardware support.holdout support.hub tokenizer",
@@ -68,9 +69,10 @@ ARROWS = {
     "support.hub": "support.cli support.files support.foreign_files",
     "support.loss": "",
     "support.plots": "support.cli support.disk support.evaluation",
-    "support.preflight": "data model optim support.base support.cli support.config support.continuation support.hardware support.loss support.run",
+    "support.preflight": "data model optim support.base support.cli support.compiling support.config support.continuation support.disk "
+    "support.hardware support.loss support.run",
     "support.report": "support.cases support.cli support.disk support.evaluation support.plots",
-    "support.run": "data instruct model support.base support.checkpoint support.cli support.config support.disk support.hardware "
+    "support.run": "data instruct model support.base support.checkpoint support.cli support.compiling support.config support.disk support.hardware "
     "support.safe_yaml support.token_files tokenizer",
     "support.safe_yaml": "support.cli",
     "support.scoring": "model support.cli support.continuation tokenizer",

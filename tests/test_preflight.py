@@ -1,6 +1,7 @@
 """train.py --check and --show-step: they find what is wrong before a run, and change nothing."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -13,15 +14,26 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import finetune
 import model as model_module
 import train
 from data import PackedLMDataset, load_corpus, make_dataloaders, pack_corpus
 from model import GPTConfig, GPTMini, KVCache
 from optim import build_optimizer
 from support import preflight
+from support.checkpoint import KEY, read_checkpoint, save_archive
 from support.cli import UserError
 from support.config import Config, load_config, validate_config
-from support.preflight import cache_probe, estimate_activations, estimate_memory, estimate_step_time, leak_probe
+from support.preflight import (
+    cache_probe,
+    estimate_activations,
+    estimate_memory,
+    estimate_step_time,
+    leak_probe,
+    memory_of,
+    print_header,
+    typical_length,
+)
 from support.run import plan_run
 from tokenizer import ByteTokenizer
 
@@ -306,6 +318,35 @@ def test_the_time_of_a_step_is_scaled_from_what_was_measured(argv_of, tmp_path, 
     assert per_step == pytest.approx(3 * 1 + 1)
     flops = GPTMini(plan.model_config).flops_per_token(plan.config.seq_len) * plan.tokens_per_step / 3
     assert flops_per_sec == pytest.approx(flops)
+
+
+def test_instructions_are_estimated_by_the_rows_they_are_and_not_by_the_context(tiny_run, tmp_path, capsys):
+    """As under an imported model, whose context is far longer than any pair; packed rows do fill it."""
+    base = read_checkpoint(tiny_run.folder / "final.ckpt")
+    base[KEY]["model"]["max_seq_len"] = 4096
+    save_archive(base, tmp_path / "base.ckpt")
+    lengths = [3 + i for i in range(12)]
+    rows = [{"instruction": "Say it", "output": "a " * n} for n in lengths]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    said = {}
+    for packing in ("false", "true"):
+        words = [f"base_ckpt={tmp_path / 'base.ckpt'}", f"data.path={tmp_path / 'rows.json'}", f"data.packing={packing}", "data.val_docs=2"]
+        words += ["training.micro_batch_size=4", "training.grad_accum_steps=1", "training.warmup_steps=0", f"checkpoint.dir={tmp_path / 'run'}"]
+        argv = ["--config", "config_finetune.yaml", "--device", "cpu", *(f"--override={word}" for word in words)]
+        args = finetune.parse_args([*argv, "--check"])
+        said[packing] = plan_run(args)
+    padded, packed = said["false"], said["true"]
+    longest = max(len(pair) for pair in padded.data.train.examples)
+    assert longest < 60
+    assert (padded.tokens_per_step, packed.tokens_per_step) == (4 * longest, 4 * 4096)
+    short = padded.config.model_copy(update={"training": padded.config.training.model_copy(update={"seq_len": longest})})
+    assert memory_of(padded) == estimate_memory(padded.model_config, short, "32-true", "cpu")
+    assert memory_of(packed)["activations"] > 50 * memory_of(padded)["activations"]
+    mean = sum(len(pair) for pair in padded.data.train.examples) / len(padded.data.train.examples)
+    assert mean < typical_length(padded) <= longest
+    assert typical_length(packed) == 4096
+    print_header(padded, GPTMini(padded.model_config), 0)
+    assert f"x {longest}), up to" in capsys.readouterr().out
 
 
 # ---- --show-step --------------------------------------------------------------------------------------------------
