@@ -25,6 +25,7 @@ COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
     "tokens": ("tokens", "{:,}"),
     "train_loss": ("train loss", "{:.4f}"),
     "val_loss": ("val loss", "{:.4f}"),
+    "perplexity": ("perplexity", "{:,.1f}"),
     "n_params": ("params", "{:,}"),
     "tokenizer": ("tokenizer", "{}"),
     "config": ("config", "{}"),
@@ -75,7 +76,7 @@ def describe(path: Path) -> dict[str, Any]:
         metadata, model = checkpoint[KEY], empty_model(checkpoint, str(path))
         return (
             row
-            | {key: metadata["metrics"].get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")}
+            | {key: metadata["metrics"].get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "perplexity", "best_val_loss")}
             | {"n_params": model.n_params(), "tokenizer": str(metadata["tokenizer"]["kind"]), "vocab_size": model.config.vocab_size}
             | {"config": config_hash(metadata["config"]) if isinstance(metadata.get("config"), dict) else None}
         )
