@@ -175,6 +175,12 @@ class TrainingConfig(Section):
     compile: bool = Field(False, description="torch.compile the model: 1.3 to 1.4 times faster on a CPU, after 15 to 40 seconds of compiling.")
     val_every: int = Field(100, gt=0, description="Steps between validations; the last step always validates.")
     val_batches: int | None = Field(None, gt=0, description="Validate on this many micro-batches only. Default: the whole validation set.")
+    train_eval_batches: int = Field(
+        0,
+        ge=0,
+        description="At each validation also measure this many training micro-batches, always the first ones, as validation does, without "
+        "dropout (`train_eval_loss`): how far `val_loss` lies above it is overfitting.",
+    )
     log_every: int = Field(10, gt=0, description="Steps between rows of metrics.jsonl and of the console.")
     freeze: list[str] = Field(
         [], description="Parameters that are not trained: names, beginnings of names or patterns, e.g. `[embed_tokens, layers.0]`, `['*norm*']`."

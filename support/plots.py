@@ -17,7 +17,7 @@ COLORS = ["#2f6f9f", "#c2572b", "#3c8a4e", "#8258a8", "#a3803a", "#b5527f", "#4a
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -53,6 +53,10 @@ def draw_loss(folder: Path) -> Path | None:
     pyplot = load_pyplot()
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained")
     top.plot([r["step"] for r in train], [r["loss"] for r in train], color="#7aa6c2", linewidth=1, label="train")
+    again = [r for r in val if "train_eval_loss" in r]
+    if again:
+        label = "train, measured as validation"
+        top.plot([r["step"] for r in again], [r["train_eval_loss"] for r in again], color="#2f6f9f", marker=".", linestyle="--", label=label)
     if val:
         top.plot([r["step"] for r in val], [r["val_loss"] for r in val], color="#b3452c", marker="o", markersize=3, label="validation")
         best = min(val, key=lambda r: r["val_loss"])
