@@ -9,6 +9,8 @@ python3 train.py --config config_smoke.yaml --show-step 3       # the exact text
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import math
@@ -16,7 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from support.cli import UserError, add_run_flags, guarded, is_main_process, make_parser, warn
+from support.cli import Extra, UserError, add_run_flags, guarded, is_main_process, make_parser, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -28,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args, sys.argv[1:], results=False)  # --help and wrong flags answer before torch is imported
 
 import numpy as np
 import torch
@@ -43,7 +45,7 @@ from support.disk import claim_folder
 from support.loss import IGNORE
 from support.plots import draw_loss
 from support.preflight import prepare, print_header
-from support.run import Plan, explain, how_to_go_on, move_aside, write_run_config
+from support.run import Plan, explain, how_to_go_on, move_aside, why_no_gradient, write_run_config
 
 if __name__ == "__main__":
     # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
@@ -57,13 +59,16 @@ from support.callbacks import (
     CheckpointSaver,
     Console,
     JsonlFile,
-    LoggerSink,
     Metrics,
     StopOnSignal,
     StopRun,
     TextSamples,
+    make_sinks,
     name_checkpoint,
+    perplexity,
 )
+
+LEARNED = 1e-3  # nats: below such a loss a gradient may round to zero, because there is nothing left to learn
 
 
 class LitCausalLM(pl.LightningModule):
@@ -81,7 +86,7 @@ class LitCausalLM(pl.LightningModule):
         self.stream_state: str | None = None
         self.step_metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}  # what a validation gives beside the loss
-        self.flops_per_token = net.flops_per_token(plan.config.seq_len)
+        self.flops_per_token = net.flops_per_token(max(plan.row_lengths))
 
     def configure_model(self) -> None:
         """Under FSDP, cut every block's weights over the processes (called by Lightning on each of them)."""
@@ -134,10 +139,16 @@ class LitCausalLM(pl.LightningModule):
         return self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else contextlib.nullcontext()
 
     def refuse_bad_numbers(self, step: int, loss: float, grad_norm: float) -> None:
-        """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold one."""
+        """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold one; and where no
+        weight would be touched at all."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"loss={loss}, gradient norm={grad_norm} on {self.samples_of(step)}"
             raise self.bad_numbers(f"step {step + 1}: {what}; the weights are as before this step", step)
+        if grad_norm == 0 and loss > LEARNED:
+            raise UserError(
+                f"step {step + 1}: every gradient is zero while the loss is {loss:.4f}, so nothing would be learned; the weights are as "
+                f"before this step\n       try {why_no_gradient(self.config)}"
+            )
 
     def refuse_bad_weights(self) -> None:
         """A step can also throw the weights out of range by its size, with a gradient that was finite. None is saved."""
@@ -167,15 +178,31 @@ class LitCausalLM(pl.LightningModule):
         return f"samples {step * size} to {(step + 1) * size - 1} (blocks {shown})"
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums = torch.zeros((), device=self.device)
+        self.val_sums, self.train_eval_sums = torch.zeros((), device=self.device), torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_sums = self.val_sums + self.validation_sums(batch)
+        if batch_idx == 0:
+            for seen in self.train_eval_batches:
+                self.train_eval_sums += self.loss_sums({name: tensor.to(self.device) for name, tensor in seen.items()})
+
+    @functools.cached_property
+    def train_eval_batches(self) -> list[Batch]:
+        """The first micro-batches of the run, to measure the loss on training text as that on validation text is measured."""
+        n, hardware = self.config.training.train_eval_batches, self.config.hardware.model_copy(update={"num_workers": 0})
+        config, plan = self.config.model_copy(update={"hardware": hardware}), self.plan
+        steps, _ = make_dataloaders(config, plan.data, plan.tokenizer, n, 0, self.global_rank, self.trainer.world_size)
+        batches = itertools.islice(itertools.chain.from_iterable(steps), n) if n else []
+        return [{name: value for name, value in batch.items() if name != "stream_state"} for batch in batches]
+
+    def loss_sums(self, batch: Batch) -> Tensor:
+        """(2,): the summed loss of a batch, and the number of its targets."""
+        loss_sum, n_targets = self.net(**batch)
+        return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
 
     def validation_sums(self, batch: Batch) -> Tensor:
         """What is added up over the validation set: the summed loss, the number of targets, and what a subclass adds."""
-        loss_sum, n_targets = self.net(**batch)
-        return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
+        return self.loss_sums(batch)
 
     def on_validation_epoch_end(self) -> None:
         """The loss over all validation targets, however they were batched."""
@@ -184,6 +211,9 @@ class LitCausalLM(pl.LightningModule):
         if not math.isfinite(self.val_loss):
             raise self.bad_numbers(f"step {step}: val_loss={self.val_loss} on the validation text", step - 1)
         self.val_metrics = self.metrics_of(n_targets, more)
+        if self.config.training.train_eval_batches:
+            loss_sum, n_targets = self.sum_over_processes(self.train_eval_sums).tolist()
+            self.val_metrics["train_eval_loss"] = loss_sum / max(1.0, n_targets)
 
     def metrics_of(self, n_targets: float, sums: list[float]) -> dict[str, float]:
         """`val_metrics` from the sums that a subclass adds."""
@@ -241,6 +271,7 @@ class LitCausalLM(pl.LightningModule):
                 "train_loss": self.step_metrics.get("loss"),
                 "lr": self.step_metrics.get("lr"),
                 **finite,
+                "perplexity": perplexity(self.val_loss) if finite["val_loss"] is not None else None,
                 "best_step": self.best_step,
                 **self.val_metrics,
             },
@@ -257,29 +288,18 @@ class LitCausalLM(pl.LightningModule):
         self.best_step = metrics.get("best_step")
 
 
-def make_loggers(plan: Plan) -> list:
-    """Lightning's loggers for those the config asks for."""
-    loggers = []
-    if plan.config.logging.tensorboard:
-        loggers.append(pl.loggers.TensorBoardLogger(plan.folder, name="tensorboard", version=""))
-    if plan.config.logging.wandb:
-        loggers.append(pl.loggers.WandbLogger(project="tiny-transformer", name=plan.folder.name, save_dir=plan.folder))
-    return loggers
-
-
-def make_callbacks(plan: Plan, start_step: int, loggers: list, console: Console | None, stop: StopOnSignal) -> list[pl.Callback]:
+def make_callbacks(plan: Plan, start_step: int, sinks: list, console: Console | None, stop: StopOnSignal) -> list[pl.Callback]:
     """Metrics before checkpoints, so that no row is lost between the two; files and console in the main process only."""
     training = plan.config.training
-    sinks = [] if console is None else [JsonlFile(plan.folder / "metrics.jsonl", start_step), console, *map(LoggerSink, loggers)]
     callbacks = [Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device), stop, CheckpointSaver(plan, stop)]
     if training.sample_every:
-        callbacks.append(
-            TextSamples(plan.tokenizer, training.sample_prompts, training.sample_every, training.sample_temperature, plan.config.seed, console)
-        )
+        sampling = training.sample_prompts, training.sample_every, training.sample_temperature, plan.config.seed
+        rows = JsonlFile(plan.folder / "samples.jsonl", start_step) if console else None
+        callbacks.append(TextSamples(plan.tokenizer, *sampling, console, rows))
     return callbacks
 
 
-def build_trainer(plan: Plan, callbacks: list[pl.Callback], loggers: list, validates_first: bool) -> pl.Trainer:
+def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: bool) -> pl.Trainer:
     """Lightning's engine: devices, processes, precision, the loop over steps. The rest of its offers is switched off."""
     hardware = plan.config.hardware
     strategy = "auto"
@@ -300,7 +320,7 @@ def build_trainer(plan: Plan, callbacks: list[pl.Callback], loggers: list, valid
         val_check_interval=plan.config.training.val_every,
         num_sanity_val_steps=-1 if validates_first else 0,  # Lightning's check before the first step; -1 is all of it
         use_distributed_sampler=False,
-        logger=loggers or False,
+        logger=False,  # ours are given rows and nothing else, and their failures end nothing
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
@@ -320,26 +340,30 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
     """Build network, module and trainer, and run. Raises StopRun after a signal."""
     quiet_lightning()
     net = starting_net(plan.model_config, plan.config, from_base=plan.resume_from is None)
-    module, loggers = module_class(plan, net), make_loggers(plan)
+    module = module_class(plan, net)
     if console:
-        print_header(plan, net, start_step)
+        with Extra("the summary of the run"):
+            print_header(plan, net, start_step)
     if plan.config.training.compile:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
-    stop = StopOnSignal()
-    trainer = build_trainer(plan, make_callbacks(plan, start_step, loggers, console, stop), loggers, module.validates_first)
-    with stop:
-        trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
+    stop, sinks = StopOnSignal(), [*make_sinks(plan.config.logging, plan.folder, start_step), console] if console else []
+    trainer = build_trainer(plan, make_callbacks(plan, start_step, sinks, console, stop), module.validates_first)
+    try:
+        with stop:
+            trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
+    finally:
+        for sink in sinks:
+            with Extra(f"closing {sink.name}"):
+                sink.close()
     if plan.n_steps == 0:  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
         next(c for c in trainer.callbacks if isinstance(c, CheckpointSaver)).save(trainer, module)
 
 
 def draw(folder: Path) -> Path | None:
-    """The curves. A disk that is full now must not hide what has been saved."""
-    try:
+    """The curves. Whatever goes wrong with them must not hide what has been saved."""
+    with Extra(f"drawing the curves in {folder}"):
         return draw_loss(folder)
-    except OSError as error:
-        warn(f"the curves could not be written to {folder} ({error.strerror})")
-        return None
+    return None
 
 
 def finish(plan: Plan) -> None:
@@ -391,8 +415,8 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
             draw(plan.folder)
             print(f"stopped; {how_to_go_on(plan)}")
         return stop.code if console else 0  # Lightning kills the main process where a further one ends with another status
-    except (RuntimeError, MemoryError) as error:
-        if (advice := explain(error, plan)) is None:
+    except Exception as error:
+        if isinstance(error, UserError) or (advice := explain(error, plan)) is None:
             raise
         if not is_main_process():  # the others may not have met it
             print(f"warning: a further process: {advice}", file=sys.stderr)

@@ -6,13 +6,13 @@ that is killed in between and resumed loses neither.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from model import SamplingConfig
 from support.checkpoint import first_not_finite, read_checkpoint, read_metadata, save_archive, step_files, write_merged
-from support.cli import UserError, is_main_process, warn
+from support.cli import Extra, UserError, is_main_process, warn
+from support.config import LoggingConfig
 from support.continuation import text_after
 from support.disk import atomic_write, link_or_copy, temporary_folder
 from support.hardware import bf16_peak_flops, memory_used_mb
@@ -129,6 +130,7 @@ class CheckpointSaver(pl.Callback):
         self.folder, self.save_every, self.keep_last = plan.folder, checkpoint.save_every, checkpoint.keep_last
         self.val_every, self.n_steps, self.stop = training.val_every, plan.n_steps, stop
         self.goes_on_from = plan.resume_from if plan.goes_on else None
+        self.tidying = Extra("removing older checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Going on in a folder: its names as they should be, also where a kill came between a file and its names, and
@@ -182,7 +184,8 @@ class CheckpointSaver(pl.Callback):
         older = [p for p in step_files(self.folder) if p != path]
         n_old = max(0, len(older) + 1 - self.keep_last) if self.keep_last else 0
         for old in older[:n_old]:
-            old.unlink(missing_ok=True)
+            with self.tidying:
+                old.unlink(missing_ok=True)
         return True
 
     def _write(self, trainer: pl.Trainer, path: Path) -> str | None:
@@ -204,6 +207,11 @@ class CheckpointSaver(pl.Callback):
         )
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss): among how many tokens the model might as well choose evenly."""
+    return math.exp(min(loss, 700.0))
+
+
 class Metrics(pl.Callback):
     """One row for step 1 and every `log_every` steps, one for each validation; each goes to every sink.
 
@@ -211,13 +219,16 @@ class Metrics(pl.Callback):
     """
 
     def __init__(self, sinks: list[Any], log_every: int, n_steps: int, sequences_per_step: int, device: str):
-        self.sinks, self.log_every, self.n_steps, self.sequences_per_step, self.device = sinks, log_every, n_steps, sequences_per_step, device
+        self.sinks = [(sink, Extra(sink.name)) for sink in sinks]
+        self.log_every, self.n_steps, self.sequences_per_step, self.device = log_every, n_steps, sequences_per_step, device
+        self.measuring = Extra("measuring memory and speed")
         self.seconds, self.steps, self.tokens_before = 0.0, 0, None
         self.began = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.write(row)
+        for sink, extra in self.sinks:
+            with extra:
+                sink.write(row)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.tokens_before is None:
@@ -230,6 +241,7 @@ class Metrics(pl.Callback):
         step = trainer.global_step
         if step > 1 and step % self.log_every and step != self.n_steps:
             return
+        self.seconds = max(self.seconds, 1e-9)  # a coarse clock may have seen nothing
         tokens_per_sec = (pl_module.tokens_seen - self.tokens_before) / self.seconds
         row = {
             "step": step,
@@ -238,10 +250,11 @@ class Metrics(pl.Callback):
             "tokens_per_sec": round(tokens_per_sec, 1),
             "examples_per_sec": round(self.sequences_per_step * self.steps / self.seconds, 2),
             "step_ms": round(1000 * self.seconds / self.steps, 3),
-            "memory_mb": round(memory_used_mb(self.device), 1),
         }
-        if peak := bf16_peak_flops(self.device):
-            row["mfu"] = round(pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size), 4)
+        with self.measuring:
+            row["memory_mb"] = round(memory_used_mb(self.device), 1)
+            if peak := bf16_peak_flops(self.device):
+                row["mfu"] = round(pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size), 4)
         self.seconds, self.steps, self.tokens_before = 0.0, 0, pl_module.tokens_seen
         self.write(row)
 
@@ -251,22 +264,25 @@ class Metrics(pl.Callback):
                 "step": trainer.global_step,
                 "tokens": pl_module.tokens_seen,
                 "val_loss": pl_module.val_loss,
-                "perplexity": math.exp(min(pl_module.val_loss, 700.0)),
+                "perplexity": perplexity(pl_module.val_loss),
                 **pl_module.val_metrics,
             }
         )
 
 
 class JsonlFile:
-    """metrics.jsonl, written through row by row. On resume, rows of steps that will be run again are dropped first. Rows
-    that a full disk does not take are kept and written with a later one."""
+    """metrics.jsonl or samples.jsonl, written through row by row. On resume, rows of steps that will be run again are dropped
+    first (`dropped` holds them). Rows that a full disk does not take are kept and written with a later one."""
 
     def __init__(self, path: Path, resume_step: int):
+        self.name, self.dropped = path.name, []
         kept = []
-        for line in path.read_text().splitlines() if path.exists() and resume_step else []:
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() and resume_step else []:
             try:
-                if json.loads(line)["step"] <= resume_step:
+                if (row := json.loads(line))["step"] <= resume_step:
                     kept.append(line)
+                else:
+                    self.dropped.append(row)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # a line cut off by a kill
         with atomic_write(path) as file:
@@ -288,20 +304,60 @@ class JsonlFile:
             if not told:
                 warn(f"{self.file.name} could not be written ({error.strerror}); its rows are kept for later")
 
+    def close(self) -> None:
+        self.file.close()
+
 
 class LoggerSink:
-    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases)."""
+    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases), but for those it has had before, from a run that was
+    killed and is resumed. One that fails `TRIES` times in a row, each of which may have waited for a network, is given up."""
 
-    def __init__(self, logger: Any):
-        self.logger = logger
+    TRIES = 3
+
+    def __init__(self, logger: Any, had: list[dict[str, Any]] = ()):
+        self.logger, self.name, self.failures = logger, type(logger).__name__, 0
+        self.had = {(row["step"], "val_loss" in row) for row in had}
 
     def write(self, row: dict[str, Any]) -> None:
+        if self.failures == self.TRIES or (row["step"], "val_loss" in row) in self.had:
+            return
+        self.failures += 1
         self.logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         self.logger.save()
+        self.failures = 0
+
+    def close(self) -> None:
+        self.logger.finalize("finished")
+
+
+def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any]:
+    """Where the rows of metrics go besides the console: metrics.jsonl, and the loggers that the config asks for.
+
+    A resumed run begins at `start_step`; each logger has each step once all the same. TensorBoard hides the steps that are
+    run again, and Weights & Biases, which goes on with the run whose id is kept in the folder, is not given them again.
+    """
+    file = JsonlFile(folder / "metrics.jsonl", start_step)
+    sinks = [file]
+    if config.tensorboard:
+        with Extra("TensorBoard"):
+            purge = {"purge_step": start_step + 1} if start_step else {}
+            sinks.append(LoggerSink(pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge)))
+    if config.wandb:
+        with Extra("Weights & Biases"):
+            id_file = folder / "wandb_id.txt"
+            if not id_file.exists():
+                with atomic_write(id_file) as new:
+                    new.write(uuid.uuid4().hex[:8].encode())
+            same_run = {"id": id_file.read_text("ascii").strip(), "resume": "allow"}
+            logger = pl.loggers.WandbLogger(project="tiny-transformer", name=folder.name, save_dir=folder, **same_run)
+            sinks.append(LoggerSink(logger, file.dropped))
+    return sinks
 
 
 class Console:
     """The run on the screen: a live bar on a terminal, plain lines elsewhere (and in files)."""
+
+    name = "the console"
 
     def __init__(self, n_steps: int, start_step: int):
         self.n_steps, self.bar = n_steps, None
@@ -326,10 +382,9 @@ class Console:
                 self.bar.console.print(text, markup=False, highlight=False)
             else:
                 print(text, flush=True)
-        except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # whoever read this has gone: stop as if asked to
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
-                signal.raise_signal(signal.SIGTERM)
+        except BrokenPipeError:  # whoever read this has gone: stop as if asked to
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+            signal.raise_signal(signal.SIGTERM)
 
     def write(self, row: dict[str, Any]) -> None:
         step = row["step"]
@@ -348,7 +403,8 @@ class Console:
 
     def close(self) -> None:
         if self.bar:
-            self.bar.stop()
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                self.bar.stop()
 
 
 class TextSamples(pl.Callback):
@@ -357,25 +413,33 @@ class TextSamples(pl.Callback):
 
     NEW_TOKENS = 64
 
-    def __init__(self, tokenizer: Any, prompts: list[str], every: int, temperature: float, seed: int, console: Console | None):
+    def __init__(
+        self, tokenizer: Any, prompts: list[str], every: int, temperature: float, seed: int, console: Console | None, rows: JsonlFile | None
+    ):
         self.tokenizer, self.prompts, self.every, self.seed, self.console = tokenizer, prompts, every, seed, console
-        self.sampling = SamplingConfig(temperature=temperature)
+        self.sampling, self.rows, self.extra = SamplingConfig(temperature=temperature), rows, Extra("a text sample")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every:
             return
         pl_module.net.eval()
         for n, prompt in enumerate(self.prompts):
-            seed = np.random.SeedSequence([self.seed, trainer.global_step, n]).generate_state(1)[0]  # one for each prompt
-            ids = self.tokenizer.begin(prompt)
-            out = pl_module.net.generate(
-                torch.tensor([ids], device=pl_module.device),
-                self.NEW_TOKENS,
-                self.sampling,
-                eos_id=self.tokenizer.eos_id,
-                generator=torch.Generator(pl_module.device).manual_seed(int(seed)),
-            )
-            text = prompt + text_after(self.tokenizer, ids, out[0, len(ids) :].tolist())
-            if self.console:
-                self.console.print(f"step {trainer.global_step:>6} sample: {text!r}")
+            with self.extra:
+                self.sample(n, prompt, trainer.global_step, pl_module)
         pl_module.net.train()
+
+    def sample(self, n: int, prompt: str, step: int, pl_module: pl.LightningModule) -> None:
+        seed = int(np.random.SeedSequence([self.seed, step, n]).generate_state(1)[0])  # one for each prompt
+        ids = self.tokenizer.begin(prompt)
+        out = pl_module.net.generate(
+            torch.tensor([ids], device=pl_module.device),
+            self.NEW_TOKENS,
+            self.sampling,
+            eos_id=self.tokenizer.eos_id,
+            generator=torch.Generator(pl_module.device).manual_seed(seed),
+        )
+        text = prompt + text_after(self.tokenizer, ids, out[0, len(ids) :].tolist())
+        if self.console:
+            self.console.print(f"step {step:>6} sample: {text!r}")
+        if self.rows:
+            self.rows.write({"step": step, "prompt": prompt, "text": text, "seed": seed})

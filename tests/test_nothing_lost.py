@@ -1,24 +1,29 @@
 """A full disk, a kill between two writes, bad numbers: what was saved stays whole, and what was not is kept or told."""
 
 import errno
+import fcntl
 import math
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 from test_resume import BYTE, assert_same_run, stop_before, stopped_run
 
+import prepare
 import support.callbacks
 import support.checkpoint
 import train
 from data import leave_signals_alone
+from model import GPTMini
 from support.callbacks import Console, StopOnSignal, StopRun
-from support.checkpoint import load_model
+from support.checkpoint import load_model, weights_sha256
 from support.cli import UserError
 from support.disk import claim_folder
 
@@ -317,6 +322,43 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(run, tmp_path, monkey
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def without_gradient(net):
+    """As a network that has been compiled wrongly: the loss is right, and nothing follows from it."""
+    forward = net.forward
+    net.forward = lambda **batch: [part + 0 * net.norm.weight.sum() for part in torch.no_grad()(forward)(**batch)]
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [((), "model.zero_init=false"), (("training.compile=true",), "training.compile=false"), (("training.freeze=[layers]",), "freeze less")],
+    ids=["plain", "compiled", "frozen"],
+)
+def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monkeypatch, words, advice):
+    monkeypatch.setattr("support.run.try_compiler", lambda device: None)
+    monkeypatch.setattr(GPTMini, "compile", lambda self: None)
+
+    def begin(self, *args):
+        without_gradient(self.net)
+        return STEP(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", begin)
+    with pytest.raises(UserError, match=rf"step 1: every gradient is zero while the loss is 5\.\d+.*\n.*{advice}"):
+        run(tmp_path / "run", *BYTE, *words)
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_step_without_targets_has_no_gradient_and_goes_by(run, tmp_path, monkeypatch):
+    def masked(self, batches, index):
+        if self.trainer.global_step in (0, 3):
+            for batch in batches:
+                batch["labels"][:] = -100
+        return STEP(self, batches, index)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", masked)
+    made = run(tmp_path / "run", *BYTE, "training.max_steps=5")
+    assert [row["grad_norm"] == 0 for row in made.train_rows] == [True, False, False, True, False]
+
+
 @pytest.mark.parametrize("source", ["text", "stream"])
 def test_bad_numbers_name_the_samples(run, tmp_path, monkeypatch, source):
     rows = tmp_path / "rows.jsonl"
@@ -368,3 +410,66 @@ def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
     with pytest.raises(UserError, match=rf"step-0000006\.ckpt: {'weights' if part == 'state_dict' else 'optimizer'}.* holds a NaN.*--resume CKPT"):
         run(tmp_path / "run", *BYTE, "--resume")
     assert run(tmp_path / "run", *BYTE, f"--resume={made.folder / 'step-0000004.ckpt'}").code == 0
+
+
+# ---- file systems without locks ------------------------------------------------------------------------------------
+
+
+def no_locks(monkeypatch, number: int) -> None:
+    def refused(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+
+
+NO_SECOND = "so do not start a second run there"
+WITHOUT_LOCKS = pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EPERM], ids=errno.errorcode.get)
+
+
+@WITHOUT_LOCKS
+def test_a_file_system_without_locks_is_a_warning(run, tmp_path, monkeypatch, number):
+    no_locks(monkeypatch, number)
+    made = run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0")
+    assert made.code == 0
+    assert made.err == f"warning: {tmp_path / 'run'} cannot be locked ({os.strerror(number)}): its file system has no locks, {NO_SECOND}\n"
+
+
+def test_prepare_writes_without_locks_too(tmp_path, monkeypatch, capsys):
+    no_locks(monkeypatch, errno.ENOLCK)
+    (tmp_path / "text.txt").write_text("some words\n\n" * 40)
+    assert prepare.main(["tokens", "--input", str(tmp_path / "text.txt"), "--tokenizer", "byte", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("cannot be locked") == 1
+    assert (tmp_path / "out" / "meta.json").exists()
+
+
+def test_check_says_that_there_are_no_locks_and_leaves_nothing(argv_of, tmp_path, monkeypatch, capsys):
+    for number in (0, errno.ENOLCK):
+        if number:
+            no_locks(monkeypatch, number)
+        with pytest.raises(SystemExit):
+            train.main([*argv_of(tmp_path / "run", *BYTE), "--check"])
+        assert ("no locks (No locks available), so nothing keeps a second run out" in capsys.readouterr().out) == bool(number)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, monkeypatch, number):
+    def refused(path, *args, **options):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(UserError, match=rf"a/b/run cannot be written \({os.strerror(number)}\); name another folder by --output PATH"):
+        claim_folder(tmp_path / "a" / "b" / "run", "--output ")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_output_is_a_full_disk_or_closed_goes_on(tmp_path, argv_of, straight):
+    """In processes of their own, as a user starts them."""
+    for number, redirect in enumerate([">/dev/full 2>&1", ">&- 2>&-"]):
+        folder = tmp_path / str(number)
+        command = ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, "train.py", *argv_of(folder, *BYTE)]
+        env = os.environ | {"PYTHONIOENCODING": "ascii"}
+        assert subprocess.run(command, cwd=REPO, env=env, capture_output=True).returncode == 0
+        assert weights_sha256(folder / "final.ckpt") == straight.sha256
