@@ -177,6 +177,8 @@ def prepare(args: Any) -> Plan:
     if args.show_step is not None:
         print(show_step(plan, args.show_step))
         sys.exit(0)
+    if plan.config.training.compile and not args.only_looks:
+        try_compiler(plan.device)
     return plan
 
 

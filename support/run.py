@@ -23,7 +23,7 @@ from model import GPTConfig
 from support.base import net_on_meta, with_base, with_own_tokenizer
 from support.checkpoint import find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process, warn
-from support.compiling import advice_on_compiling, is_of_compiler, try_compiler
+from support.compiling import advice_on_compiling, is_of_compiler
 from support.config import Config, config_tree, flag_overrides, validate_config
 from support.disk import atomic_write
 from support.hardware import resolve_device, resolve_precision
@@ -161,8 +161,6 @@ def plan_run(args: Any) -> Plan:
     net_on_meta(plan.model_config, config)  # for mistakes in lora.targets and training.freeze
     if metadata:
         compare_data(metadata, plan)
-    if config.training.compile and not args.only_looks:
-        try_compiler(device)
     return plan
 
 

@@ -9,7 +9,6 @@ from conftest import REPO
 
 from support.cli import Extra
 
-FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 TEXT = "na\u00efve \u6771 \U0001f600 \ud800 \ufffd end"  # a Latin letter, one of another script, one beyond U+FFFF, a half
 
 
@@ -70,7 +69,6 @@ def test_a_file_does_not_take_the_place_of_closed_output(tmp_path):
     assert (tmp_path / "data").read_text() == "data"
 
 
-@FULL
 @pytest.mark.parametrize("n", [1, 3000], ids=["a line", "more than a buffer"])
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 def test_a_full_disk_under_standard_output_is_an_error_where_results_go_there(n, unbuffered):
@@ -79,7 +77,6 @@ def test_a_full_disk_under_standard_output_is_an_error_where_results_go_there(n,
     assert err.startswith(b"error: standard output cannot be written (No space left on device)")
 
 
-@FULL
 @pytest.mark.parametrize("n", [1, 3000], ids=["a line", "more than a buffer"])
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 def test_a_full_disk_under_a_run_s_messages_ends_nothing(n, unbuffered):
@@ -88,7 +85,6 @@ def test_a_full_disk_under_a_run_s_messages_ends_nothing(n, unbuffered):
     assert (status, err) == (3, b"")
 
 
-@FULL
 @pytest.mark.parametrize("results", [True, False])
 def test_a_full_disk_under_standard_error_ends_nothing(results):
     status, out, _ = ended(script("warn(text); print('goes on'); warn(text * 999)", results), "2>/dev/full")
