@@ -64,7 +64,7 @@ def test_a_checkpoint_opens_with_weights_only_and_holds_the_documented_fields(ti
     ours = checkpoint["tiny_transformer"]
     assert ours.keys() == FIELDS
     assert (checkpoint["global_step"], ours["format_version"], ours["sequences_per_step"], ours["stream_state"]) == (12, 1, 8, None)
-    assert ours["metrics"].keys() == {"step", "epoch", "tokens", "train_loss", "lr", "val_loss", "best_val_loss", "best_step"}
+    assert ours["metrics"].keys() == {"step", "epoch", "tokens", "train_loss", "lr", "val_loss", "perplexity", "best_val_loss", "best_step"}
     last, val = tiny_run.train_rows[-1], tiny_run.val_rows[-1]
     expected = {"step": 12, "tokens": last["tokens"], "train_loss": last["loss"], "lr": last["lr"], "val_loss": val["val_loss"]}
     assert {name: ours["metrics"][name] for name in expected} == expected

@@ -465,6 +465,7 @@ def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_is_a_full_disk_or_closed_goes_on(tmp_path, argv_of, straight):
     """In processes of their own, as a user starts them."""
     for number, redirect in enumerate([">/dev/full 2>&1", ">&- 2>&-"]):
