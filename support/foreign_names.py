@@ -16,7 +16,8 @@ SECTIONS = {
     "data": "source path dtype val_path dataset config revision split val_split text_field streaming train_docs val_docs val_fraction stride "
     "shuffle document_mask fields packing mask_prompt too_long errors",
     "training": "max_steps epochs schedule_steps micro_batch_size grad_accum_steps seq_len lr min_lr warmup_steps schedule optimizer muon_lr "
-    "weight_decay betas eps grad_clip compile val_every val_batches train_eval_batches log_every freeze sample_every sample_prompts sample_temperature",
+    "weight_decay betas eps grad_clip compile val_every val_batches train_eval_batches log_every freeze sample_every sample_prompts "
+    "sample_temperature",
     "hardware": "accelerator devices num_nodes strategy precision num_workers deterministic",
     "checkpoint": "dir save_every keep_last",
     "logging": "tensorboard wandb",
