@@ -146,7 +146,18 @@ def check_weights(headers: dict[str, Tensor], wanted: dict[str, Tensor], hf: dic
         named = f"is quantized ({method}, by its config.json)" if method else f"holds {packed[0][:100]} in packed numbers, as quantized models do"
         raise UserError(f"{source} {named}; weights are read as float32, float16 or bfloat16 only: take the model it was made from")
     if wrong:
-        raise UserError(f"{source}: the weights do not fit its config.json: {wrong}")
+        headless = "lm_head.weight" in wanted.keys() - headers.keys()
+        hint = "; if its head is its embedding, write tie_word_embeddings: true into config.json" if headless else ""
+        raise UserError(f"{source}: the weights do not fit its config.json: {wrong}{hint}")
+
+
+def has_own_head(folder: Path, kind: str, headers: list[tuple[str, Tensor]]) -> bool:
+    """Whether the weights hold a head that is not the embedding, whatever config.json says: a copy of the embedding is none."""
+    if not any("lm_head.weight" in to_ours(kind, theirs, tensor) for theirs, tensor in headers):
+        return False
+    both = (to_ours(kind, theirs, tensor) for theirs, tensor in tensors(folder))
+    found = {name: part for parts in both for name, part in parts.items() if name in ("embed_tokens.weight", "lm_head.weight")}
+    return len(found) == 2 and not torch.equal(*found.values())
 
 
 def our_names(kind: str, pairs: Iterable[tuple[str, Tensor]], lengths: dict[str, int], tied: bool) -> Iterator[tuple[str, Tensor]]:
@@ -182,6 +193,9 @@ def read_pretrained(folder: Path, source: str, max_seq_len: int | None, say: Cal
     fields, tokenizer = model_fields(hf), read_tokenizer(folder, hf, say)
     config = model_config(fields, hf.get("vocab_size"), tokenizer, source, max_seq_len, say)
     headers = list(tensors(folder, header_only=True))
+    if config.tie_embeddings and has_own_head(folder, hf["model_type"], headers):
+        say("head: config.json says that it is the embedding, and the weights hold another one, which is kept")
+        config = config.model_copy(update={"tie_embeddings": False})
     if wrong := oversized(config.model_dump(), [tensor for _, tensor in headers]):
         raise UserError(f"{source}: config.json describes another model than the weights: {wrong}")
     with torch.device("meta"):

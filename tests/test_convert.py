@@ -95,6 +95,34 @@ def same_weights(one: GPTMini, other: GPTMini) -> bool:
 # ---- there and back -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["another", "a copy of the embedding"])
+def test_a_head_beside_a_tied_embedding_is_kept_where_it_is_another(saved, tmp_path, own):
+    """As transformers 5 does, which is the witness of the conversion; older programs drop such a head without a word."""
+    call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    head = torch.randn_like(embedding) if own else embedding.clone()
+    save_file({**weights, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    said = call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
+    assert ("which is kept" in said) == own
+    model = load_model(tmp_path / "back.ckpt")[0]
+    assert model.config.tie_embeddings != own
+    assert torch.equal(model.lm_head.weight, head)
+
+
+def test_a_head_that_is_missing_is_named_with_what_to_do(saved, tmp_path):
+    call("--ckpt", saved("ours", random_model(tie_embeddings=False)), "--to", "hf", "--output", tmp_path / "hf")
+    file, settings = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight: expected .*, provided none; if its head .* write tie_word_embeddings: true"):
+        convert.main(["--from", str(tmp_path / "hf"), "--output", str(tmp_path / "back.ckpt")])
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tie_word_embeddings": True}))
+    assert "verified" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
+
+
 @SHAPE
 def test_a_model_goes_to_hugging_face_and_comes_back_with_the_same_bits(saved, tmp_path, switches):
     import transformers
