@@ -1,5 +1,6 @@
 """Which files a path means: itself, those in a folder at any depth, or those of a glob. What a file holds is said by its ending."""
 
+import codecs
 import glob
 import os
 from collections import Counter
@@ -96,6 +97,8 @@ def refusal(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str |
 
 def refuse_disguised(file: Path, begins: bytes) -> None:
     """Raise UserError for a file whose first bytes are those of a kind that is not read, whatever its name says."""
+    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{file} is UTF-16 text, as some programs of Windows save it; convert it: iconv -f UTF-16 -t UTF-8 {file} > utf8.txt")
     kind = next((kind for magic, kind in FIRST_BYTES.items() if begins.startswith(magic)), None)
     if kind:
         raise UserError(f"{file} {OTHER_KINDS[kind].format(file=file)} (by its first bytes it is a {kind} file)")

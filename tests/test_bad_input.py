@@ -177,7 +177,7 @@ def test_no_config_is_an_error_that_names_one(refusal):
         ("blank.txt", b"\n  \n\t\n", ["blank.txt", "no text"]),
         ("marks.txt", b"<|endoftext|>\n<|endoftext|>\n", ["marks.txt", "no text"]),
         ("binary.txt", b"text\x00\x01\x02", ["binary.txt", "offset 4"]),
-        ("utf16.txt", "some text".encode("utf-16"), ["utf16.txt", "offset 3", "UTF-16", "data.errors=replace"]),
+        ("utf16.txt", "some text".encode("utf-16"), ["utf16.txt", "UTF-16", "iconv -f UTF-16 -t UTF-8"]),
         ("latin1.txt", "naïve".encode("latin-1"), ["latin1.txt", "0xef", "offset 2"]),
         ("short.txt", b"abc", ["fewer than one block", "17"]),
         ("broken.jsonl", b'{"text": "one"}\n{"text": \n', ["broken.jsonl, line 2", "not JSON"]),

@@ -578,4 +578,6 @@ def test_config_finetune_yaml_downloads_its_rows_from_the_hub(tiny_run, tmp_path
     cached = by_command("cached", {**hub.environment(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"})
     assert cached.code == 0 and cached.sha256 == online.sha256, cached.err
     nowhere = by_command("nowhere", hub.environment(tmp_path / "empty"))
-    assert nowhere.code == 2 and re.match(r"error: data.dataset=tatsu-lab/alpaca .*name local files by data.path", nowhere.err), nowhere.err
+    assert nowhere.code == 2 and re.match(r"(?s)error: data.dataset=tatsu-lab/alpaca: .* cannot be reached.*data.path=my_rows.json", nowhere.err), (
+        nowhere.err
+    )
