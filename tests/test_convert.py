@@ -117,7 +117,7 @@ def test_a_head_that_is_missing_is_named_with_what_to_do(saved, tmp_path):
     weights = load_file(file)
     del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lm_head.weight: expected .*, provided none; if its head .* write tie_word_embeddings: true"):
+    with pytest.raises(UserError, match=r"lm_head.weight: expected .*, provided none; if its head .* write tie_word_embeddings: true"):
         convert.main(["--from", str(tmp_path / "hf"), "--output", str(tmp_path / "back.ckpt")])
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tie_word_embeddings": True}))
     assert "verified" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
