@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from support.cli import UserError
+from support.cli import UserError, warn
 from support.config import Config
 from support.documents import DocumentStream, hf_documents, memory_for_text, text_documents
 from support.encoding import around, document_pieces, tokenize
@@ -72,6 +72,8 @@ def load_corpus(config: Config) -> Corpus:
     else:
         train = text_documents(data.path, data)
         val = text_documents(data.val_path, data, "data.val_path") if data.val_path else None
+        if val and (n_same := len(set(val) & set(train))):
+            warn(f"{n_same} of {len(val)} validation documents are trained on too, so val_loss says little; give data.val_path another text")
     return Corpus(train, val) if val is not None else Corpus(*split_documents(train, data.val_fraction, config.seed))
 
 

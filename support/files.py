@@ -87,7 +87,7 @@ def refusal(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str |
     if kind in kinds:
         return None
     if strict and "is packed" not in OTHER_KINDS.get(kind, ""):
-        return f"{key}={file}: {listed(kinds)} files are read here, and this is none by its name"
+        return f"{key}={file}: {listed(kinds)} files are read here, and this is none by its name; save it as one of them"
     if kind in (".parquet", ".json") and key.startswith("data."):
         return f"{file} is read by --override data.source=hf --override data.dataset={kind[1:]}; prepare.py reads .jsonl"
     if kind in (".parquet", ".json"):

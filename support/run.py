@@ -3,6 +3,7 @@
 No Lightning here. `plan_run` finds every mistake a user can make before the slow import of it begins.
 """
 
+import errno
 import importlib.metadata
 import importlib.util
 import math
@@ -23,7 +24,7 @@ from model import GPTConfig
 from support.base import net_on_meta, with_base, with_own_tokenizer
 from support.checkpoint import find_latest_checkpoint, read_metadata
 from support.cli import UserError, is_main_process, warn
-from support.compiling import advice_on_compiling, is_of_compiler
+from support.compiling import advice_on_compiling, causes, is_of_compiler
 from support.config import Config, config_tree, flag_overrides, validate_config
 from support.disk import atomic_write
 from support.hardware import resolve_device, resolve_precision
@@ -372,6 +373,12 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
             f"out of memory on {plan.device}: {text[:160]}\n       halve training.micro_batch_size (now "
             f"{training.micro_batch_size}) and double training.grad_accum_steps (now {training.grad_accum_steps}); "
             f"or model.gradient_checkpointing=true\n       {how_to_go_on(plan)}"
+        )
+    no_room = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None for cause in causes(error))
+    if plan.config.hardware.num_workers and no_room:  # no file is full, so it is where processes share their memory
+        return UserError(
+            "data workers need shared memory (/dev/shm), and there is no room in it\n       try hardware.num_workers=0, or give the container "
+            f"more: docker run --shm-size=1g\n       {how_to_go_on(plan)}"
         )
     if "DataLoader worker" in text:
         return UserError(f"a data worker has ended: {text[:160]}\n       try hardware.num_workers=0\n       {how_to_go_on(plan)}")

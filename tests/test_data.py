@@ -58,6 +58,18 @@ def test_eos_stands_behind_every_document_and_nowhere_else():
     assert tokenize(["ab", "c", "<|endoftext|>"], BYTE).tolist() == [97, 98, 256, 99, 256, *b"<|endoftext|>", 256]
 
 
+def test_validation_documents_that_are_trained_on_are_told(tmp_path, capsys):
+    texts = [f"text number {i} is told here\n<|endoftext|>\n" for i in range(9)]
+    (tmp_path / "all.txt").write_text("".join(texts))
+    (tmp_path / "other.txt").write_text("".join(texts[:2]) + "another text\n<|endoftext|>\n")
+    tree = {"data": {"path": str(tmp_path / "all.txt"), "val_path": str(tmp_path / "other.txt")}, "training": {"max_steps": 1}}
+    data_module.load_corpus(validate_config(tree))
+    assert "2 of 3 validation documents are trained on too" in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text("another text")
+    data_module.load_corpus(validate_config(tree))
+    assert "trained on too" not in capsys.readouterr().err
+
+
 def test_many_documents_are_tokenized_as_one_by_one():
     """More than one batch of the tokenizer's."""
     documents = [f"document {i}" * (i % 3 + 1) for i in range(2500)]

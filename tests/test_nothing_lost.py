@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from model import GPTMini
 from support.callbacks import Console, StopOnSignal, StopRun
 from support.checkpoint import load_model, weights_sha256
 from support.cli import UserError
+from support.config import load_config
 from support.disk import claim_folder
+from support.run import explain
 
 STEP = train.LitCausalLM.training_step
 
@@ -398,6 +401,17 @@ def test_memory_that_runs_out_is_explained(run, tmp_path, monkeypatch, error, ad
     with pytest.raises(UserError, match=advice) as said:
         run(tmp_path / "run", *BYTE)
     assert "step-0000004.ckpt" in str(said.value)
+
+
+@pytest.mark.parametrize("workers", [2, 0])
+def test_shared_memory_that_runs_out_is_explained(tiny_run, workers):
+    """Where data workers cannot be started the system only says that no space is left; without workers it is not that."""
+    config = load_config(tiny_run.folder / "run_config.yaml", [f"hardware.num_workers={workers}"])
+    plan = SimpleNamespace(config=config, folder=tiny_run.folder, world=1, device="cpu", command="python3 train.py")
+    error = RuntimeError("cannot start")
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = explain(error, plan)
+    assert (said is not None and "hardware.num_workers=0" in str(said) and "--shm-size" in str(said)) == bool(workers)
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
