@@ -18,8 +18,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from support.cli import UserError, file_path, guarded, make_parser
-from support.hub import find_model
+from support.cli import file_path, guarded, make_parser
+from support.messages import UserError
+from support.text.hub import find_model
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -78,16 +79,17 @@ if __name__ == "__main__":
 
 import torch
 
-from model import GPTMini, SamplingConfig
+from model import GPTMini
+from sampling import SamplingConfig
 from support.checkpoint import load_model, saved_template, write_merged, write_model
-from support.disk import atomic_write
-from support.exchange import config_json, to_theirs
-from support.pretrained import read_pretrained
-from support.proof import probe, verify, verify_exported_text, verify_gguf, verify_imported_text
-from support.run import run_record
-from support.scoring import encode
-from support.template import Template
-from support.tokenizer_files import tokenizer_config, tokenizer_json
+from support.evaluation.likelihoods import encode
+from support.exchange.compare_logits import probe, verify, verify_exported_text, verify_gguf, verify_imported_text
+from support.exchange.hf_folder import read_pretrained
+from support.exchange.hf_names import config_json, to_theirs
+from support.exchange.tokenizer_json import tokenizer_config, tokenizer_json
+from support.files.atomic import atomic_write
+from support.run.folder import run_record
+from support.text.chat_template import Template
 from tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"  # what an imported model is seen to continue; no blank at the end, which is rare in texts
@@ -246,7 +248,7 @@ def export_gguf(args: argparse.Namespace) -> None:
     """The file, complete and compared where that is possible, or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("--to gguf needs a package that is not installed; pip install gguf")
-    from support.gguf_file import write_gguf
+    from support.exchange.gguf_file import write_gguf
 
     output, dtype = Path(args.output), args.dtype or "f32"
     model, tokenizer, metadata = load_model(args.ckpt)

@@ -17,7 +17,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from support.cli import UserError, warn
-from support.config import Config
-from support.documents import DocumentStream, hf_documents, memory_for_text, text_documents
-from support.encoding import around, document_pieces, tokenize
-from support.holdout import check_share, hold_out
-from support.loss import IGNORE
-from support.token_files import TokenFile, TokenFiles
+from support.chunked_loss import IGNORE
+from support.config.schema import Config
+from support.messages import UserError, warn
+from support.text.block_order import permuted
+from support.text.documents import DocumentStream, hf_documents, memory_for_text, text_documents
+from support.text.encode_corpus import around, document_pieces, tokenize
+from support.text.token_files import TokenFile, TokenFiles
+from support.text.validation_split import check_share, hold_out
 from tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -152,29 +153,6 @@ class StepShape:
     def micro_index(self, step: int, micro: int) -> int:
         """The number of a micro-batch in the whole run; it names its blocks and seeds its dropout."""
         return (step * self.grad_accum_steps + micro) * self.world + self.rank
-
-
-@lru_cache
-def _round_keys(key: tuple[int, ...]) -> list[int]:
-    return [int(k) for k in np.random.SeedSequence(key).generate_state(6, np.uint64)]
-
-
-def permuted(position: int, n: int, key: tuple[int, ...]) -> int:
-    """Where the permutation of 0 ... n - 1 that `key` names takes `position`: computed, where a stored order would fill the memory.
-
-    A Feistel network of six rounds permutes all numbers of an even number of bits; whoever lands at n or beyond walks on
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-    """
-    half = (n.bit_length() + 1) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for k in _round_keys(key):
-            mixed = (right ^ k) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-            left, right = right, left ^ (mixed >> 32 ^ mixed >> 11) & mask
-        position = left << half | right
-        if position < n:
-            return position
 
 
 class IndexedSteps(Dataset):

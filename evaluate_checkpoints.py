@@ -23,7 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, add_tokenizer_flag, file_path, guarded, make_parser, print_wide, printable, progress, warn
+from support.cli import add_tokenizer_flag, file_path, guarded, make_parser, print_wide, progress
+from support.messages import UserError, printable, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -66,19 +67,19 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from eval_val import Validation, documents_of, scoring_config, validate
 from model import GPTMini
-from support.cases import Case, read_cases
 from support.checkpoint import find_checkpoints, load_model, other_names, saved_template, warn_of_other_tokenizer
-from support.config import Config
-from support.disk import atomic_write
-from support.evaluation import CaseResult, CheckpointResult, Evaluation
-from support.hardware import resolve_device, resolve_precision
-from support.harness import find_tasks, run_tasks
-from support.hub import HubError
-from support.run import run_record
-from support.scoring import continuations, encode, log_likelihoods
-from support.template import DEFAULT, TEMPLATES, Template, first_parts
+from support.config.schema import Config
+from support.device import resolve_device, resolve_precision
+from support.evaluation.case_files import Case, read_cases
+from support.evaluation.likelihoods import continuations, encode, log_likelihoods
+from support.evaluation.lm_eval_adapter import find_tasks, run_tasks
+from support.evaluation.results import CaseResult, CheckpointResult, Evaluation
+from support.evaluation.validation import Validation, documents_of, scoring_config, validate
+from support.files.atomic import atomic_write
+from support.run.folder import run_record
+from support.text.chat_template import DEFAULT, TEMPLATES, Template, first_parts
+from support.text.hub import HubError
 from tokenizer import Tokenizer
 
 RESAMPLES = 2000  # of the bootstrap
@@ -367,7 +368,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
     """The tables, the report and the picture; what an earlier evaluation left there is replaced."""
-    from support.report import write_report
+    from support.evaluation.report import write_report
 
     write_csv(folder / "evaluation_results.csv", [checkpoint_row(c) for c in evaluation.checkpoints])
     pairs = [(c, case, result) for c in evaluation.checkpoints for case, result in zip(evaluation.cases, c.results, strict=True)]

@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from support.cli import UserError, add_run_flags, file_path, guarded, make_parser
+from support.cli import add_run_flags, file_path, guarded, make_parser
+from support.messages import UserError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,8 +42,9 @@ from data import Batch
 from instruct import InstructPairDataset, score_responses
 from support.checkpoint import KEY
 from support.plots import draw_mask
-from support.preflight import prepare, show_mask
-from support.run import Plan
+from support.run.checklist import prepare
+from support.run.plan import Plan
+from support.run.show import show_mask
 
 
 def draw_examples(plan: Plan, n: int, stem: Path) -> Path:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.cli import UserError, guarded, make_parser
+from support.cli import guarded, make_parser
+from support.messages import UserError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -33,7 +34,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from support.tokenizer_files import byte_characters
+from support.exchange.tokenizer_json import byte_characters
 from tokenizer import EOS_TEXT, WORD_END, last_place
 
 # ---- layers -------------------------------------------------------------------------------------------------------
@@ -660,12 +661,12 @@ def prove_schedule() -> Iterator[Proof]:
 
 
 def prove_sampling() -> Iterator[Proof]:
-    import model
+    import sampling
 
     logits = torch.randn(50) * 3
     for options in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}):
-        kept = model.filter_logits(logits[None], model.SamplingConfig(**options), torch.zeros(1, 0, dtype=torch.long))
-        yield Proof(f"model.filter_logits, {options}", difference(sampling_probabilities(logits, **options), kept.softmax(dim=-1)[0]))
+        kept = sampling.filter_logits(logits[None], sampling.SamplingConfig(**options), torch.zeros(1, 0, dtype=torch.long))
+        yield Proof(f"sampling.filter_logits, {options}", difference(sampling_probabilities(logits, **options), kept.softmax(dim=-1)[0]))
 
 
 def texts() -> tuple[str, str]:

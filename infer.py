@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from support.cli import UserError, add_model_flags, file_path, guarded, make_parser, printable_lines, unix_text, warn
+from support.cli import add_model_flags, file_path, guarded, make_parser, unix_text
+from support.messages import UserError, printable_lines, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -42,11 +43,12 @@ if __name__ == "__main__":
 import torch
 from pydantic import ValidationError
 
-from model import GPTMini, SamplingConfig
+from model import GPTMini
+from sampling import SamplingConfig
 from support.checkpoint import load_model, saved_template, warn_of_other_tokenizer
-from support.continuation import TextStream
-from support.hardware import resolve_device
-from support.template import Template, conversation_ids, prompt_ids
+from support.device import resolve_device
+from support.text.chat_template import Template, conversation_ids, prompt_ids
+from support.text.mid_document import TextStream
 from tokenizer import Tokenizer
 
 

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, file_path, guarded, make_parser, print_wide, printable
+from support.cli import file_path, guarded, make_parser, print_wide
+from support.messages import UserError, printable
 
 COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
     "file": ("file", "{}"),

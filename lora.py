@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.cli import UserError
+from support.messages import UserError
 
 
 class LoRALinear(nn.Linear):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from support.config import TrainingConfig
+from support.config.schema import TrainingConfig
 
 
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:

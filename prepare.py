@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from support.cli import UserError, byte_progress, file_path, guarded, make_parser, printable, warn
+from support.cli import byte_progress, file_path, guarded, make_parser
+from support.messages import UserError, printable, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -68,11 +69,21 @@ def add_token_flags(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer at once
 
-from support.disk import atomic_write, claim_folder
-from support.files import each_once, find_files
-from support.shards import Source, changed, cut_shards, join_shards, longest_tokens, pieces_sha256, source_sha256, workers, write_shards
-from support.token_files import FORMAT_VERSION, described, read_meta
-from support.tokenizer_files import tokenizer_json
+from support.exchange.tokenizer_json import tokenizer_json
+from support.files.atomic import atomic_write, claim_folder
+from support.files.find_files import each_once, find_files
+from support.text.make_token_files import (
+    Source,
+    changed,
+    cut_shards,
+    join_shards,
+    longest_tokens,
+    pieces_sha256,
+    source_sha256,
+    workers,
+    write_shards,
+)
+from support.text.token_files import FORMAT_VERSION, described, read_meta
 from tokenizer import (
     PIECE_CHARS,
     TRAIN_CHARS,

@@ -18,8 +18,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.cli import UserError
-from support.tokenizer_reading import gpt2_files, join_files, read_tokenizer_file
+from support.files.tokenizer_files import gpt2_files, join_files, read_tokenizer_file
+from support.messages import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

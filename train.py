@@ -18,7 +18,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from support.cli import Extra, UserError, add_run_flags, guarded, is_main_process, make_parser, warn
+from support.cli import add_run_flags, guarded, make_parser
+from support.messages import Extra, UserError, is_main_process, warn
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -39,13 +40,16 @@ from torch import Tensor
 from data import Batch, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
-from support.base import starting_net
 from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, first_not_finite, read_metadata, weights_sha256
-from support.disk import claim_folder
-from support.loss import IGNORE
+from support.chunked_loss import IGNORE
+from support.files.atomic import claim_folder
 from support.plots import draw_loss
-from support.preflight import prepare, print_header
-from support.run import Plan, explain, how_to_go_on, move_aside, why_no_gradient, write_run_config
+from support.run.checklist import prepare
+from support.run.folder import move_aside, write_run_config
+from support.run.guards import explain, how_to_go_on, why_no_gradient
+from support.run.plan import Plan
+from support.run.show import print_header
+from support.run.starting_weights import starting_net
 
 if __name__ == "__main__":
     # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
@@ -54,19 +58,8 @@ if __name__ == "__main__":
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from support.callbacks import (
-    AtomicCheckpointIO,
-    CheckpointSaver,
-    Console,
-    JsonlFile,
-    Metrics,
-    StopOnSignal,
-    StopRun,
-    TextSamples,
-    make_sinks,
-    name_checkpoint,
-    perplexity,
-)
+from support.run.metrics import Console, JsonlFile, Metrics, TextSamples, make_sinks, perplexity
+from support.run.saving import AtomicCheckpointIO, CheckpointSaver, StopOnSignal, StopRun, name_checkpoint
 
 LEARNED = 1e-3  # nats: below such a loss a gradient may round to zero, because there is nothing left to learn
 
@@ -403,7 +396,7 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
         lock = claim_folder(plan.folder)
         if not plan.goes_on and (moved := move_aside(plan.folder)):
             print(f"the earlier run in {plan.folder} has been moved to {moved}")
-        write_run_config(plan)
+        write_run_config(plan.folder, plan.config, plan.record)
         if resumed and plan.record["threads"] != resumed["run"]["threads"]:
             warn("the number of CPU threads differs from the run's before; sums round differently, so the resume is not bit for bit")
         console = Console(plan.n_steps, start_step)

@@ -24,12 +24,12 @@ from pydantic import ValidationError
 
 from lora import merge_adapters
 from model import GPTConfig, GPTMini
-from support.archive import Damage, check_archive, check_legacy, check_plain, check_tensors, named_tensors
-from support.cli import UserError, printable, warn
-from support.disk import atomic_write
-from support.files import counted, kind_of, walk
-from support.foreign_files import AS_FOLDER, LEGACY_MAGIC, TORCH, read_from_hub, what_is
-from support.template import Template
+from support.files.atomic import atomic_write
+from support.files.find_files import counted, kind_of, walk
+from support.files.safe_archive import Damage, check_archive, check_legacy, check_plain, check_tensors, named_tensors
+from support.foreign.model_files import AS_FOLDER, LEGACY_MAGIC, TORCH, read_from_hub, what_is
+from support.messages import UserError, printable, warn
+from support.text.chat_template import Template
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 KEY = "tiny_transformer"

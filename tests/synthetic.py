@@ -4,8 +4,8 @@ import math
 import random
 from typing import Any
 
-from support.cases import Case
-from support.evaluation import CaseResult, CheckpointResult, Evaluation
+from support.evaluation.case_files import Case
+from support.evaluation.results import CaseResult, CheckpointResult, Evaluation
 
 CATEGORIES = ("geography", "spelling", "style")
 

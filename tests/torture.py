@@ -24,7 +24,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "promises")]
 
 from conftest import REPO, Run, tiny_argv  # sets one thread and no network, so before torch
 from test_resume import assert_same_run
@@ -126,7 +127,7 @@ def kill_after(pid: int, seconds: float, how: str) -> int:
 def check_files(case: Case, folder: Path, best_before: float) -> float:
     """After a kill every checkpoint is whole, and best.ckpt not worse than before; returns its val_loss."""
     from support.checkpoint import read_checkpoint
-    from support.cli import UserError
+    from support.messages import UserError
 
     best = best_before
     for path in folder.glob("*.ckpt"):

@@ -1,0 +1,228 @@
+"""What is written around a training step: loggers, the samples' file, and what fails there without ending the run."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import BYTE, stop_before
+
+import support.run.metrics
+import train
+from model import GPTMini
+from support.checkpoint import read_metadata
+from support.run.saving import pl
+
+SAMPLES = ("training.sample_every=2", "training.sample_prompts=[The loss, A head]")
+
+
+class StandIn:
+    """In place of a Lightning logger: keeps what it is told, in a list that outlives it."""
+
+    told: list = []
+
+    def __init__(self, *args, **options):
+        self.options = options
+        StandIn.told.append(options)
+
+    def log_metrics(self, row, step):
+        StandIn.told.append((step, "val_loss" in row, row.get("loss", row.get("val_loss"))))
+
+    def save(self):
+        pass
+
+    def finalize(self, status):
+        StandIn.told.append(status)
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """A stand-in for the package, which is not installed: the list of what its loggers have been told."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(pl.loggers, "WandbLogger", StandIn)
+    monkeypatch.setattr(StandIn, "told", [])
+    return StandIn
+
+
+def killed(run, monkeypatch, folder: Path, *words: str) -> None:
+    """A run whose process dies before step 7; the last checkpoint is that of step 4."""
+    step = train.LitCausalLM.training_step
+
+    def dies(self, *args):
+        if self.trainer.global_step == 6:
+            raise ZeroDivisionError
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train.LitCausalLM, "training_step", dies)
+        run(folder, *BYTE, *words)
+
+
+def test_wandb_goes_on_with_the_same_run_and_is_given_each_row_once(run, tmp_path, monkeypatch, wandb):
+    folder, words = tmp_path / "run", ("logging.wandb=true", "training.val_every=3")
+    killed(run, monkeypatch, folder, *words)
+    run(folder, *BYTE, *words, "--resume")
+    first, second = (entry for entry in wandb.told if isinstance(entry, dict))
+    assert first == second
+    assert (first["resume"], first["id"]) == ("allow", (folder / "wandb_id.txt").read_text())
+    given = [entry for entry in wandb.told if isinstance(entry, tuple)]
+    rows = [(row["step"], "val_loss" in row, row.get("loss", row.get("val_loss"))) for row in map(json.loads, (folder / "metrics.jsonl").open())]
+    assert given == rows
+    assert wandb.told.count("finished") == 2
+
+
+def test_a_new_run_in_the_folder_is_another_run_of_wandb(run, tmp_path, wandb):
+    for _ in range(2):
+        run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0", "logging.wandb=true")
+    first, second = (entry["id"] for entry in wandb.told if isinstance(entry, dict))
+    assert first != second
+    assert (tmp_path / "run" / "old-1" / "wandb_id.txt").read_text() == first
+
+
+def test_tensorboard_has_each_step_once_after_a_kill(run, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, words = tmp_path / "run", ("logging.tensorboard=true", "training.val_every=3")
+    killed(run, monkeypatch, folder, *words)
+    run(folder, *BYTE, *words, "--resume")
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("val_loss")] == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("where", ["__init__", "log_metrics", "save", "finalize"])
+def test_a_logger_that_fails_is_a_warning(run, tmp_path, monkeypatch, wandb, where):
+    calls = []
+
+    def unreachable(self, *args, **options):
+        calls.append(where)
+        raise ConnectionError("the host is not reachable\nretry")
+
+    monkeypatch.setattr(StandIn, where, unreachable)
+    made = run(tmp_path / "run", *BYTE, "logging.wandb=true")
+    assert (made.code, len(made.train_rows)) == (0, 12)
+    assert [line for line in made.err.splitlines() if "the host is not reachable retry" in line] == made.err.splitlines()
+    assert len(made.err.splitlines()) == 1
+    assert len(calls) == (3 if where in ("log_metrics", "save") else 1), "each call may wait for a network: three are enough"
+
+
+BREAKS = {
+    "sampling": (GPTMini, "generate", "a text sample failed"),
+    "memory": (support.run.metrics, "memory_used_mb", "measuring memory and speed failed"),
+    "peak": (support.run.metrics, "bf16_peak_flops", "measuring memory and speed failed"),
+    "console": (support.run.metrics.Console, "write", "the console failed"),
+    "curves": (train, "draw_loss", "drawing the curves"),
+    "header": (train, "print_header", "the summary of the run failed"),
+    "removing": (Path, "unlink", "removing older checkpoints failed"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_not_training_may_fail(run, tmp_path, monkeypatch, what):
+    target, name, said = BREAKS[what]
+    whole = getattr(target, name)
+
+    def breaks(self=None, *args, **options):
+        if what == "removing" and self.suffix != ".ckpt":
+            return whole(self, *args, **options)
+        raise RuntimeError("this is broken")
+
+    straight = run(tmp_path / "straight", *BYTE, *SAMPLES)
+    monkeypatch.setattr(target, name, breaks)
+    made = run(tmp_path / "run", *BYTE, *SAMPLES, "checkpoint.keep_last=1", pictures=True)
+    assert (made.code, made.sha256) == (0, straight.sha256)
+    assert [line for line in made.err.splitlines() if said in line and "this is broken" in line] == made.err.splitlines()
+    assert len(made.err.splitlines()) == 1
+    assert [row["loss"] for row in made.train_rows] == [row["loss"] for row in straight.train_rows]
+
+
+def test_without_git_or_with_a_broken_one_a_run_begins(run, tmp_path, monkeypatch):
+    real = subprocess.run
+
+    def broken(command, **options):
+        if command[0] == "git":
+            return real([sys.executable, "-c", r"import sys; sys.stdout.buffer.write(b'\xff\xfe')"], **options)
+        return real(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", broken)
+    assert run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0").code == 0
+
+
+def test_samples_are_rows_of_a_file_and_each_step_stands_there_once(run, tmp_path, monkeypatch):
+    folder, words = tmp_path / "run", (*SAMPLES, "training.sample_every=3")
+    killed(run, monkeypatch, folder, *words)
+    assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").open()] == [3, 3, 6, 6]
+    resumed = run(folder, *BYTE, *words, "--resume")
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").open()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, prompt) for step in (3, 6, 9, 12) for prompt in ("The loss", "A head")]
+    straight = run(tmp_path / "straight", *BYTE, *words)
+    assert rows == [json.loads(line) for line in (straight.folder / "samples.jsonl").open()]
+    assert all(row["text"].startswith(row["prompt"]) and isinstance(row["seed"], int) for row in rows)
+    assert f"sample: {rows[-1]['text']!r}" in resumed.out
+    run(folder, *BYTE, "training.max_steps=1", "training.warmup_steps=0")
+    assert (folder / "old-1" / "samples.jsonl").exists() and not (folder / "samples.jsonl").exists()
+
+
+def test_rows_that_are_not_text_do_not_keep_a_run_from_going_on(run, tmp_path, monkeypatch):
+    killed(run, monkeypatch, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe{"step": 1')
+    assert [row["step"] for row in run(tmp_path / "run", *BYTE, "--resume").train_rows] == list(range(1, 13))
+
+
+# ---- the loss on training text ------------------------------------------------------------------------------------
+
+
+def test_training_text_is_measured_as_validation_text_is(run, tmp_path):
+    """Without dropout, always the same micro-batches, and without changing the run. Witness: the plain loss, by hand."""
+    words = (*BYTE, "model.dropout=0.3")
+    plain = run(tmp_path / "plain", *words)
+    made = run(tmp_path / "run", *words, "training.train_eval_batches=3")
+    assert made.sha256 == plain.sha256
+    measured = [row["train_eval_loss"] for row in made.val_rows]
+    assert len(measured) == 3 and measured == sorted(measured, reverse=True)
+    assert made.val_rows[0]["train_eval_loss"] != made.train_rows[3]["loss"]
+    assert read_metadata(made.folder / "final.ckpt")["metrics"]["train_eval_loss"] == measured[-1]
+    assert "train_eval_loss" not in plain.val_rows[0]
+    assert f"train_eval_loss {measured[-1]:.4f}" in made.out
+
+    from data import load_corpus, make_dataloaders, pack_corpus
+    from support.checkpoint import load_model
+    from support.config.read import load_config
+
+    config = load_config(made.folder / "run_config.yaml")
+    net, tokenizer, _ = load_model(made.folder / "final.ckpt")
+    steps = iter(make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 2)[0])
+    batches = [batch for step in steps for batch in step][:3]
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(net(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten()) for batch in batches]
+    assert measured[-1] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_a_resume_measures_the_same_and_may_ask_for_more(run, tmp_path, monkeypatch):
+    words = (*BYTE, "training.train_eval_batches=2")
+    straight = run(tmp_path / "straight", *words)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 6)
+        run(tmp_path / "run", *words)
+    assert run(tmp_path / "run", *words, "--resume").timeless_rows == straight.timeless_rows
+
+
+def test_a_stream_is_measured_too(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
+    words = ("data.source=hf", "data.dataset=json", f"data.path={rows}", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+    made = run(tmp_path / "run", *BYTE, *words, "training.max_steps=4", "training.train_eval_batches=3")
+    assert [math.isfinite(row["train_eval_loss"]) for row in made.val_rows] == [True]
+
+
+def test_the_checkpoint_holds_its_perplexity(tiny_run):
+    metrics = read_metadata(tiny_run.folder / "final.ckpt")["metrics"]
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["val_loss"])) == tiny_run.val_rows[-1]["perplexity"]

@@ -1,0 +1,444 @@
+"""Several processes train as one that accumulates; killed, told to stop or cut up differently, they go on to the same end.
+
+`launched` runs a command as a user would, and Lightning or torchrun starts the further processes. That takes ten seconds
+of imports for each of them, so most runs here are `forked` from this process, which has PyTorch and Lightning loaded:
+with the environment variables a launcher sets, and everything else the same. Nothing here can hang: a group of processes
+that has not ended after LIMIT seconds is killed, and its test fails.
+"""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+from test_resume import BYTE, assert_same_tree
+
+import train
+from support.checkpoint import find_latest_checkpoint, load_model
+from support.cli import end_with_parent, guarded
+from support.config.read import load_config
+from support.messages import UserError
+from support.run.plan import check_processes
+
+LIMIT = 120  # seconds after which a group of processes has hung
+WORDS = (*BYTE, "model.dropout=0.1", "training.max_steps=16", "training.schedule_steps=16", "training.val_every=6", "checkpoint.save_every=6")
+ADAMW = "training.optimizer=adamw"
+TWO = ("hardware.devices=2", "training.grad_accum_steps=1")
+FSDP = (*TWO, "hardware.strategy=fsdp")
+DDP = (*TWO, "hardware.strategy=ddp")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Group:
+    """Processes of one run, in a process group of their own; `pids` in the order they were started."""
+
+    def __init__(self, folder: Path, *works: Callable[[], int]):
+        self.folder, self.pids, self.said, self.hung = folder, [], "", False
+        read, write = os.pipe()
+        self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (goes with the group)
+        for work in works:
+            self.pids.append(self._fork(work, write))
+        os.close(write)
+        self.out = open(read)  # noqa: SIM115 (closed by `end`)
+        self.limit = threading.Timer(LIMIT, self._give_up)
+        self.limit.start()
+
+    def _fork(self, work: Callable[[], int], out: int) -> int:
+        group = self.pids[0] if self.pids else 0
+        pid = os.fork()
+        if pid:
+            with contextlib.suppress(OSError):  # the child may have done it, and gone on
+                os.setpgid(pid, group)
+            return pid
+        code = 70  # an error of ours, with its traceback
+        try:
+            os.setpgid(0, group)
+            os.dup2(out, 1)
+            os.dup2(self.err.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)  # makes the pool anew that a fork breaks; left to several threads at once, PyTorch aborts
+            code = work()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException as error:
+            sys.__excepthook__(type(error), error, error.__traceback__)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def until(self, pattern: str) -> "Group":
+        """Wait for a line of standard output."""
+        for line in self.out:
+            self.said += line
+            if re.match(pattern, line):
+                return self
+        raise AssertionError(f"ended before {pattern!r}: {self.end()}")
+
+    def signal(self, signum: int, *pids: int) -> "Group":
+        """To these processes, else to the whole group."""
+        for pid in pids:
+            os.kill(pid, signum)
+        if not pids:
+            os.killpg(self.pids[0], signum)
+        return self
+
+    def children(self) -> list[int]:
+        """Of the first process."""
+        return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(self.pids[0])], capture_output=True, text=True).stdout.split()]
+
+    def _give_up(self) -> None:
+        self.hung = True
+        self.kill()
+
+    def kill(self) -> None:
+        for pid in self.pids:  # torchrun gives its workers sessions of their own
+            for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pids[0], signal.SIGKILL)
+
+    def end(self) -> Run:
+        """Wait until nobody holds standard output any more, so until no process is left; the code is the first one's."""
+        self.said += self.out.read()
+        self.limit.cancel()
+        self.codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+        self.out.close()
+        self.err.seek(0)
+        err = self.err.read()
+        assert not self.hung, f"hung; it said:\n{self.said}\n{err}"
+        return Run(self.folder, self.codes[0], self.said, err)
+
+
+@pytest.fixture
+def launched(argv_of) -> Iterator[Callable[..., Group]]:
+    """launched(folder, words...): `python3 train.py`, or another launcher's command in front of train.py for each node."""
+    groups: list[Group] = []
+
+    def launch(folder: Path, *words: str, launchers: tuple[tuple[str, ...], ...] = ((sys.executable,),)) -> Group:
+        commands = [[*launcher, "train.py", *argv_of(folder, *words)] for launcher in launchers]
+        groups.append(Group(folder, *(lambda command=command: os.execv(command[0], command) for command in commands)))
+        return groups[-1]
+
+    yield launch
+    for group in groups:
+        group.limit.cancel()
+        group.kill()
+
+
+@pytest.fixture
+def forked(argv_of) -> Iterator[Callable[..., Group]]:
+    """forked(folder, words...): a process for each rank, with what Lightning sets for it; `env(rank)` replaces that."""
+    groups: list[Group] = []
+
+    def fork(folder: Path, *words: str, env: Callable[[int], dict] | None = None) -> Group:
+        argv, port = argv_of(folder, *WORDS, *words), str(free_port())
+
+        def rank(number: int) -> int:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= env(number) if env else {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+            sys.argv = ["train.py", *argv]
+            train.draw_loss = lambda folder: None  # the pictures take half the time
+            return guarded(train.main, argv)
+
+        groups.append(Group(folder, lambda: rank(0), lambda: rank(1)))
+        return groups[-1]
+
+    yield fork
+    for group in groups:
+        group.limit.cancel()
+        group.kill()
+
+
+# ---- the same training --------------------------------------------------------------------------------------------
+
+
+def difference(one: Run, other: Run) -> float:
+    """How far the weights are apart, relative to their size."""
+    a, b = (run.checkpoint()["state_dict"] for run in (one, other))
+    assert a.keys() == b.keys()
+    return (sum((a[name] - b[name]).square().sum() for name in a) / sum(weight.square().sum() for weight in b.values())).sqrt().item()
+
+
+def assert_equal_but_for_rounding(one: Run, other: Run) -> None:
+    assert (one.code, other.code) == (0, 0), one.err
+    assert difference(one, other) < 1e-5
+    assert [(row["step"], row["tokens"]) for row in one.rows] == [(row["step"], row["tokens"]) for row in other.rows]
+    for name in ("loss", "lr", "grad_norm", "val_loss"):
+        ours, theirs = ([row[name] for row in run.rows if name in row] for run in (one, other))
+        assert ours == pytest.approx(theirs, rel=1e-5), name
+        assert len(ours) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "words", "same_bits"),
+    [
+        (DDP, (ADAMW, "training.val_batches=3"), True),
+        (DDP, (), True),
+        (FSDP, (ADAMW, "training.val_batches=3"), False),
+        (FSDP, (), False),
+        (FSDP, ("training.grad_clip=null",), True),  # it sums the gradient's norm in another order
+    ],
+    ids=["ddp, adamw", "ddp, muon", "fsdp, adamw", "fsdp, muon", "fsdp, muon, no clipping"],
+)
+def test_two_processes_end_as_one_that_accumulates(run, forked, tmp_path, layout, words, same_bits):
+    """Also where the number of validation batches is odd: 25 of them, or limited to 3."""
+    one = run(tmp_path / "one", *WORDS, *words)
+    assert "97 blocks" in one.out
+    two = forked(tmp_path / "two", *layout, *words).end()
+    assert_equal_but_for_rounding(two, one)
+    assert (two.sha256 == one.sha256) == same_bits
+    assert two.err == ""
+
+
+def test_a_saved_optimizer_numbers_its_parameters_as_the_module_does(tiny_run):
+    """FSDP takes the n-th for the module's n-th. By groups, as PyTorch numbers them, it would give one the momentum of another."""
+    saved = tiny_run.checkpoint()["optimizer_states"][0]
+    model = load_model(tiny_run.folder / "final.ckpt")[0]
+    shapes = {i: parameter.shape for i, parameter in enumerate(model.parameters())}
+    moments = {i: state.get("exp_avg", state.get("momentum_buffer")).shape for i, state in saved["state"].items()}
+    assert moments == shapes
+    assert sorted(i for group in saved["param_groups"] for i in group["params"]) == list(shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(DDP, ()), (FSDP, ()), ((), DDP), ((), FSDP), (DDP, FSDP)],
+    ids=["ddp, one", "fsdp, one", "one, ddp", "one, fsdp", "ddp, fsdp"],
+)
+def test_a_run_goes_on_with_another_number_of_processes(run, forked, tmp_path, first, second):
+    """In the middle; what is left is a checkpoint as any other."""
+
+    def part(folder: Path, layout: tuple[str, ...], *words: str) -> Run:
+        return forked(folder, *layout, *words, ADAMW).end() if layout else run(folder, *WORDS, *words, ADAMW)
+
+    half = part(tmp_path / "run", first, "training.max_steps=8")
+    model, tokenizer, metadata = load_model(half.folder / "last.ckpt")
+    assert (metadata["metrics"]["step"], tokenizer.vocab_size) == (8, 257)
+    assert model(torch.tensor([[65, 66, 67]])).isfinite().all()
+    whole = part(tmp_path / "run", second, "--resume")
+    assert (whole.code, "behind step 8" in whole.out) == (0, True), whole.err
+    straight = run(tmp_path / "straight", *WORDS, ADAMW)
+    assert whole.rows[-1]["step"] == 16
+    rows = [row for row in whole.rows if "loss" in row or row["step"] != 8]  # the half validated at its end
+    assert [row["step"] for row in rows] == [row["step"] for row in straight.rows]
+    assert difference(whole, straight) < 1e-5
+
+
+def assert_same_end(resumed: Run, straight: Run) -> None:
+    """As assert_same_run, but for lists that were tuples before they went through FSDP."""
+    assert (resumed.code, straight.code) == (0, 0), resumed.err + straight.err
+    assert resumed.sha256 == straight.sha256
+    one, other = resumed.checkpoint(), straight.checkpoint()
+    assert_same_tree(one["optimizer_states"][0]["state"], other["optimizer_states"][0]["state"])
+    assert one["tiny_transformer"]["metrics"] == other["tiny_transformer"]["metrics"]
+    assert resumed.timeless_rows == straight.timeless_rows
+
+
+# ---- killed -------------------------------------------------------------------------------------------------------
+
+
+STREAM = ("data.source=hf", "data.dataset=json", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+
+
+@pytest.fixture
+def uneven_stream(tmp_path) -> tuple[str, ...]:
+    """Three files of 3, 14 and 41 documents."""
+    import datasets  # noqa: F401 (once here, not in every process)
+
+    (tmp_path / "rows").mkdir()
+    for n, size in enumerate((3, 14, 41)):
+        texts = (" ".join(f"word{(i * j) % 17}" for j in range(1, 9 + i % 5)) for i in range(size))
+        (tmp_path / "rows" / f"{n}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    return (*STREAM, f"data.path={tmp_path}/rows/*.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "source"), [(DDP, "stream"), (FSDP, "text")], ids=["ddp, stream", "fsdp, text"])
+def test_killed_processes_resume_to_the_same_bytes(forked, tmp_path, layout, source, uneven_stream):
+    words = (*layout, *(uneven_stream if source == "stream" else ()))
+    straight = forked(tmp_path / "straight", *words).end()
+    group = forked(tmp_path / "run", *words).until(r"step +9/")
+    assert group.signal(signal.SIGKILL).end().code == -signal.SIGKILL
+    assert not (tmp_path / "run" / "final.ckpt").exists()
+    resumed = forked(tmp_path / "run", *words, "--resume").end()
+    assert "behind step 6" in resumed.out
+    assert_same_end(resumed, straight)
+
+
+LONG = "training.schedule_steps=100000"
+FOR_EVER = (LONG, "training.max_steps=100000")  # so that the end cannot come before the signal
+
+
+def assert_goes_on(forked: Callable, group: Group, layout: tuple[str, ...] = DDP) -> None:
+    """Two steps more, and it is where a run is that nothing disturbed."""
+    path = find_latest_checkpoint(group.folder)
+    words = (*layout, LONG, f"training.max_steps={load_model(path)[2]['metrics']['step'] + 2}")
+    resumed = forked(group.folder, *words, "--resume").end()
+    assert_same_end(resumed, forked(group.folder.with_name("straight"), *words).end())
+
+
+def assert_stopped(group: Group, ended: Run, signum: int) -> None:
+    """Said once, by the main process, whose status tells."""
+    assert ended.code == 128 + signum, ended.err
+    assert len(re.findall(r"^stopped; saved .*; go on with: python3 train.py ", ended.out, re.M)) == 1
+    assert ended.err.split() == ["stopping", "after", "this", "step;", "once", "more", "to", "stop", "at", "once"]
+    assert not (group.folder / "final.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_lightning_started_are_killed_resumed_and_told_to_stop(launched, forked, tmp_path):
+    """As a user starts them; the signal goes to the main process only."""
+    group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER).until(r"step +8/")
+    assert len(group.children()) == 1
+    ended = group.signal(signal.SIGKILL).end()
+    assert (ended.code, ended.err) == (-signal.SIGKILL, "")
+    group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER, "--resume").until(r"step +\d+/")
+    assert "behind step" in group.said
+    assert_stopped(group, group.signal(signal.SIGTERM, *group.pids).end(), signal.SIGTERM)
+    assert_goes_on(forked, group)
+
+
+def assert_says_what_was_lost(err: str, beginning: str) -> None:
+    lines = err.splitlines()
+    assert lines[0].startswith(f"{beginning}: the connection to another process of this run is lost"), err
+    assert re.search(r"go on with: python3 \S*train\.py", lines[-1])
+    assert len(lines) == 3
+
+
+@pytest.mark.slow
+def test_the_main_process_that_loses_another_says_so_and_ends(launched, forked, tmp_path):
+    group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER).until(r"step +8/")
+    ended = group.signal(signal.SIGKILL, *group.children()).end()
+    assert ended.code in (2, -signal.SIGKILL), "Lightning looks every five seconds, and kills what has not ended by then"
+    assert_says_what_was_lost(ended.err, "error")
+    assert_goes_on(forked, group)
+
+
+@pytest.mark.slow
+def test_a_process_that_loses_the_main_process_says_so_and_ends(forked, tmp_path):
+    group = forked(tmp_path / "run", *DDP, *FOR_EVER).until(r"step +8/")
+    ended = group.signal(signal.SIGKILL, group.pids[0]).end()
+    assert group.codes == [-signal.SIGKILL, 2]
+    assert_says_what_was_lost(ended.err, "warning: a further process")
+    assert_goes_on(forked, group)
+
+
+def test_a_process_ends_when_whoever_started_it_is_gone(tmp_path):
+    """One that waits for a main process that was killed would do so for half an hour."""
+    read, write = os.pipe()
+    starter = os.fork()
+    if not starter:
+        if not os.fork():
+            os.dup2(write, 2)
+            end_with_parent(grace=0.0)
+            os.write(write, b"started\n")
+            signal.pause()
+        signal.pause()
+    os.close(write)
+    with open(read) as said:
+        assert said.readline() == "started\n"
+        os.kill(starter, signal.SIGKILL)
+        os.waitpid(starter, 0)
+        assert said.read() == "error: the process that started this one is gone; it ends too\n"
+
+
+# ---- told to stop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "signum"), [(DDP, signal.SIGINT), (FSDP, signal.SIGTERM)], ids=["ddp, Ctrl-C", "fsdp, SIGTERM"])
+def test_a_signal_to_all_processes_stops_them_behind_the_same_step(forked, tmp_path, layout, signum):
+    group = forked(tmp_path / "run", *layout, *FOR_EVER).until(r"step +8/").signal(signum)
+    assert_stopped(group, group.end(), signum)
+    assert group.codes == [128 + signum, 0], "Lightning kills the main process where a further one ends with another status than 0"
+    assert_goes_on(forked, group, layout)
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_processes_meet_is_told_once(forked, tmp_path, monkeypatch):
+    """In the middle of the training, where each of them finds it."""
+    step = train.LitCausalLM.training_step
+
+    def third_is_bad(self, *args):
+        if self.trainer.global_step == 2:
+            self.net.norm.weight.data *= math.nan
+        return step(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", third_is_bad)
+    group = forked(tmp_path / "run", *DDP)
+    ended = group.end()
+    assert "step      2/16" in ended.out
+    assert group.codes == [2, 2]
+    assert ended.err.startswith("error: step 3: loss=nan")
+    assert len(ended.err.splitlines()) == 3
+
+
+# ---- other launchers ----------------------------------------------------------------------------------------------
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_starts_the_same_run(launched, forked, tmp_path, machines):
+    """The commands of the README; two machines are two agents here."""
+    straight = forked(tmp_path / "straight", *DDP).end()
+    devices, place = 2 // machines, ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    commands = tuple((*TORCHRUN, "--nnodes", str(machines), "--nproc-per-node", str(devices), *place) for _ in range(machines))
+    words = (*DDP, f"hardware.devices={devices}", f"hardware.num_nodes={machines}")
+    group = launched(tmp_path / "run", *WORDS, *words, launchers=commands)
+    ended = group.end()
+    assert set(group.codes) == {0}, ended.err
+    assert re.findall("weights sha256 (.*)", ended.out) == [straight.sha256]
+    assert ended.timeless_rows == straight.timeless_rows
+
+
+@pytest.mark.slow
+def test_slurm_starts_the_same_run_and_a_finished_one_says_so_once(forked, tmp_path):
+    def task(rank: int) -> dict[str, str]:
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1"}
+        return {**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+
+    straight = forked(tmp_path / "straight", *DDP).end()
+    made = forked(tmp_path / "run", *DDP, env=task).end()
+    assert (made.code, made.sha256, made.timeless_rows) == (0, straight.sha256, straight.timeless_rows), made.err
+    again = forked(tmp_path / "run", *DDP, "--resume", env=task).end()
+    assert (again.code, len(again.out.splitlines()), "nothing left to do" in again.out) == (0, 1, True)
+
+
+def test_another_number_of_processes_than_the_config_asks_for_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.run.plan.is_main_process", lambda: True)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"4 processes have been started, and the config asks for 2 \(hardware.devices=2 x hardware.num_nodes=1\)"):
+        run(tmp_path / "run", *WORDS, *DDP)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_devices_than_the_machine_has_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = load_config("config_smoke.yaml", ["hardware.devices=8"])
+    with pytest.raises(UserError, match=r"hardware.devices=8, and this machine has 1 \(cuda\)"):
+        check_processes(config, "cuda")
+    check_processes(config, "cpu")

@@ -1,0 +1,785 @@
+"""instruct.py: rows of a file to pairs, pairs to ids and labels, and what a model makes of them, one pair at a time."""
+
+import codecs
+import json
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from instruct import IGNORE, Example, InstructPairDataset, Pair, encode_pair, load_instructions, pairs_of, score_responses, split_pairs
+from model import GPTConfig, GPTMini
+from support.config.read import validate_config
+from support.config.schema import Config
+from support.evaluation.validation import validate
+from support.messages import UserError
+from support.text.chat_template import Template
+from support.text.instruction_files import read_files
+from tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, build_tokenizer
+
+BYTE = ByteTokenizer()
+SHORT = Template(prompt="Q{instruction}A", prompt_with_input="Q{instruction},{input}A")
+KINDS = pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+
+
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """The rows as a file of the kind that its name says."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix.lower() in (".jsonl", ".ndjson") else json.dumps(rows, indent=1))
+    return path
+
+
+def read(path: Path, **fields: str) -> list[Pair]:
+    return pairs_of(read_files(str(path), "data.path"), fields, str(path))
+
+
+def refusal(path: Path, **fields: str) -> str:
+    with pytest.raises(UserError) as error:
+        read(path, **fields)
+    assert len(str(error.value).splitlines()) <= 3
+    return str(error.value)
+
+
+def pair(instruction: str, output: str, input: str = "") -> Pair:
+    return Pair(instruction, input, output, "somewhere")
+
+
+def ids_of(pair: Pair) -> tuple[list[int], list[int]]:
+    """(prompt, response with EOS) of a pair in the template SHORT and bytes."""
+    prompt = f"Q{pair.instruction},{pair.input}A" if pair.input else f"Q{pair.instruction}A"
+    return list(prompt.encode()), [*pair.output.encode(), 256]
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"instruction": "Name a color.", "input": "", "output": "Red."},
+    {"instruction": "Übersetze\nbitte ∑", "input": "{output}", "output": " two\nlines \U0001f600\n"},
+    {"instruction": "third", "input": None, "output": "<|endoftext|>"},
+]
+
+
+@KINDS
+def test_a_file_of_each_kind_holds_its_rows_in_order_and_where_they_stand(tmp_path, kind):
+    path = write(tmp_path / f"rows.{kind}", ROWS)
+    place = "line" if kind == "jsonl" else "row"
+    expected = [Pair(row["instruction"], row["input"] or "", row["output"], f"{path}, {place} {n}") for n, row in enumerate(ROWS, 1)]
+    assert read(path) == expected
+
+
+@KINDS
+def test_the_input_may_be_missing_and_what_no_field_names_is_left_alone(tmp_path, kind):
+    path = write(tmp_path / f"rows.{kind}", [{"id": 7, "output": "b", "instruction": "a", "text": "c"}])
+    assert [(p.instruction, p.input, p.output) for p in read(path)] == [("a", "", "b")]
+
+
+@KINDS
+def test_fields_may_have_other_names(tmp_path, kind):
+    path = write(tmp_path / f"rows.{kind}", [{"prompt": "a", "context": "b", "response": "c", "input": "not this", "output": 5}])
+    [found] = read(path, instruction="prompt", input="context", output="response")
+    assert (found.instruction, found.input, found.output) == ("a", "b", "c")
+    path = write(tmp_path / f"turned.{kind}", [{"instruction": "a", "input": "b", "output": "c"}])
+    [found] = read(path, instruction="output", output="instruction")
+    assert (found.instruction, found.input, found.output) == ("c", "b", "a")
+
+
+def test_a_line_is_counted_though_it_is_blank_and_a_mark_of_byte_order_is_no_text(tmp_path):
+    row = json.dumps(ROWS[0]).encode()
+    (tmp_path / "rows.jsonl").write_bytes(codecs.BOM_UTF8 + b"\r\n" + row + b"\r\n\n  \n" + row)
+    assert [p.where.rsplit(",")[1] for p in read(tmp_path / "rows.jsonl")] == [" line 2", " line 5"]
+    (tmp_path / "rows.json").write_bytes(codecs.BOM_UTF8 + b"[" + row + b"]")
+    assert [p.instruction for p in read(tmp_path / "rows.json")] == ["Name a color."]
+
+
+GOOD = {"instruction": "a", "input": "b", "output": "c"}
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"output": ...}, "has no text in field 'output' (fields: instruction, input)"),
+        ({"instruction": ...}, "has no text in field 'instruction' (fields: input, output)"),
+        ({"output": 4}, "has no text in field 'output' (fields: instruction, input, output), it holds 4; remove the row, or "),
+        ({"output": ["c"]}, "has no text in field 'output' (fields: instruction, input, output), it holds [\"c\"]; remove the row"),
+        ({"input": 0}, "has no text in field 'input'"),
+        ({"input": False}, "has no text in field 'input'"),
+        ({"output": "half \ud83d"}, r"holds half a character ('\ud83d')"),
+        ({"input": "\ude00"}, "holds half a character"),
+    ],
+    ids=str,
+)
+def test_a_row_with_a_wrong_field_is_named_by_its_number(tmp_path, kind, changes, said):
+    bad = {name: value for name, value in (GOOD | changes).items() if value is not ...}
+    path = write(tmp_path / f"rows.{kind}", [GOOD, GOOD, bad, GOOD])
+    message = refusal(path)
+    assert message.startswith(f"{path}, {'line' if kind == 'jsonl' else 'row'} 3 {said}")
+    assert "data.fields says what they are called" in message or "half" in message
+
+
+def test_a_wrong_field_of_a_parquet_file_is_named_too(tmp_path):
+    path = write(tmp_path / "numbers.parquet", [{"instruction": "a", "output": 1}])
+    assert refusal(path).startswith(f"{path}, row 1 has no text in field 'output' (fields: instruction, output)")
+
+
+def test_an_error_names_the_field_as_the_file_calls_it(tmp_path):
+    path = write(tmp_path / "rows.json", [GOOD])
+    assert "row 1 has no text in field 'response' (fields: instruction, input, output)" in refusal(path, output="response")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b"", "is not JSON"),
+        ("a.json", b'[{"instruction": "a", ', "is not JSON"),
+        ("a.json", b"\xff\xfe\xff[]", "is not JSON"),
+        ("a.json", b'{"instruction": "a"}\n{"instruction": "b"}', "if it has a row a line, name it .jsonl"),
+        ("a.json", b"[" * 100_000, "is not JSON"),
+        ("a.json", b'[{"instruction": ' + b"9" * 5000 + b"}]", "is not JSON"),
+        ("a.json", b'{"instruction": "a", "output": "b"}', "should be a list of rows"),
+        ("a.json", b'"text"', "should be a list of rows"),
+        ("a.json", b'[{"instruction": "a", "output": "b"}, "text"]', 'row 2 is "text", not an object'),
+        ("a.json", b"[[1, 2]]", "row 1 is [1, 2], not an object"),
+        ("a.json", b"[null]", "row 1 is null, not an object"),
+        ("a.jsonl", b'{"instruction": "a", "output": "b"}\n\n{"instruction": \n', "line 3 is not JSON"),
+        ("a.jsonl", b'[{"instruction": "a", "output": "b"}]', "line 1 is not a JSON object: a list begins there; name it .json"),
+        ("a.jsonl", b'{"a":' * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'{"instruction": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("a.jsonl", b'{"instruction": "\xe9", "output": "b"}', "byte 0xe9 at offset 17 is not UTF-8"),
+        ("a.parquet", b"PAR1 and no more", "cannot be opened"),
+        ("a.parquet", b"", "cannot be opened"),
+        ("a.txt", b"[]", ".json, .jsonl or .parquet files are read here"),
+        ("a.csv", b"instruction,output\na,b\n", ".json, .jsonl or .parquet files are read here"),
+        ("a", b"[]", ".json, .jsonl or .parquet files are read here"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+def test_what_is_no_file_of_rows_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert said in message
+    assert str(tmp_path / name) in message
+
+
+def test_a_name_that_looks_like_a_glob_is_a_name(tmp_path):
+    for kind in ("json", "parquet"):
+        assert len(read(write(tmp_path / f"rows[1]*.{kind}", [GOOD]))) == 1
+
+
+def test_bytes_that_are_no_text_can_be_replaced(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"instruction": "\xe9", "output": "b"}')
+    assert [row["instruction"] for row, _ in read_files(str(path), "data.path", "replace")] == ["\ufffd"]
+
+
+def test_a_field_that_no_row_has_is_not_silently_empty(tmp_path):
+    path = write(tmp_path / "rows.json", [GOOD, GOOD])
+    assert f"no row of {path} has 'context', which data.fields names as input" in refusal(path, input="context")
+
+
+def test_a_prompt_without_a_token_masks_nothing():
+    assert Example(np.array([5, 6, 7]), 0).labels(True).tolist() == [6, 7]
+
+
+def test_a_file_that_is_not_there_is_refused_by_the_key_that_names_it(tmp_path):
+    (tmp_path / "rows.txt").write_text("no rows")
+    for key in ("data.path", "data.val_path"):
+        for path, said in (
+            ("none.json", "no .json, .jsonl or .parquet file there; give a file"),
+            ("rows.txt", ".json, .jsonl or .parquet files are read"),
+        ):
+            with pytest.raises(UserError) as error:
+                list(read_files(str(tmp_path / path), key))
+            assert str(error.value).startswith(f"{key}={tmp_path / path}: {said}")
+
+
+def test_a_folder_and_a_glob_are_read_as_well_as_a_file(tmp_path):
+    for name, text in (("b.JSONL", "b"), ("a.json", "a"), ("c.ndjson", "c")):
+        write(tmp_path / name, [GOOD | {"output": text}])
+    assert [pair.output for pair in read(tmp_path)] == ["a", "b", "c"]
+    assert [pair.output for pair in read(tmp_path / "[bc].*")] == ["b", "c"]
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"id": 1, "conversations": SHARED}, {"instruction": CHAT, "output": "x"}], ids=["a", "b", "c"])
+@KINDS
+def test_a_conversation_is_refused_as_what_it_is(tmp_path, kind, row):
+    """Renaming fields cannot help, since the text is in a list."""
+    message = refusal(write(tmp_path / f"rows.{kind}", [row]))
+    assert "is a conversation" in message and '{"instruction": "...", "input": "...", "output": "..."}' in message
+    assert "data.fields" not in message
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_jsonl_file_is_told_its_right_name_and_rows_in_a_json_file_theirs(tmp_path, indent):
+    (tmp_path / "list.jsonl").write_text(json.dumps([GOOD, GOOD], indent=indent))
+    message = refusal(tmp_path / "list.jsonl")
+    assert "a list begins there; name it .json" in message
+    (tmp_path / "list.jsonl").rename(tmp_path / "list.json")
+    assert len(read(tmp_path / "list.json")) == 2
+    (tmp_path / "rows.json").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD))
+    assert "if it has a row a line, name it .jsonl" in refusal(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("key", ["data", "train", 'it\'s "rows"'])
+def test_a_list_within_an_object_is_found_and_the_command_that_is_named_takes_it_out(tmp_path, monkeypatch, key):
+    (tmp_path / "whole.json").write_text(json.dumps({"version": "1", key: [GOOD, GOOD]}))
+    command = refusal(tmp_path / "whole.json").splitlines()[1].strip().removesuffix(" writes them to rows.json")
+    monkeypatch.chdir(tmp_path)
+    assert subprocess.run(shlex.split(command)).returncode == 0
+    assert len(read(tmp_path / "rows.json")) == 2
+    (tmp_path / "one.json").write_text(json.dumps(GOOD))
+    assert "is one object, and should be a list of rows" in (message := refusal(tmp_path / "one.json"))
+    assert message.endswith("put it in square brackets")
+
+
+@KINDS
+def test_rows_without_instruction_or_output_are_left_out_and_counted(tmp_path, kind, capsys):
+    empty = [GOOD | {"output": ""}, GOOD | {"instruction": " \n"}, GOOD | {"output": None}]
+    path = write(tmp_path / f"some.{kind}", [GOOD, empty[0], GOOD | {"input": ""}, *empty[1:]])
+    capsys.readouterr()
+    place = "line" if kind == "jsonl" else "row"
+    assert [p.where for p in read(path)] == [f"{path}, {place} 1", f"{path}, {place} 3"]
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warned == [f"warning: 3 rows without instruction or output left out, the first at {path}, {place} 2"]
+    path = write(tmp_path / f"one.{kind}", [GOOD, empty[1]])
+    assert len(read(path)) == 1
+    assert f"warning: 1 row without instruction or output left out, the first at {path}, {place} 2\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [[], [GOOD | {"output": " "}], [GOOD | {"instruction": ""}] * 3], ids=["no row", "one", "three"])
+def test_a_file_without_any_output_is_refused(tmp_path, rows, capsys):
+    path = write(tmp_path / "rows.json", rows)
+    assert refusal(path).startswith(f"{path} holds no instruction with an output")
+    assert capsys.readouterr().err == "", "one message, not two"
+
+
+# ---- the split ----------------------------------------------------------------------------------------------------
+
+
+def config_of(path: Path, seed: int = 42, seq_len: int = 19, **data) -> Config:
+    template = {"prompt": SHORT.prompt, "prompt_with_input": SHORT.prompt_with_input}
+    return validate_config(
+        {
+            "seed": seed,
+            "tokenizer": {"kind": "byte"},
+            "model": {"max_seq_len": seq_len, "d_model": 8, "n_heads": 2},
+            "data": {"source": "instructions", "path": str(path), **data},
+            "training": {"max_steps": 1, "micro_batch_size": 3},
+            "template": template,
+        }
+    )
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """37 rows, of which every third has the same texts as its neighbour: a row is known by its place."""
+    return write(tmp_path / "many.jsonl", [{"instruction": f"i{n - (n % 3 == 1)}", "output": "o"} for n in range(1, 38)])
+
+
+def lines(pairs: list[Pair]) -> list[int]:
+    return [int(p.where.split()[-1]) for p in pairs]
+
+
+@pytest.mark.parametrize(
+    ("data", "n_val"), [({"val_docs": 5}, 5), ({"val_docs": 36}, 36), ({"val_fraction": 0.2}, 7), ({"val_fraction": 0.001}, 1), ({}, 4)], ids=str
+)
+def test_validation_rows_are_drawn_whole_and_the_rest_is_trained_on(many, data, n_val):
+    train, val = map(lines, split_pairs(config_of(many, **data)))
+    assert len(val) == n_val
+    assert sorted(train + val) == list(range(1, 38)), "each row on one side, none lost"
+    assert (train, val) == (sorted(train), sorted(val)), "in the order of the file"
+
+
+def test_the_split_is_drawn_by_the_seed(many):
+    splits = [lines(split_pairs(config_of(many, seed, val_docs=9))[1]) for seed in (1, 1, 2, 3)]
+    assert splits[0] == splits[1]
+    assert len({tuple(split) for split in splits}) == 3
+    assert splits[0] != list(range(1, 10)) and splits[0] != list(range(29, 38)), "drawn, not the first or the last"
+
+
+def test_fewer_training_rows_are_the_first_of_them_beside_the_same_validation(many):
+    whole, limited = (split_pairs(config_of(many, val_docs=9, train_docs=n)) for n in (None, 11))
+    assert limited[0] == whole[0][:11]
+    assert limited[1] == whole[1]
+
+
+def test_validation_may_have_a_file_of_its_own(many, tmp_path):
+    other = write(tmp_path / "val.json", [{"instruction": f"v{n}", "output": "o"} for n in range(8)])
+    train, val = split_pairs(config_of(many, val_path=str(other)))
+    assert lines(train) == list(range(1, 38))
+    assert [p.instruction for p in val] == [f"v{n}" for n in range(8)]
+    train, val = split_pairs(config_of(many, val_path=str(other), val_docs=3, train_docs=4))
+    assert (lines(train), [p.instruction for p in val]) == ([1, 2, 3, 4], ["v0", "v1", "v2"])
+    with pytest.raises(UserError, match=r"data\.val_path=nowhere\.json: no \.json, \.jsonl or \.parquet file there"):
+        split_pairs(config_of(many, val_path="nowhere.json"))
+
+
+def test_validation_may_be_a_split_of_the_dataset(monkeypatch):
+    hub = {"train": [{"q": f"t{n}", "output": "o"} for n in range(6)], "test": [{"q": f"v{n}", "output": "o"} for n in range(4)]}
+    asked = []
+
+    def open_dataset(name, config, split, path, revision, streaming, instead):
+        asked.append((name, config, split, path, revision, streaming))
+        return hub[split]
+
+    monkeypatch.setattr("support.text.instruction_files.open_dataset", open_dataset)
+    names = {"path": None, "dataset": "some/rows", "config": "en", "revision": "abc", "fields": {"instruction": "q"}}
+    config = config_of("unused")
+    config.data = config.data.model_validate(config.data.model_dump() | names | {"val_split": "test", "val_docs": 3})
+    train, val = split_pairs(config)
+    assert [p.instruction for p in train] == [f"t{n}" for n in range(6)]
+    assert [p.instruction for p in val] == ["v0", "v1", "v2"]
+    assert asked == [("some/rows", "en", "train", None, "abc", False), ("some/rows", "en", "test", None, "abc", False)]
+    assert val[1].where == "some/rows, row 2 of test"
+    config.data = config.data.model_copy(update={"val_split": None, "val_docs": 2})
+    train, val = split_pairs(config)
+    assert sorted(p.instruction for p in train + val) == [f"t{n}" for n in range(6)] and len(val) == 2
+
+
+@pytest.mark.parametrize("n_val", [37, 1000])
+def test_validation_that_leaves_nothing_to_train_on_is_refused(many, n_val):
+    with pytest.raises(UserError, match=f"37 instructions, of which {n_val} are for validation, leave none to train on"):
+        split_pairs(config_of(many, val_docs=n_val))
+
+
+@pytest.mark.parametrize("data", [{}, {"val_docs": 4}], ids=str)
+def test_a_row_that_is_most_of_the_text_is_trained_on(tmp_path, data):
+    """A row cannot be cut, so another is held out in its place; of rows that are alike, the same as ever."""
+    rows = [GOOD | {"output": f"{n} " + "word " * (n % 7)} for n in range(40)]
+    alike = write(tmp_path / "alike.json", rows)
+    rows[11] = GOOD | {"output": "long " * 5000}
+    path = write(tmp_path / "rows.json", rows)
+    moved = 0
+    for seed in range(30):
+        train, val = map(lines, split_pairs(config_of(path, seed, **data)))
+        drawn = np.random.default_rng(seed).permutation(40)
+        assert (11 + 1 in train, len(val)) == (True, 4)
+        assert sorted(n - 1 for n in lines(split_pairs(config_of(alike, seed, **data))[1])) == sorted(drawn[:4].tolist())
+        moved += 11 in drawn[:4]
+    assert moved > 0, "with some of these seeds it would have been held out"
+
+
+def test_a_single_row_cannot_be_split(tmp_path):
+    with pytest.raises(UserError, match="1 instructions, of which 1 are for validation"):
+        split_pairs(config_of(write(tmp_path / "one.json", [GOOD])))
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_the_response_and_its_eos_are_scored_and_the_prompt_is_not():
+    """Q a b A x y z EOS: seven positions, each with what follows; `A` is the first that is scored, for it precedes x."""
+    example = encode_pair(pair("ab", "xyz"), BYTE, SHORT)
+    assert (example.ids.tolist(), example.n_prompt, len(example)) == ([81, 97, 98, 65, 120, 121, 122, 256], 4, 7)
+    item = InstructPairDataset([pair("ab", "xyz")], BYTE, SHORT, 11)[0]
+    assert item["input_ids"].tolist() == [81, 97, 98, 65, 120, 121, 122]
+    assert item["labels"].tolist() == [-100, -100, -100, 120, 121, 122, 256]
+    assert set(item) == {"input_ids", "labels"}
+    unmasked = InstructPairDataset([pair("ab", "xyz")], BYTE, SHORT, 11, mask_prompt=False)[0]
+    assert unmasked["labels"].tolist() == [97, 98, 65, 120, 121, 122, 256]
+    assert torch.equal(unmasked["input_ids"], item["input_ids"])
+
+
+def test_the_input_is_part_of_the_prompt():
+    item = InstructPairDataset([pair("a", "x", "in")], BYTE, SHORT, 11)[0]
+    assert item["input_ids"].tolist() == list(b"Qa,inAx")
+    assert item["labels"].tolist() == [-100] * 5 + [ord("x"), 256]
+
+
+def test_making_labels_leaves_the_ids_alone():
+    example = Example(np.array([5, 6, 7, 8]), 2)
+    assert example.labels(True).tolist() == [IGNORE, 7, 8]
+    assert example.labels(False).tolist() == [6, 7, 8]
+    assert example.ids.tolist() == [5, 6, 7, 8]
+
+
+def test_rows_are_padded_to_the_longest_of_their_batch_with_eos_that_is_not_scored():
+    made = InstructPairDataset([pair("a", "x"), pair("b", "yyy", "i"), pair("c", "zz")], BYTE, SHORT, 23)
+    batch = made.batch([2, 0])
+    assert batch["input_ids"].tolist() == [[*b"QcAzz"], [*b"QaAx", 256]]
+    assert batch["labels"].tolist() == [[-100, -100, *b"zz", 256], [-100, -100, ord("x"), 256, -100]]
+    assert made.batch([1])["input_ids"].shape == (1, 8)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+LETTERS = ["a", "b", "e", " ", " ", "\n", "é", "∑", "\U0001f600", "{input}", "<|endoftext|>", "### ", "the", "\\1", "\t", "."]
+
+
+def random_pairs(rng: np.random.Generator, n: int, longest: int = 12) -> list[Pair]:
+    """Texts of any characters; the instruction and the output hold one that is no blank."""
+
+    def text(shortest: int) -> str:
+        return "".join(rng.choice(LETTERS, rng.integers(shortest, longest)))
+
+    return [pair(text(0) + "i" + text(0), text(0) + "o" + text(0), text(0) if rng.random() < 0.5 else "") for _ in range(n)]
+
+
+def tokenizer_of(kind: str, pairs: list[Pair], template: Template) -> Tokenizer:
+    texts = [template.system + template.fill(p.instruction, p.input) + p.output for p in pairs]
+    return build_tokenizer(kind, [*texts, "".join(LETTERS)], 320)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_scored_labels_spell_the_output_and_eos_whatever_the_texts(kind, packing):
+    rng = np.random.default_rng(5)
+    pairs = random_pairs(rng, 150)
+    template = Template(system="Sys\n", prompt="\n### {instruction}\n\n", prompt_with_input="\n### {instruction} {input} ")
+    tokenizer = tokenizer_of(kind, pairs, template)
+    longest = max(len(encode_pair(p, tokenizer, template)) for p in pairs)
+    made = InstructPairDataset(pairs, tokenizer, template, longest, packing)
+    found, prompts = [], []
+    for start in range(0, len(made), 7):
+        batch = made.batch(range(start, min(start + 7, len(made))))
+        segments = batch.get("segments", torch.zeros_like(batch["labels"]))
+        for ids, labels, numbers in zip(batch["input_ids"], batch["labels"], segments, strict=True):
+            for number in numbers.unique():
+                here = (numbers == number) & (labels != IGNORE)
+                if here.any():
+                    found.append(tokenizer.decode(labels[here].tolist()))
+                    first = int(here.nonzero()[0])
+                    prompts.append(tokenizer.decode(ids[: first + 1][numbers[: first + 1] == number].tolist()))
+    assert found == [p.output + "<|endoftext|>" for p in pairs]
+    assert prompts == ["Sys\n" + template.fill(p.instruction, p.input) for p in pairs]
+
+
+def test_characters_that_the_tokenizer_lacks_are_refused_with_the_rows_place():
+    tokenizer = CharTokenizer.train(["QabxA"])
+    for bad in (Pair("a∑", "", "x", "rows.json, row 9"), Pair("a", "", "∑", "rows.json, row 9")):
+        with pytest.raises(UserError, match=r"rows\.json, row 9: unknown characters '∑'"):
+            InstructPairDataset([pair("a", "x"), bad], tokenizer, SHORT, 9)
+
+
+# ---- too long -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "cut", "drop"),
+    [  # the pair takes 7 positions, 4 of its 8 ids are prompt
+        (8, b"QabAxyz", b"QabAxyz"),
+        (7, b"QabAxyz", b"QabAxyz"),
+        (6, b"abAxyz", None),
+        (5, b"bAxyz", None),
+        (4, b"Axyz", None),
+        (3, None, None),  # the answer would stand there without any question
+        (2, None, None),
+    ],
+)
+def test_a_pair_that_is_too_long_loses_its_prompts_start_and_never_a_part_of_its_response(seq_len, cut, drop):
+    for too_long, kept in (("cut", cut), ("drop", drop)):
+        if kept is None:
+            with pytest.raises(UserError, match=f"none of 1 instructions fits training.seq_len={seq_len}"):
+                InstructPairDataset([pair("ab", "xyz")], BYTE, SHORT, seq_len, too_long=too_long)
+            continue
+        made = InstructPairDataset([pair("ab", "xyz")], BYTE, SHORT, seq_len, too_long=too_long)
+        item = made[0]
+        assert item["input_ids"].tolist() == list(kept)
+        assert item["labels"].tolist() == [-100] * (len(kept) - 4) + [*b"xyz", 256]
+        assert (made.n_cut, made.n_dropped, made.n_bytes) == (int(len(kept) < 7), 0, 3)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, packing):
+    """The rule said another way: the last seq_len + 1 ids of a pair are kept if something of the prompt is among them."""
+    pairs = random_pairs(np.random.default_rng(3), 80, longest=5)
+    for seq_len in (14, 23, 40, 999):
+        kept, n_cut, n_dropped, n_bytes = [], 0, 0, 0
+        for p in pairs:
+            prompt, response = ids_of(p)
+            end = (prompt + response)[-(seq_len + 1) :]
+            shortened = len(end) < len(prompt + response)
+            if len(response) > seq_len or (shortened and too_long == "drop"):
+                n_dropped += 1
+                continue
+            n_cut, n_bytes = n_cut + shortened, n_bytes + len(response) - 1
+            kept.append((end, len(end) - len(response)))
+        made = InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing, too_long=too_long)
+        assert [(e.ids.tolist(), e.n_prompt) for e in made.examples] == kept
+        assert (made.n_cut, made.n_dropped, made.n_bytes) == (n_cut, n_dropped, n_bytes)
+        assert seq_len == 999 or n_dropped, "the sizes are such that there are some"
+        assert seq_len > 23 or too_long == "drop" or n_cut
+
+
+# ---- padding and packing ------------------------------------------------------------------------------------------
+
+
+def pieces(made: InstructPairDataset, size: int = 3) -> list[tuple[list[int], list[int]]]:
+    """(inputs, labels) of each pair, taken out of the batches: what fills up a row is checked and left out."""
+    found = []
+    for start in range(0, len(made), size):
+        batch = made.batch(range(start, min(start + size, len(made))))
+        for row, (ids, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
+            numbers = batch["segments"][row].tolist() if "segments" in batch else [int(256 in labels[:t]) for t in range(len(labels))]
+            assert numbers == sorted(numbers) and numbers[0] == 0
+            for number in range(max(numbers) + 1):
+                here = [t for t, n in enumerate(numbers) if n == number]
+                one = [ids[t] for t in here], [labels[t] for t in here]
+                if set(one[1]) == {IGNORE}:
+                    assert number == max(numbers) and set(one[0]) == {256}, "filling stands at the end, and is EOS"
+                else:
+                    found.append(one)
+    return found
+
+
+def test_packing_and_padding_hold_the_same_pairs_with_the_same_labels():
+    pairs = random_pairs(np.random.default_rng(8), 60)
+    expected = []
+    for p in pairs:
+        prompt, response = ids_of(p)
+        expected.append(((prompt + response)[:-1], [IGNORE] * (len(prompt) - 1) + response))
+    longest = max(len(ids) for ids, _ in expected)
+    for seq_len in (longest, longest + 1, 3 * longest, 40 * longest):
+        padded, packed = (InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing) for packing in (False, True))
+        assert pieces(padded) == expected
+        assert pieces(packed) == expected
+        assert len(packed) < len(padded) == 60
+        assert {packed[i]["input_ids"].shape for i in range(len(packed))} == {(seq_len,)}
+        assert packed.batch([len(packed) - 1])["segments"].shape == (1, seq_len)
+
+
+def test_a_block_is_full_when_the_next_pair_does_not_fit():
+    """Pairs of 4, 7, 5, 4 and 8 positions in blocks of 11: the first two fill one, the next two leave 2 free."""
+    pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo"), pair("i", "o"), pair("abc", "xyz")]
+    packed = InstructPairDataset(pairs, BYTE, SHORT, 11, packing=True)
+    batch = packed.batch(range(len(packed)))
+    assert batch["segments"].tolist() == [[0] * 4 + [1] * 7, [0] * 5 + [1] * 4 + [2] * 2, [0] * 8 + [1] * 3]
+    assert batch["input_ids"][1].tolist() == [*b"QiAooQiAo", 256, 256]
+    assert batch["labels"][1].tolist() == [-100, -100, *b"oo", 256, -100, -100, *b"o", 256, -100, -100]
+
+
+@pytest.mark.parametrize("made_packed", [False, True])
+def test_the_first_pairs_can_be_had_padded_or_packed(made_packed):
+    pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo")]
+    made = InstructPairDataset(pairs, BYTE, SHORT, 11, made_packed)
+    assert made.example_batch(2, packing=False)["input_ids"].tolist() == [[*b"QiAo", 256, 256, 256], [*b"QabAxyz"]]
+    assert made.example_batch(2, packing=True)["input_ids"].tolist() == [[*b"QiAoQabAxyz"]]
+    assert len(made.example_batch(99, packing=False)["labels"]) == 3
+
+
+# ---- the model ----------------------------------------------------------------------------------------------------
+
+FEW = CharTokenizer("ab:,")  # with so few tokens some responses are right by chance
+COLON = Template(prompt="{instruction}:", prompt_with_input="{instruction},{input}:")
+
+
+def few_pairs(n: int = 70) -> list[Pair]:
+    rng = np.random.default_rng(6)
+
+    def word(shortest: int, longest: int) -> str:
+        return "".join(rng.choice(["a", "b"], rng.integers(shortest, longest + 1)))
+
+    return [pair(word(1, 6), word(1, 3), word(0, 3)) for _ in range(n)]
+
+
+@pytest.fixture(params=["rope", "learned"])
+def net(request) -> GPTMini:
+    torch.manual_seed(7)
+    sizes = {"vocab_size": 5, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 37}
+    model = GPTMini(GPTConfig(**sizes, position=request.param, dropout=0.2, tie_embeddings=False)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.4)  # far from uniform, and every position counts
+    torch.nn.init.zeros_(model.lm_head.weight[2:4].detach())  # no colon and no comma: guesses are right more often
+    return model
+
+
+def both(pairs: list[Pair], **options) -> list[InstructPairDataset]:
+    return [InstructPairDataset(pairs, FEW, COLON, 37, packing, **options) for packing in (False, True)]
+
+
+def batches(made: InstructPairDataset, size: int) -> list[dict]:
+    return [made.batch(range(start, min(start + size, len(made)))) for start in range(0, len(made), size)]
+
+
+@torch.no_grad()
+def naive_scores(net: GPTMini, pairs: list[Pair]) -> list[float]:
+    """The five sums, one pair at a time and one token at a time, each from all that stands before it."""
+    loss = n_targets = n_right = n_answers = n_answers_right = 0
+    for p in pairs:
+        before = FEW.encode(f"{p.instruction},{p.input}:" if p.input else f"{p.instruction}:")
+        right = []
+        for token in [*FEW.encode(p.output), FEW.eos_id]:
+            logits = net(torch.tensor([before]))[0, -1].double()
+            loss -= logits.log_softmax(-1)[token].item()
+            right.append(int(logits.argmax()) == token)
+            before = [*before, token]
+        n_targets, n_right = n_targets + len(right), n_right + sum(right)
+        n_answers, n_answers_right = n_answers + 1, n_answers_right + all(right)
+    return [loss, n_targets, n_right, n_answers, n_answers_right]
+
+
+def test_responses_are_scored_as_by_a_naive_loop_padded_or_packed(net):
+    pairs = few_pairs()
+    expected = naive_scores(net, pairs)
+    assert 0 < expected[4] < expected[3] == 70 and expected[4] < expected[2] < expected[1], "the case is not trivial"
+    for made in both(pairs):
+        for size in (1, 4, 70):
+            found = sum(score_responses(net, batch).double() for batch in batches(made, size)).tolist()
+            assert found[0] == pytest.approx(expected[0], rel=1e-5)
+            assert found[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_packing_and_padding_have_the_same_loss(net, mask_prompt):
+    pairs = few_pairs()
+    sums = []
+    for made in both(pairs, mask_prompt=mask_prompt):
+        with torch.no_grad():
+            sums.append(torch.stack([torch.stack(net(**batch)) for batch in batches(made, 5)]).double().sum(dim=0).tolist())
+    assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
+    assert sums[0][1] == sums[1][1]
+    if mask_prompt:
+        assert sums[0] == pytest.approx(naive_scores(net, pairs)[:2], rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_pair_in_a_block_has_the_logits_that_it_has_alone(net):
+    pairs = few_pairs(30)
+    _, packed = both(pairs)
+    assert len(packed) < 15
+    whole = packed.batch(range(len(packed)))
+    logits, rest = net(whole["input_ids"], segments=whole["segments"]), iter(pairs)
+    for row, numbers in enumerate(whole["segments"]):
+        for number in range(len(packed.blocks[row])):
+            p = next(rest)
+            text = (f"{p.instruction},{p.input}:" if p.input else f"{p.instruction}:") + p.output
+            alone = net(torch.tensor([FEW.encode(text)]))[0]
+            torch.testing.assert_close(logits[row][numbers == number], alone, rtol=1e-5, atol=1e-5)
+    assert next(rest, None) is None
+
+
+@torch.no_grad()
+def test_changing_one_pair_of_a_block_leaves_the_others_alone(net):
+    _, packed = both(few_pairs(12))
+    batch = packed.batch([0])
+    ids, segments = batch["input_ids"], batch["segments"]
+    before = net(ids, segments=segments)
+    assert len(segments.unique()) >= 4
+    for number in segments.unique():
+        here = segments == number
+        after = net(torch.where(here, (ids + 1) % 5, ids), segments=segments)
+        torch.testing.assert_close(after[~here], before[~here], rtol=0, atol=1e-6)
+        assert (after[here] - before[here]).abs().amax(dim=-1).min() > 1e-3
+
+
+def test_a_batch_without_any_target_scores_nothing(net):
+    """As a process gets one that has no validation rows left."""
+    for made in both(few_pairs(9)):
+        batch = made.batch(range(2))
+        batch["labels"].fill_(IGNORE)
+        assert score_responses(net, batch).tolist() == [0.0] * 5
+
+
+def test_a_row_without_target_is_no_response(net):
+    padded, _ = both(few_pairs(3))
+    batch = padded.batch([0, 1, 2])
+    batch["labels"][1] = IGNORE
+    expected = score_responses(net, padded.batch([0])) + score_responses(net, padded.batch([2]))
+    torch.testing.assert_close(score_responses(net, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_response_is_right_only_if_each_of_its_tokens_is():
+    """A net that answers 1 everywhere, on rows of two responses each: 1 1 and 1 2, then 2 and 1."""
+    labels = torch.tensor([[-100, 1, 1, -100, 1, 2, -100], [-100, -100, 2, -100, 1, -100, -100]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 2, 2]])
+
+    def net(input_ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 1.0, 0.0]).expand(*input_ids.shape, 3)
+
+    wrong = np.log(2 + np.e)  # of the probabilities 1, e and 1, each divided by their sum
+    loss, *counts = score_responses(net, {"input_ids": torch.zeros_like(labels), "segments": segments, "labels": labels}).tolist()
+    assert loss == pytest.approx(4 * (wrong - 1) + 2 * wrong)
+    assert counts == [6, 4, 4, 2]
+
+
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_for_each_token(tmp_path):
+    """All weights zero: each of 257 tokens is as likely. Two outputs of 3 bytes and 1, with EOS 4 targets and 2."""
+    config = config_of(tmp_path / "rows.json", seq_len=19)
+    model = GPTMini(GPTConfig(vocab_size=257, d_model=8, n_heads=2, n_layers=1, max_seq_len=19)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    found = validate(model, BYTE, [pair("ab", "xyz"), pair("i", "o", "in")], config)
+    assert found.loss == pytest.approx(np.log(257))
+    assert (found.n_documents, found.n_tokens, found.n_bytes, found.seq_len) == (2, 6, 4, 19)
+    assert found.bits_per_byte == pytest.approx(6 * np.log2(257) / 4)
+    assert (found.token_accuracy, found.response_accuracy) == (0, 0)
+
+
+# ---- what is said and compared ------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_changes_with_any_token_and_not_with_the_packing():
+    texts = [("ab", "xyz", ""), ("c", "u", "in"), ("d", "vw", "")]
+
+    def fingerprint(texts: list[tuple[str, str, str]], **options) -> str:
+        return InstructPairDataset([pair(*row) for row in texts], BYTE, SHORT, 23, **options).fingerprint()
+
+    found = [fingerprint(texts)]
+    assert fingerprint(texts) == fingerprint(texts, packing=True) == found[0]
+    for row in range(3):
+        for part in range(3):
+            for place in range(len(texts[row][part])):
+                changed = [list(row) for row in texts]
+                changed[row][part] = texts[row][part][:place] + "#" + texts[row][part][place + 1 :]
+                found.append(fingerprint([tuple(row) for row in changed]))
+    assert len(found) == 1 + sum(len(part) for row in texts for part in row) == 13
+    found += [fingerprint(texts[:2]), fingerprint(texts[::-1]), fingerprint([*texts, texts[0]])]
+    assert max(Counter(found).values()) == 1
+
+
+def test_the_fingerprint_changes_with_where_the_response_begins():
+    """The ids are the same: a b c EOS."""
+    bare = Template(prompt="{instruction}", prompt_with_input="{instruction}{input}")
+    early, late = (InstructPairDataset([pair(*row)], BYTE, bare, 23) for row in (("a", "bc"), ("ab", "c")))
+    assert early.examples[0].ids.tolist() == late.examples[0].ids.tolist() == [*b"abc", 256]
+    assert early.fingerprint() != late.fingerprint()
+
+
+def test_the_description_counts_what_there_is():
+    """8, 5 and 8 ids, the fourth pair never fits; in 6 positions two lose one id each."""
+    pairs = [pair("ab", "xyz"), pair("i", "o"), pair("abcd", "z")]
+    assert InstructPairDataset(pairs, BYTE, SHORT, 9).describe(3) == "3 instructions, 21 tokens, 8 of them scored, rows of up to 7"
+    assert InstructPairDataset(pairs, BYTE, SHORT, 9, mask_prompt=False).describe(3).startswith("3 instructions, 21 tokens, 18 of them scored")
+    assert InstructPairDataset(pairs, BYTE, SHORT, 11, packing=True).describe(3) == (
+        "3 instructions, 21 tokens, 8 of them scored, packed into 2 blocks of 11"
+    )
+    pairs.append(pair("a", "toolong"))
+    assert InstructPairDataset(pairs, BYTE, SHORT, 6).describe(4) == (
+        "4 instructions, 19 tokens, 8 of them scored, rows of up to 6 (2 cut at the start of their prompt and 1 dropped: longer than 6)"
+    )
+    assert InstructPairDataset(pairs, BYTE, SHORT, 6, too_long="drop").describe(4) == (
+        "4 instructions, 5 tokens, 2 of them scored, rows of up to 4 (3 dropped: longer than 6)"
+    )
+    thousands = InstructPairDataset([pair("i", "o")] * 1200, BYTE, SHORT, 11, packing=True)
+    assert thousands.describe(1200) == "1,200 instructions, 6,000 tokens, 2,400 of them scored, packed into 600 blocks of 11"
+
+
+def test_a_config_names_both_sides_and_validation_scores_responses_alone(many):
+    for mask_prompt in (True, False):
+        packed = load_instructions(config_of(many, val_docs=5, mask_prompt=mask_prompt), BYTE)
+        assert (packed.n_train_docs, packed.n_val_docs, len(packed.train), len(packed.val)) == (32, 5, 32, 5)
+        assert (packed.train[0]["labels"] == IGNORE).any() != (not mask_prompt)
+        assert (packed.val[0]["labels"] == IGNORE).any()
+        first = split_pairs(config_of(many, val_docs=5))[0][0]
+        assert packed.sample_text == f"Q{first.instruction}Ao"

@@ -1,0 +1,491 @@
+"""A full disk, a kill between two writes, bad numbers: what was saved stays whole, and what was not is kept or told."""
+
+import errno
+import fcntl
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO
+from test_resume import BYTE, assert_same_run, stop_before, stopped_run
+
+import prepare
+import support.checkpoint
+import support.run.saving
+import train
+from data import leave_signals_alone
+from model import GPTMini
+from support.checkpoint import load_model, weights_sha256
+from support.config.read import load_config
+from support.files.atomic import claim_folder
+from support.messages import UserError
+from support.run.guards import explain
+from support.run.metrics import Console
+from support.run.saving import StopOnSignal, StopRun
+
+STEP = train.LitCausalLM.training_step
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
+    """The run of 12 steps that nothing disturbs."""
+    return run(tmp_path_factory.mktemp("straight") / "run", *BYTE)
+
+
+def during_steps(monkeypatch, steps: range, begin, end) -> None:
+    """Call `begin()` before the first of these steps (from 1), `end()` before the step behind the last."""
+
+    def step(self, *args):
+        if self.trainer.global_step + 1 == steps.start:
+            begin()
+        if self.trainer.global_step + 1 == steps.stop:
+            end()
+        return STEP(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", step)
+
+
+@pytest.fixture
+def file_limit():
+    """file_limit(n): from now on no file can grow beyond n bytes, as on a full disk; None lifts it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(n: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if n is None else n, before[1]))
+
+    yield limit
+    limit(None)
+
+
+# ---- the disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(run, tmp_path, monkeypatch, file_limit, straight):
+    """It is full at steps 4 to 7: neither the checkpoint of step 4 nor the rows fit. All is well at step 8."""
+    during_steps(monkeypatch, range(4, 8), lambda: file_limit(700), lambda: file_limit(None))
+    made = run(tmp_path / "run", *BYTE)
+    assert_same_run(made, straight)
+    assert sorted(path.name for path in made.folder.glob("step-*")) == ["step-0000008.ckpt", "step-0000012.ckpt"]
+    assert not list(made.folder.glob("*.tmp-*"))
+    warnings = made.err.splitlines()
+    assert [("step-0000004.ckpt could not be written (File too large)" in w, "metrics.jsonl" in w) for w in warnings] == [
+        (False, True),
+        (True, False),
+    ]
+
+
+def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(run, tmp_path, monkeypatch, file_limit, straight):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    during_steps(monkeypatch, range(6, 99), lambda: file_limit(20_000), lambda: None)
+    with pytest.raises(UserError, match=r"cannot be written \(File too large\), nor can .*\n.*make room") as error:
+        run(tmp_path / "run", *BYTE)
+    assert len(str(error.value).splitlines()) <= 3
+    file_limit(None)
+    monkeypatch.setattr(train.LitCausalLM, "training_step", STEP)
+    resumed = run(tmp_path / "run", *BYTE, "--resume")
+    assert "behind step 4" in resumed.out
+    assert_same_run(resumed, straight)
+
+
+def read_only(monkeypatch, folder: Path) -> None:
+    """Nothing more can be written to `folder`; by substitution, since root may write everywhere."""
+    write = support.checkpoint.atomic_write
+
+    def refused(path):
+        if Path(path).parent == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return write(path)
+
+    monkeypatch.setattr(support.checkpoint, "atomic_write", refused)
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM], ids=["at the end", "at a signal"])
+def test_the_state_of_a_run_whose_folder_takes_no_file_is_rescued(run, tmp_path, monkeypatch, straight, signum):
+    folder, rescue = tmp_path / "run", tmp_path / "rescue"
+    rescue.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(rescue))
+    with monkeypatch.context() as patch:
+        during_steps(patch, range(6, 99), lambda: (read_only(patch, folder), signum and os.kill(os.getpid(), signum)), lambda: None)
+        with pytest.raises(UserError, match="Permission denied") as error:
+            run(folder, *BYTE)
+    (saved,) = rescue.rglob("*.ckpt")
+    assert saved.name == ("step-0000006.ckpt" if signum else "step-0000012.ckpt")
+    assert f"has been saved to {saved}" in str(error.value)
+    saved.rename(folder / saved.name)  # as the message says
+    assert_same_run(run(folder, *BYTE, "--resume"), straight)
+
+
+def test_curves_that_cannot_be_written_do_not_hide_the_end(run, tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train, "draw_loss", full)
+    made = run(tmp_path / "run", *BYTE, "training.max_steps=2", pictures=True)
+    assert (made.code, made.out.splitlines()[-1][:14]) == (0, "weights sha256")
+    assert "No space left on device" in made.err
+
+
+def test_what_a_kill_left_half_written_is_removed_by_the_next_run(run, tmp_path):
+    folder = tmp_path / "run"
+    stopped_run(run, folder, *BYTE, at=3)
+    (folder / "step-0000004.ckpt.tmp-123").write_bytes(b"half")
+    run(folder, *BYTE, "--resume")
+    assert not list(folder.glob("*.tmp-*"))
+
+
+# ---- between two writes -------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [4, 12], ids=["a best one", "the last one"])
+def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, monkeypatch, straight, at):
+    def die(path, best, final, name=support.run.saving.name_checkpoint):
+        if path.name == f"step-{at:07}.ckpt":
+            raise Killed
+        name(path, best, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(support.run.saving, "name_checkpoint", die)
+        with pytest.raises(Killed):
+            run(tmp_path / "run", *BYTE)
+    resumed = run(tmp_path / "run", *BYTE, "--resume")
+    assert_same_run(resumed, straight)
+    if at == 12:
+        assert "behind step" not in resumed.out
+        assert (resumed.folder / "final.ckpt").samefile(resumed.folder / "step-0000012.ckpt")
+
+
+def test_best_is_not_replaced_by_a_worse_one_after_going_back(run, tmp_path, monkeypatch):
+    """Step 8 was the best; the run goes back to step 4, moves to another folder and validates at other steps."""
+    losses = {4: 3.0, 8: 1.0, 12: 2.0, 5: 2.5, 10: 1.5}
+    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
+    stopped_run(run, tmp_path / "run", *BYTE, at=9)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    made = run(tmp_path / "moved", *BYTE, "training.val_every=5", f"--resume={tmp_path / 'moved' / 'step-0000004.ckpt'}")
+    assert [row["step"] for row in made.val_rows] == [4, 5, 10, 12]
+    assert made.checkpoint("best")["tiny_transformer"]["metrics"]["step"] == 8
+    assert made.checkpoint("final")["tiny_transformer"]["metrics"]["best_val_loss"] == 1.0
+
+
+def test_a_checkpoint_between_validations_says_the_same_after_a_resume(run, tmp_path):
+    words = (*BYTE, "checkpoint.save_every=1")
+    straight = run(tmp_path / "straight", *words)
+    stopped_run(run, tmp_path / "stopped", *words, at=6)
+    resumed = run(tmp_path / "stopped", *words, "--resume")
+    for name in ("step-0000007", "step-0000010"):
+        assert resumed.checkpoint(name)["tiny_transformer"]["metrics"] == straight.checkpoint(name)["tiny_transformer"]["metrics"]
+
+
+# ---- signals ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(run, tmp_path, monkeypatch, straight):
+    def again(checkpoint, file, save=torch.save):
+        if checkpoint["global_step"] == 6:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGINT)
+        save(checkpoint, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(support.checkpoint.torch, "save", again)
+        stop_before(patch, 6, signum=signal.SIGINT)
+        made = run(tmp_path / "run", *BYTE)
+    assert made.code == 130
+    assert "step-0000004.ckpt at step 4; go on with" in made.out
+    assert sorted(path.name for path in made.folder.glob("step-*")) == ["step-0000004.ckpt"]
+    assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
+
+
+def test_a_closed_terminal_stops_like_sigterm_and_under_nohup_does_not(run, tmp_path, monkeypatch, straight):
+    stopped_run(run, tmp_path / "run", *BYTE, at=5, signum=signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        stop_before(monkeypatch, 7, signum=signal.SIGHUP)
+        assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_of_the_output_that_has_gone_stops_the_run_saved(run, tmp_path, monkeypatch, straight):
+    """As by `train.py ... | head`: nothing of the training is lost."""
+    show, stdout = Console.print, sys.stdout
+
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+        def flush(self):
+            pass
+
+    def closed(self, text):
+        if text.startswith("step      5/"):
+            sys.stdout = Gone()
+        show(self, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "print", closed)
+        made = run(tmp_path / "run", *BYTE)
+    assert made.code == 143
+    assert made.checkpoint("last")["tiny_transformer"]["metrics"]["step"] == 5
+    assert sys.stdout is stdout
+    assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
+
+
+def test_a_worker_that_falls_to_the_signal_does_not_make_it_an_error():
+    """In the moment between its start and its first instruction of ours, a data worker dies of a SIGTERM to all."""
+    with pytest.raises(StopRun) as stopped, StopOnSignal() as stop:
+        stop.stepping = True
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    assert stopped.value.code == 143
+    with pytest.raises(RuntimeError, match="no signal"), StopOnSignal():
+        raise RuntimeError("no signal")
+
+
+def test_data_workers_outlive_one_signal_and_not_two():
+    """A worker finishes the step in hand; one that waits for the network must not hold up the end of the run."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        leave_signals_alone(0)
+        os.write(told, b"1")
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            time.sleep(0.001)
+        os.write(told, b"2")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(pid, signum)
+    assert os.read(ready, 1) == b"2", "alive behind one of each"
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_killed_run_leaves_no_lock_though_its_data_workers_live_on(tmp_path):
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        lock = claim_folder(tmp_path)
+        worker = os.fork()  # what a data worker is
+        if worker and lock:
+            os.write(told, str(worker).encode())
+        time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(ready, 20))
+    try:
+        with pytest.raises(UserError, match="another run is writing"):
+            claim_folder(tmp_path)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        claim_folder(tmp_path).release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+# ---- bad numbers --------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_a_step_throws_out_of_range_are_not_saved(run, tmp_path, monkeypatch):
+    """The loss and the gradient of step 3 are finite, and the step itself is too large for float32."""
+
+    def overflows(self, *args):
+        STEP(self, *args)
+        if self.trainer.global_step == 3:
+            self.net.norm.weight.data *= 1e39
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", overflows)
+    with pytest.raises(UserError, match=r"step 3: weights\.norm\.weight is not finite any more.*\n.*step-0000002\.ckpt"):
+        run(tmp_path / "run", *BYTE, "checkpoint.save_every=1")
+    assert load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"] == 2
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(run, tmp_path, monkeypatch):
+    validate = train.LitCausalLM.validation_step
+
+    def broken(self, *args):
+        validate(self, *args)
+        if self.trainer.global_step == 8:
+            self.val_sums *= math.nan
+
+    monkeypatch.setattr(train.LitCausalLM, "validation_step", broken)
+    with pytest.raises(UserError, match=r"step 8: val_loss=nan.*\n.*last good checkpoint: .*step-0000004\.ckpt"):
+        run(tmp_path / "run", *BYTE)
+    assert load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"] == 4
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def without_gradient(net):
+    """As a network that has been compiled wrongly: the loss is right, and nothing follows from it."""
+    forward = net.forward
+    net.forward = lambda **batch: [part + 0 * net.norm.weight.sum() for part in torch.no_grad()(forward)(**batch)]
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [((), "model.zero_init=false"), (("training.compile=true",), "training.compile=false"), (("training.freeze=[layers]",), "freeze less")],
+    ids=["plain", "compiled", "frozen"],
+)
+def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monkeypatch, words, advice):
+    monkeypatch.setattr("support.run.checklist.try_compiler", lambda device: None)
+    monkeypatch.setattr(GPTMini, "compile", lambda self: None)
+
+    def begin(self, *args):
+        without_gradient(self.net)
+        return STEP(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", begin)
+    with pytest.raises(UserError, match=rf"step 1: every gradient is zero while the loss is 5\.\d+.*\n.*{advice}"):
+        run(tmp_path / "run", *BYTE, *words)
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_step_without_targets_has_no_gradient_and_goes_by(run, tmp_path, monkeypatch):
+    def masked(self, batches, index):
+        if self.trainer.global_step in (0, 3):
+            for batch in batches:
+                batch["labels"][:] = -100
+        return STEP(self, batches, index)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", masked)
+    made = run(tmp_path / "run", *BYTE, "training.max_steps=5")
+    assert [row["grad_norm"] == 0 for row in made.train_rows] == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("source", ["text", "stream"])
+def test_bad_numbers_name_the_samples(run, tmp_path, monkeypatch, source):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
+    words = (*BYTE, "data.source=hf", "data.dataset=json", f"data.path={rows}", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+
+    def third_is_bad(self, *args):
+        if self.trainer.global_step == 2:
+            monkeypatch.setattr(self.net, "forward", lambda **batch: (self.net.embed_tokens.weight.sum() * math.nan, torch.tensor(1)))
+        return STEP(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", third_is_bad)
+    expected = r"on a stream, before document \d+ of group 0 in epoch \d+" if source == "stream" else r"on samples 16 to 23 \(blocks (\d+, ){7}\d+\)"
+    with pytest.raises(UserError, match=expected):
+        run(tmp_path / "run", *(words if source == "stream" else BYTE))
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "halve training",
+        ),
+        (MemoryError(), "halve training"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "num_workers=0"),
+    ],
+    ids=["cpu", "python", "worker"],
+)
+def test_memory_that_runs_out_is_explained(run, tmp_path, monkeypatch, error, advice):
+    def full(self, *args):
+        if self.trainer.global_step == 5:
+            raise error
+        return STEP(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", full)
+    with pytest.raises(UserError, match=advice) as said:
+        run(tmp_path / "run", *BYTE)
+    assert "step-0000004.ckpt" in str(said.value)
+
+
+@pytest.mark.parametrize("workers", [2, 0])
+def test_shared_memory_that_runs_out_is_explained(tiny_run, workers):
+    """Where data workers cannot be started the system only says that no space is left; without workers it is not that."""
+    config = load_config(tiny_run.folder / "run_config.yaml", [f"hardware.num_workers={workers}"])
+    plan = SimpleNamespace(config=config, folder=tiny_run.folder, world=1, device="cpu", command="python3 train.py")
+    error = RuntimeError("cannot start")
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = explain(error, plan)
+    assert (said is not None and "hardware.num_workers=0" in str(said) and "--shm-size" in str(said)) == bool(workers)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
+def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
+    made = stopped_run(run, tmp_path / "run", *BYTE, at=6)
+    checkpoint, path = made.checkpoint("last"), made.folder / "step-0000006.ckpt"
+    tensors = checkpoint["state_dict"] if part == "state_dict" else checkpoint["optimizer_states"][0]["state"][0]
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim()).view(-1)[3] = math.nan
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=rf"step-0000006\.ckpt: {'weights' if part == 'state_dict' else 'optimizer'}.* holds a NaN.*--resume CKPT"):
+        run(tmp_path / "run", *BYTE, "--resume")
+    assert run(tmp_path / "run", *BYTE, f"--resume={made.folder / 'step-0000004.ckpt'}").code == 0
+
+
+# ---- file systems without locks ------------------------------------------------------------------------------------
+
+
+def no_locks(monkeypatch, number: int) -> None:
+    def refused(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+
+
+NO_SECOND = "so do not start a second run there"
+WITHOUT_LOCKS = pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EPERM], ids=errno.errorcode.get)
+
+
+@WITHOUT_LOCKS
+def test_a_file_system_without_locks_is_a_warning(run, tmp_path, monkeypatch, number):
+    no_locks(monkeypatch, number)
+    made = run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0")
+    assert made.code == 0
+    assert made.err == f"warning: {tmp_path / 'run'} cannot be locked ({os.strerror(number)}): its file system has no locks, {NO_SECOND}\n"
+
+
+def test_prepare_writes_without_locks_too(tmp_path, monkeypatch, capsys):
+    no_locks(monkeypatch, errno.ENOLCK)
+    (tmp_path / "text.txt").write_text("some words\n\n" * 40)
+    assert prepare.main(["tokens", "--input", str(tmp_path / "text.txt"), "--tokenizer", "byte", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("cannot be locked") == 1
+    assert (tmp_path / "out" / "meta.json").exists()
+
+
+def test_check_says_that_there_are_no_locks_and_leaves_nothing(argv_of, tmp_path, monkeypatch, capsys):
+    for number in (0, errno.ENOLCK):
+        if number:
+            no_locks(monkeypatch, number)
+        with pytest.raises(SystemExit):
+            train.main([*argv_of(tmp_path / "run", *BYTE), "--check"])
+        assert ("no locks (No locks available), so nothing keeps a second run out" in capsys.readouterr().out) == bool(number)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, monkeypatch, number):
+    def refused(path, *args, **options):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(UserError, match=rf"a/b/run cannot be written \({os.strerror(number)}\); name another folder by --output PATH"):
+        claim_folder(tmp_path / "a" / "b" / "run", "--output ")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_is_a_full_disk_or_closed_goes_on(tmp_path, argv_of, straight):
+    """In processes of their own, as a user starts them."""
+    for number, redirect in enumerate([">/dev/full 2>&1", ">&- 2>&-"]):
+        folder = tmp_path / str(number)
+        command = ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, "train.py", *argv_of(folder, *BYTE)]
+        env = os.environ | {"PYTHONIOENCODING": "ascii"}
+        assert subprocess.run(command, cwd=REPO, env=env, capture_output=True).returncode == 0
+        assert weights_sha256(folder / "final.ckpt") == straight.sha256

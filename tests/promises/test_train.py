@@ -1,0 +1,603 @@
+"""train.py: what a step computes, what a run writes, and what it refuses."""
+
+import math
+import os
+import re
+import signal
+import sys
+
+import filelock
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from foreign_tokenizers import tokenizer_like
+from torch.utils.data import DataLoader
+
+import train
+from data import load_corpus, make_dataloaders, pack_corpus
+from model import GPTMini
+from sampling import SamplingConfig
+from support.checkpoint import load_model
+from support.config.read import load_config
+from support.messages import UserError
+from support.run.saving import CheckpointSaver
+
+ADAMW = ("training.optimizer=adamw", "training.lr=0.003")
+SHORT = ("training.max_steps=3", "tokenizer.kind=byte", "training.val_every=100")
+
+
+def weights(run_) -> dict[str, torch.Tensor]:
+    return run_.checkpoint()["state_dict"]
+
+
+def assert_close_weights(one, other) -> None:
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def shapes(micro: int, accum: int) -> tuple[str, str]:
+    return f"training.micro_batch_size={micro}", f"training.grad_accum_steps={accum}"
+
+
+# ---- the step -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [(1, 4), (2, 2)])
+def test_accumulation_equals_the_big_batch(run, tmp_path, cut):
+    whole = run(tmp_path / "whole", *SHORT, *ADAMW, *shapes(4, 1))
+    parts = run(tmp_path / "parts", *SHORT, *ADAMW, *shapes(*cut))
+    assert_close_weights(whole, parts)
+    for a, b in zip(whole.train_rows, parts.train_rows, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert [a["loss"], a["grad_norm"]] == pytest.approx([b["loss"], b["grad_norm"]], rel=1e-4)
+
+
+def with_holes(loader: DataLoader) -> DataLoader:
+    """The same steps, but row r of a step has its first 9 r labels ignored: 0, 9, 18, 27 of 32."""
+
+    class Holes(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for step in loader:
+                row = 0
+                for batch in step:
+                    for labels in batch["labels"]:
+                        labels[: 9 * row] = -100
+                        row += 1
+                yield step
+
+        def __len__(self):
+            return len(loader)
+
+    return DataLoader(Holes(), batch_size=None)
+
+
+def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_path, monkeypatch):
+    """The gradient is that of the mean over all targets of the step, not the mean of the micro-batches' means."""
+
+    def holed(*args):
+        training, validation = make_dataloaders(*args)
+        return with_holes(training), validation
+
+    monkeypatch.setattr(train, "make_dataloaders", holed)
+    untrained = run(tmp_path / "untrained", *SHORT, *ADAMW, "training.max_steps=0", "training.warmup_steps=0")
+    whole = run(tmp_path / "whole", *SHORT, *ADAMW, *shapes(4, 1))
+    parts = run(tmp_path / "parts", *SHORT, *ADAMW, *shapes(1, 4))
+    assert_close_weights(whole, parts)
+    assert [row["tokens"] for row in whole.train_rows] == [74, 148, 222]  # 32 + 23 + 14 + 5 targets a step
+    assert [row["loss"] for row in whole.train_rows] == pytest.approx([row["loss"] for row in parts.train_rows], rel=1e-5)
+
+    config = load_config(whole.folder / "run_config.yaml")
+    model, tokenizer, _ = load_model(untrained.folder / "final.ckpt")
+    data = pack_corpus(load_corpus(config), tokenizer, config)
+    [batch] = next(iter(with_holes(make_dataloaders(config, data, tokenizer, 3)[0])))
+    loss = F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    assert whole.train_rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero_as_the_config_says(tiny_run):
+    config = load_config(tiny_run.folder / "run_config.yaml").training
+    assert (config.schedule, config.warmup_steps, config.max_steps, config.lr, config.muon_lr) == ("linear", 2, 12, 0.01, 0.02)
+    expected = [0.5, 1.0] + [(12 - step) / 10 for step in range(2, 12)]
+    assert [row["lr"] for row in tiny_run.train_rows] == pytest.approx([0.01 * factor for factor in expected])
+    for name, last in (("step-0000004", 0.9), ("final", 0.1)):
+        rates = {group["lr"] for group in tiny_run.checkpoint(name)["optimizer_states"][0]["param_groups"]}
+        assert sorted(rates) == pytest.approx([0.01 * last, 0.02 * last])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_stay_float32_and_move(run, tmp_path, precision, optimizer):
+    made = run(tmp_path / "run", *SHORT, f"hardware.precision={precision}", f"training.optimizer={optimizer}")
+    assert {tensor.dtype for tensor in weights(made).values()} == {torch.float32}
+    torch.manual_seed(42)
+    before = GPTMini(load_model(made.folder / "final.ckpt")[0].config).state_dict()
+    still = [name for name, tensor in before.items() if torch.equal(tensor, weights(made)[f"net.{name}"])]
+    assert still == []
+
+
+def test_bf16_differs_from_float32_by_rounding_only(run, tmp_path):
+    exact = run(tmp_path / "32", *SHORT, *ADAMW)
+    rounded = run(tmp_path / "16", *SHORT, *ADAMW, "hardware.precision=bf16-mixed")
+    assert rounded.sha256 != exact.sha256
+    assert [row["loss"] for row in rounded.train_rows] == pytest.approx([row["loss"] for row in exact.train_rows], rel=0.01)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(run, tmp_path):
+    dropout = "model.dropout=0.2"  # recomputing must draw the same numbers
+    plain = run(tmp_path / "plain", *SHORT, dropout)
+    saving = run(tmp_path / "saving", *SHORT, dropout, "model.gradient_checkpointing=true")
+    assert saving.sha256 == plain.sha256
+
+
+def test_dropout_is_drawn_anew_at_each_step_from_the_seed(run, tmp_path, monkeypatch):
+    drawn = []
+    seed = train.LitCausalLM.seed_dropout
+    monkeypatch.setattr(train.LitCausalLM, "seed_dropout", lambda *args: (seed(*args), drawn.append(torch.rand(1).item()), seed(*args))[0])
+    dropped = run(tmp_path / "dropped", *SHORT, "model.dropout=0.2")
+    assert len(set(drawn)) == len(drawn) == 6  # three steps of two micro-batches
+    assert dropped.sha256 != run(tmp_path / "plain", *SHORT).sha256
+
+
+def test_three_steps_equal_a_plain_training_loop(run, tmp_path):
+    """The witness: torch's AdamW, the step's micro-batches as one batch, the mean loss, a clip that always bites, the
+    learning rate set by hand. Only the model, the data and the first weights are shared."""
+    words = (*SHORT, *ADAMW, "training.schedule=constant", "training.weight_decay=0.3", "training.grad_clip=0.1")
+    trained = run(tmp_path / "trained", *words)
+    start = run(tmp_path / "start", *words, "training.max_steps=0", "training.warmup_steps=0")
+    net, tokenizer, _ = load_model(start.folder / "final.ckpt")
+    config = load_config(trained.folder / "run_config.yaml")
+    loader, _ = make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 3)
+    matrices, vectors = ([p for p in net.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms = [], []
+    for step, rate in zip(loader, (0.0015, 0.003, 0.003), strict=True):
+        ids, labels = (torch.cat([batch[name] for batch in step]) for name in ("input_ids", "labels"))
+        loss = F.cross_entropy(net(ids).flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
+        for p in net.parameters():
+            p.grad *= min(1.0, 0.1 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    assert min(norms) > 0.2
+    assert [row["loss"] for row in trained.train_rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["grad_norm"] for row in trained.train_rows] == pytest.approx(norms, rel=1e-4)
+    assert [row["lr"] for row in trained.train_rows] == pytest.approx([0.0015, 0.003, 0.003])
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(weights(trained)[f"net.{name}"], tensor, rtol=0, atol=2e-5)
+
+
+def test_no_clip_is_a_clip_that_never_bites(run, tmp_path):
+    shas = [run(tmp_path / clip, *SHORT, *ADAMW, f"training.grad_clip={clip}").sha256 for clip in ("null", "1000.0", "0.01")]
+    assert shas[0] == shas[1] != shas[2]
+
+
+def test_document_mask_trains_and_makes_a_difference(run, tmp_path):
+    masked = run(tmp_path / "masked", *SHORT, "data.document_mask=true", "data.shuffle=false", "training.micro_batch_size=40")
+    plain = run(tmp_path / "plain", *SHORT, "data.shuffle=false", "training.micro_batch_size=40")
+    assert masked.sha256 != plain.sha256
+    assert masked.train_rows[-1]["loss"] < masked.train_rows[0]["loss"]
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_plain_weight_names(run, tmp_path):
+    compiled = run(tmp_path / "compiled", *SHORT, *ADAMW, "model.n_layers=1", "training.compile=true")
+    plain = run(tmp_path / "plain", *SHORT, *ADAMW, "model.n_layers=1")
+    assert weights(compiled).keys() == weights(plain).keys()
+    assert_close_weights(compiled, plain)
+    load_model(compiled.folder / "final.ckpt")
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------
+
+
+def test_every_logged_step_has_a_full_row_in_order(tiny_run):
+    assert [row["step"] for row in tiny_run.train_rows] == list(range(1, 13))
+    assert [row["step"] for row in tiny_run.rows] == sorted([*range(1, 13), 4, 8, 12])
+    names = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_sec", "examples_per_sec", "step_ms", "memory_mb"]
+    for row in tiny_run.train_rows:
+        assert [name for name in names if name in row] == names
+        assert all(isinstance(row[name], int | float) and math.isfinite(row[name]) and row[name] > 0 for name in names)
+        assert row["tokens"] == row["step"] * 4 * 2 * 32
+        assert row["examples_per_sec"] * 32 == pytest.approx(row["tokens_per_sec"], rel=0.01)
+        assert row["tokens_per_sec"] * row["step_ms"] / 1000 == pytest.approx(4 * 2 * 32, rel=0.01)
+
+
+def test_rows_come_for_step_one_and_every_log_every(run, tmp_path):
+    made = run(tmp_path / "run", "training.max_steps=8", "training.log_every=3", "training.val_every=100", "tokenizer.kind=byte")
+    assert [row["step"] for row in made.train_rows] == [1, 3, 6, 8]
+    assert [row["step"] for row in made.val_rows] == [8]  # the last step always validates
+
+
+def test_rows_are_on_disk_when_the_next_step_begins(run, tmp_path, monkeypatch):
+    seen, step = [], train.LitCausalLM.training_step
+
+    def look(self, *args):
+        seen.append([line.count('"loss"') for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()])
+        return step(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", look)
+    run(tmp_path / "run", *SHORT)
+    assert seen == [[], [1], [1, 1]]
+
+
+def test_perplexity_is_the_exponential_of_val_loss(tiny_run):
+    assert [row["step"] for row in tiny_run.val_rows] == [4, 8, 12]
+    for row in tiny_run.val_rows:
+        assert row["perplexity"] == pytest.approx(math.exp(row["val_loss"]), rel=1e-9)
+
+
+def test_first_loss_is_that_of_a_uniform_guess_and_it_falls(tiny_run):
+    losses = [row["loss"] for row in tiny_run.train_rows]
+    assert losses[0] == pytest.approx(math.log(400), abs=0.15)
+    assert f"a uniform guess over 400 tokens has loss {math.log(400):.4f}" in tiny_run.out
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["step-0000004", "final"])
+def test_val_loss_is_that_of_a_full_pass_over_the_validation_text(tiny_run, name):
+    """An independent pass: one block at a time over the plain row of tokens, every token but the first scored once."""
+    model, tokenizer, metadata = load_model(tiny_run.folder / f"{name}.ckpt")
+    tokens = []
+    for document in load_corpus(load_config(tiny_run.folder / "run_config.yaml")).val:
+        tokens += [*tokenizer.encode(document), tokenizer.eos_id]
+    tokens, total = torch.tensor(tokens), 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 32):
+            block = tokens[start : start + 33]
+            total += F.cross_entropy(model(block[None, :-1])[0], block[1:], reduction="sum").item()
+    expected = total / (len(tokens) - 1)
+    step = metadata["metrics"]["step"]
+    assert [row["val_loss"] for row in tiny_run.val_rows if row["step"] == step] == [pytest.approx(expected, rel=1e-5)]
+    assert metadata["metrics"]["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_val_batches_limits_the_validation(run, tmp_path, monkeypatch):
+    batches, step = [], train.LitCausalLM.validation_step
+    monkeypatch.setattr(train.LitCausalLM, "validation_step", lambda *args: (batches.append(1), step(*args))[1])
+    run(tmp_path / "run", *SHORT, "training.val_batches=2")
+    assert len(batches) == 2
+
+
+def test_epochs_become_steps(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(1000)))
+    epochs = ("training.max_steps=null", "training.schedule_steps=null", "training.epochs=1.5")
+    made = run(tmp_path / "run", f"data.path={text}", "data.val_fraction=0.1", "tokenizer.kind=byte", *epochs)
+    # 900 characters to train on and EOS: 28 blocks of 32, so 1.5 epochs are 42 blocks: 5.25 steps of 8.
+    assert made.checkpoint()["tiny_transformer"]["metrics"]["step"] == 6
+    assert made.checkpoint()["tiny_transformer"]["metrics"]["epoch"] == pytest.approx(48 / 28)
+    assert made.checkpoint()["tiny_transformer"]["config"]["training"]["schedule_steps"] == 6
+
+
+# ---- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_last_best_and_final_are_names_of_step_files(tiny_run):
+    names = sorted(path.name for path in tiny_run.folder.glob("*.ckpt"))
+    assert names == ["best.ckpt", "final.ckpt", "last.ckpt", *(f"step-{step:07}.ckpt" for step in (4, 8, 12))]
+
+    def inode(name: str) -> int:
+        return (tiny_run.folder / f"{name}.ckpt").stat().st_ino
+
+    best = min(tiny_run.val_rows, key=lambda row: row["val_loss"])
+    assert inode("final") == inode("last") == inode("step-0000012") != inode("step-0000008")
+    assert inode("best") == inode(f"step-{best['step']:07}")
+    assert tiny_run.checkpoint("best")["tiny_transformer"]["metrics"]["best_val_loss"] == best["val_loss"]
+    assert not list(tiny_run.folder.glob("*.tmp*"))
+
+
+def test_keep_last_removes_older_step_files_and_keeps_best(run, tmp_path, monkeypatch):
+    """The first validation is the best, the last better than the one before it only."""
+    losses = {2: 1.0, 4: 3.0, 6: 2.0}
+    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
+    made = run(tmp_path / "run", "training.max_steps=6", "training.val_every=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
+    assert [path.name for path in sorted(made.folder.glob("step-*"))] == ["step-0000005.ckpt", "step-0000006.ckpt"]
+    steps = {name: made.checkpoint(name)["tiny_transformer"]["metrics"]["step"] for name in ("best", "last", "final")}
+    assert steps == {"best": 2, "last": 6, "final": 6}
+
+
+@pytest.mark.parametrize("keep", [1, 3, 5])
+def test_keep_last_keeps_as_many_as_it_says(run, tmp_path, keep):
+    made = run(tmp_path / "run", *SHORT, "training.max_steps=7", "checkpoint.save_every=1", f"checkpoint.keep_last={keep}")
+    assert [int(path.stem[5:]) for path in sorted(made.folder.glob("step-*"))] == list(range(8 - keep, 8))
+
+
+def test_a_step_that_validates_is_saved_once_and_after_its_row(run, tmp_path, monkeypatch):
+    """Saved before, a run that is killed in between would never validate this step."""
+    saved, save = [], CheckpointSaver.save
+
+    def look(self, trainer, *args, **options):
+        rows = (self.folder / "metrics.jsonl").read_text().splitlines()
+        saved.append((trainer.global_step, '"val_loss"' in rows[-1]))
+        save(self, trainer, *args, **options)
+
+    monkeypatch.setattr(CheckpointSaver, "save", look)
+    run(tmp_path / "run", "tokenizer.kind=byte", "training.max_steps=7", "training.val_every=4", "checkpoint.save_every=2")
+    assert saved == [(2, False), (4, True), (6, False), (7, True)]
+
+
+def test_a_new_best_is_saved_even_between_saves(run, tmp_path):
+    made = run(tmp_path / "run", "training.max_steps=7", "training.val_every=2", "checkpoint.save_every=100")
+    best = min(made.val_rows, key=lambda row: row["val_loss"])
+    assert made.checkpoint("best")["tiny_transformer"]["metrics"]["step"] == best["step"]
+    assert {path.stem for path in made.folder.glob("step-*")} >= {"step-0000002", f"step-{best['step']:07}", "step-0000007"}
+
+
+def test_run_config_reads_back_as_the_config_that_ran(tiny_run):
+    path = tiny_run.folder / "run_config.yaml"
+    config = load_config(path)
+    assert config.to_dict() == yaml.safe_load(path.read_text()) == tiny_run.checkpoint()["tiny_transformer"]["config"]
+    assert (config.model.d_model, config.training.muon_lr, config.model.head_dim) == (32, 0.02, 8)
+    for word in ("# torch: ", "# lightning: ", "# python: ", "# git_commit: ", "# command: "):
+        assert word in path.read_text()
+
+
+def test_the_header_states_what_will_run(tiny_run):
+    n_params = load_model(tiny_run.folder / "final.ckpt")[0].n_params()
+    assert f"{n_params:,} parameters" in tiny_run.out
+    for pattern in (
+        r"train: \d+ documents, [\d,]+ tokens",
+        r"steps: 12 of 256 tokens",
+        r"device: cpu.*precision 32-true, about \d+ MB needed of [\d,]+",
+    ):
+        assert re.search(pattern, tiny_run.out)
+
+
+def test_the_last_line_is_the_sha256_of_the_weights(run, tiny_run, tmp_path):
+    assert re.fullmatch(r"weights sha256 [0-9a-f]{64}", tiny_run.out.splitlines()[-1])
+    assert run(tmp_path / "same").sha256 == tiny_run.sha256
+    assert run(tmp_path / "other", "seed=43").sha256 != tiny_run.sha256
+
+
+def test_the_sha256_depends_on_every_weight(tiny_run, tmp_path):
+    before = train.weights_sha256(tiny_run.folder / "final.ckpt")
+    assert before == tiny_run.sha256
+    for name in ("net.norm.weight", "net.layers.1.mlp.down_proj.weight"):
+        checkpoint = tiny_run.checkpoint()
+        checkpoint["state_dict"][name].view(-1)[-1] *= 1 + 2**-20
+        torch.save(checkpoint, tmp_path / "changed.ckpt")
+        assert train.weights_sha256(tmp_path / "changed.ckpt") != before
+
+
+@pytest.mark.parametrize("warmup", ["training.warmup_steps=0", "training.warmup_steps=2"])
+def test_max_steps_zero_writes_the_untrained_model(run, tmp_path, warmup):
+    made = run(tmp_path / "run", "training.max_steps=0", "training.schedule_steps=null", warmup)
+    model, _, metadata = load_model(made.folder / "final.ckpt")
+    torch.manual_seed(42)
+    for name, tensor in GPTMini(model.config).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert (made.code, metadata["metrics"]["step"], made.rows) == (0, 0, [])
+
+
+def test_text_samples_are_printed_and_do_not_change_the_run(run, tiny_run, tmp_path):
+    samples = ("training.sample_every=5", "training.sample_prompts=[Attention is, A token]")
+    made = run(tmp_path / "run", *samples)
+    shown = [line for line in made.out.splitlines() if "sample:" in line]
+    for line, (step, prompt) in zip(shown, [(step, prompt) for step in (5, 10) for prompt in ("Attention is", "A token")], strict=True):
+        assert re.match(rf"step {step:>6} sample: ['\"]{prompt}.{{10}}", line)
+    assert made.sha256 == tiny_run.sha256
+    assert made.timeless_rows == tiny_run.timeless_rows
+
+
+def test_each_sample_prompt_has_a_seed_of_its_own_and_the_same_in_each_run(run, tmp_path):
+    """Two models that write the same would else write the same behind each prompt: a model that has learned nothing does."""
+    samples = ("training.sample_every=3", "training.sample_prompts=[a, a, a]", "training.lr=1e-9")
+    texts = []
+    for name in ("one", "two"):
+        made = run(tmp_path / name, *SHORT, *samples)
+        texts.append([line.split("sample: ")[1] for line in made.out.splitlines() if "sample:" in line])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == len(texts[0]) == 3
+
+
+def test_a_sample_shows_the_space_between_a_prompt_and_what_follows(run, tmp_path):
+    """This tokenizer's decoder takes off the first space of a text; and its BOS is no part of a text."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer_like("llama + bos").backend.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "text.txt").write_text("tick tock " * 600)
+    chosen = ("tokenizer.kind=file", f"tokenizer.path={tmp_path / 'tokenizer.json'}", f"data.path={tmp_path / 'text.txt'}")
+    samples = ("training.sample_every=30", "training.sample_prompts=[tick]", "training.sample_temperature=0")
+    made = run(tmp_path / "run", *chosen, *samples, "training.max_steps=30", "training.schedule_steps=30", "training.lr=1e-2")
+    assert re.search(r"sample: 'tick tock tick", made.out)
+
+
+def test_samples_under_dropout_are_the_saved_models_and_do_not_change_the_run(run, tmp_path):
+    dropout = (*SHORT, "model.dropout=0.2")
+    samples = ("training.sample_every=3", "training.sample_prompts=[Attention is]")
+    made = run(tmp_path / "with", *dropout, *samples)
+    assert made.sha256 == run(tmp_path / "without", *dropout).sha256
+    model, tokenizer, _ = load_model(made.folder / "final.ckpt")
+    ids, sampling = torch.tensor([tokenizer.encode("Attention is")]), SamplingConfig(temperature=0.8)
+    seed = int(np.random.SeedSequence([42, 3, 0]).generate_state(1)[0])
+    text = tokenizer.decode(model.generate(ids, 64, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))[0].tolist())
+    assert f"step      3 sample: {text!r}" in made.out.splitlines()
+
+
+@pytest.mark.parametrize("prompts", ['[""]', "[Attention ∑]"])
+def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(run, tmp_path, prompts):
+    with pytest.raises(UserError, match="sample_prompts"):
+        run(tmp_path / "run", *SHORT, "tokenizer.kind=char", "training.sample_every=3", f"training.sample_prompts={prompts}")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_workers_do_not_change_the_run(run, tmp_path):
+    assert run(tmp_path / "two", *SHORT, "hardware.num_workers=2").sha256 == run(tmp_path / "none", *SHORT).sha256
+
+
+# ---- the folder ---------------------------------------------------------------------------------------------------
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name != ".lock"}
+
+
+RUN = {"step-0000003.ckpt", "last.ckpt", "best.ckpt", "final.ckpt", "metrics.jsonl", "run_config.yaml", "loss.svg", "loss.png"}
+
+
+def test_a_finished_run_is_moved_aside_and_foreign_files_stay(run, tmp_path):
+    folder = tmp_path / "run"
+    shas = [run(folder, *SHORT, "seed=1", pictures=True).sha256]
+    (folder / "notes.txt").write_text("mine")
+    (folder / "tensorboard").mkdir()
+    second = run(folder, *SHORT, "seed=2", pictures=True)
+    assert f"the earlier run in {folder} has been moved to {folder / 'old-1'}" in second.out
+    shas.append(second.sha256)
+    shas.append(run(folder, *SHORT, "seed=3", pictures=True).sha256)
+    assert names(folder) == RUN | {"notes.txt", "old-1", "old-2"}
+    assert names(folder / "old-1") == RUN | {"tensorboard"}
+    assert names(folder / "old-2") == RUN
+    assert [train.weights_sha256(folder / part / "final.ckpt") for part in ("old-1", "old-2", ".")] == shas
+    assert len(set(shas)) == 3
+
+
+def unfinished(run, folder):
+    """A run stopped after step 2 of 12."""
+    with pytest.MonkeyPatch.context() as patch:
+        step = train.LitCausalLM.training_step
+
+        def stop(self, *args):
+            if self.trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args)
+
+        patch.setattr(train.LitCausalLM, "training_step", stop)
+        made = run(folder, "tokenizer.kind=byte")
+    assert made.code == 143
+    return made
+
+
+def test_an_unfinished_run_is_refused_with_three_ways_out(run, tmp_path):
+    made = unfinished(run, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
+    with pytest.raises(UserError) as error:
+        run(made.folder, "tokenizer.kind=byte")
+    for word in (str(made.folder), "--resume", "--fresh", "--override checkpoint.dir="):
+        assert word in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+    assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == before
+
+
+def test_fresh_moves_an_unfinished_run_aside(run, tmp_path):
+    made = unfinished(run, tmp_path / "run")
+    kept = train.weights_sha256(made.folder / "last.ckpt")
+    again = run(made.folder, *SHORT, "--fresh")
+    assert (again.code, again.train_rows[0]["step"]) == (0, 1)
+    assert train.weights_sha256(made.folder / "old-1" / "last.ckpt") == kept
+    assert names(made.folder) == RUN - {"loss.svg", "loss.png"} | {"old-1"}
+
+
+def test_a_longer_run_that_is_not_finished_is_refused_though_the_shorter_one_was(run, tmp_path, monkeypatch):
+    """Once extended past final.ckpt, a run is unfinished again."""
+    made = run(tmp_path / "run", *SHORT)
+    step = train.LitCausalLM.training_step
+
+    def stop(self, *args):
+        if self.trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", stop)
+    assert run(made.folder, *SHORT, "training.max_steps=9", "--resume").code == 143
+    with pytest.raises(UserError, match="unfinished run"):
+        run(made.folder, *SHORT, "training.max_steps=9")
+
+
+def test_a_folder_in_use_is_refused(run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with filelock.FileLock(folder / ".lock"):
+        with pytest.raises(UserError, match=r"another run is writing to .*--override checkpoint\.dir="):
+            run(folder, *SHORT)
+        assert names(folder) == set()
+    assert run(folder, *SHORT).code == 0
+
+
+def test_the_folder_is_free_again_when_a_run_has_ended(run, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise UserError("as if")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", broken)
+        with pytest.raises(UserError, match="as if"):
+            run(tmp_path / "run", *SHORT)
+    assert run(tmp_path / "run", *SHORT).code == 0
+
+
+# ---- things that go wrong -----------------------------------------------------------------------------------------
+
+
+def nan_loss(forward):
+    def broken(self, input_ids, labels=None, **kwargs):
+        loss_sum, n_targets = forward(self, input_ids, labels, **kwargs)
+        return loss_sum * float("nan"), n_targets
+
+    return broken
+
+
+def infinite_gradient(forward):
+    def broken(self, input_ids, labels=None, **kwargs):
+        loss_sum, n_targets = forward(self, input_ids, labels, **kwargs)
+        loss_sum.register_hook(lambda gradient: gradient * float("inf"))
+        return loss_sum, n_targets
+
+    return broken
+
+
+@pytest.mark.parametrize("damage", [nan_loss, infinite_gradient])
+def test_bad_numbers_stop_the_run_and_never_reach_a_checkpoint(run, tmp_path, monkeypatch, damage):
+    forward, step = GPTMini.forward, train.LitCausalLM.training_step
+
+    def third_is_bad(self, *args):
+        monkeypatch.setattr(GPTMini, "forward", damage(forward) if self.trainer.global_step == 2 else forward)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", third_is_bad)
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "run", "tokenizer.kind=byte", "checkpoint.save_every=1")
+    message = str(error.value)
+    assert message.startswith("step 3: ")
+    for advice in ("training.lr", "training.warmup_steps", "grad_clip", "hardware.precision", "--show-step 3", "step-0000002.ckpt"):
+        assert advice in message
+    assert len(message.splitlines()) <= 3
+    model, _, metadata = load_model(tmp_path / "run" / "last.ckpt")
+    assert metadata["metrics"]["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert '"step": 3' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_logger_that_is_not_installed_is_one_clear_error(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    folder = tmp_path / "run"
+    run(folder, *SHORT)
+    before = names(folder)
+    with pytest.raises(UserError, match=r"^logging\.tensorboard=true needs .*pip install tensorboard$"):
+        run(folder, *SHORT, "logging.tensorboard=true")
+    assert names(folder) == before  # a run that cannot start moves nothing aside
+
+
+def test_a_checkpoint_folder_that_is_a_file_is_a_clear_error(run, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"checkpoint\.dir"):
+        run(tmp_path / "file", *SHORT)
+
+
+def test_out_of_memory_says_what_to_lower(run, tmp_path, monkeypatch):
+    def full(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+
+    monkeypatch.setattr(train.LitCausalLM, "training_step", full)
+    with pytest.raises(UserError, match=r"micro_batch_size \(now 4\)(.|\n)*grad_accum_steps \(now 2\)(.|\n)*gradient_checkpointing"):
+        run(tmp_path / "run", *SHORT)
