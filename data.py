@@ -1,13 +1,14 @@
-"""Text in, training steps out: documents -> token ids, each document closed by EOS -> fixed-length blocks -> steps.
+"""Text in, training steps out: documents -> token ids, each document closed by EOS -> fixed-length blocks ->
+steps.
 
     doc A          doc B        doc C
     a a a a EOS    b b EOS      c c c c c EOS          every document ends with EOS
     |-- block 0 --| a|...                              one long row, cut into blocks of seq_len + 1 tokens:
      input_ids = block[:-1], labels = block[1:]        the label of a position is the token that follows it
 
-What a step trains on is a function of (config, step). Global sample k is position k % N in the permutation of epoch
-k // N, drawn from (seed, epoch). So a resume, another number of workers or a split over processes sees the same
-samples, by arithmetic. A stream cannot jump; it carries its position inside the step it yields.
+What a step trains on is a function of (config, step). Global sample k is position k % N in the permutation of
+epoch k // N, drawn from (seed, epoch). So a resume, another number of workers or a split over processes sees
+the same samples, by arithmetic. A stream cannot jump; it carries its position inside the step it yields.
 """
 
 import hashlib
@@ -51,16 +52,28 @@ class Corpus:
 
 
 def split_documents(documents: list[str], val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Hold out whole documents, drawn by `seed`, until they hold `val_fraction` of the characters; of one that is too large
-    for that, and of a single one, its end."""
+    """Hold out whole documents, drawn by `seed`, until they hold `val_fraction` of the characters; of one
+    that is too large for that, and of a single one, its end."""
     order = np.random.default_rng(seed).permutation(len(documents))
     whole, cut = hold_out([len(document) for document in documents], order, val_fraction)
     train, val = [], []
     for i, document in enumerate(documents):
-        at = max(1, int(len(document) * (1 - val_fraction))) if i in cut else 0 if i in whole else len(document)
+        at = (
+            max(1, int(len(document) * (1 - val_fraction)))
+            if i in cut
+            else 0
+            if i in whole
+            else len(document)
+        )
         train += [document[:at]] * (i not in whole)
         val += [document[at:]] * (i in whole or i in cut)
-    check_share(sum(map(len, val)), sum(map(len, documents)), val_fraction, "characters", "give data.val_path a text of its own")
+    check_share(
+        sum(map(len, val)),
+        sum(map(len, documents)),
+        val_fraction,
+        "characters",
+        "give data.val_path a text of its own",
+    )
     return train, val
 
 
@@ -74,15 +87,23 @@ def load_corpus(config: Config) -> Corpus:
         train = text_documents(data.path, data)
         val = text_documents(data.val_path, data, "data.val_path") if data.val_path else None
         if val and (n_same := len(set(val) & set(train))):
-            warn(f"{n_same} of {len(val)} validation documents are trained on too, so val_loss says little; give data.val_path another text")
-    return Corpus(train, val) if val is not None else Corpus(*split_documents(train, data.val_fraction, config.seed))
+            warn(
+                f"{n_same} of {len(val)} validation documents are trained on too, so val_loss says little; "
+                "give data.val_path another text"
+            )
+    return (
+        Corpus(train, val)
+        if val is not None
+        else Corpus(*split_documents(train, data.val_fraction, config.seed))
+    )
 
 
 # ---- blocks -------------------------------------------------------------------------------------------------------
 
 
 def document_segments(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
-    """The number of the document each position belongs to, (B, T): it grows behind every EOS. a EOS b b -> 0 0 1 1."""
+    """The number of the document each position belongs to, (B, T): it grows behind every EOS. a EOS b b ->
+    0 0 1 1."""
     segments = np.zeros(input_ids.shape, np.int64)
     segments[:, 1:] = (input_ids[:, :-1] == eos_id).cumsum(axis=1)
     return segments
@@ -93,22 +114,36 @@ def make_batch(rows: np.ndarray, labels: np.ndarray, mask_eos: int | None) -> Ba
     batch = {"input_ids": rows[:, :-1], "labels": labels}
     if mask_eos is not None:
         batch["segments"] = document_segments(rows[:, :-1], mask_eos)
-    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in batch.items()}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in batch.items()
+    }
 
 
 class PackedLMDataset(Dataset):
     """Blocks of a row of tokens, in memory or in a file. Item i is the block that starts at token i * stride.
 
-    The tokens behind the last full block are left out (`n_dropped`), or, with `pad_last`, make one more block whose
-    missing labels are -100: so every token but the first is predicted exactly once when stride equals seq_len.
+    The tokens behind the last full block are left out (`n_dropped`), or, with `pad_last`, make one more block
+    whose missing labels are -100: so every token but the first is predicted exactly once when stride equals
+    seq_len.
     """
 
-    def __init__(self, tokens: np.ndarray | TokenFile, seq_len: int, stride: int | None = None, pad_last: bool = False, mask_eos: int | None = None):
+    def __init__(
+        self,
+        tokens: np.ndarray | TokenFile,
+        seq_len: int,
+        stride: int | None = None,
+        pad_last: bool = False,
+        mask_eos: int | None = None,
+    ):
         self.tokens, self.seq_len, self.stride, self.mask_eos = tokens, seq_len, stride or seq_len, mask_eos
         spare = len(tokens) - 1 - seq_len  # where the last full block could start
         self.n_blocks = math.ceil(spare / self.stride) + 1 if pad_last else spare // self.stride + 1
         self.n_blocks = max(self.n_blocks, int(pad_last and len(tokens) > 1), 0)
-        self.n_dropped = max(0, len(tokens) - 1 - ((self.n_blocks - 1) * self.stride + seq_len)) if self.n_blocks else len(tokens)
+        self.n_dropped = (
+            max(0, len(tokens) - 1 - ((self.n_blocks - 1) * self.stride + seq_len))
+            if self.n_blocks
+            else len(tokens)
+        )
 
     def __len__(self) -> int:
         return self.n_blocks
@@ -125,11 +160,17 @@ class PackedLMDataset(Dataset):
 
     def fingerprint(self) -> str:
         """sha256 of the tokens."""
-        return self.tokens.fingerprint() if isinstance(self.tokens, TokenFile) else hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()
+        return (
+            self.tokens.fingerprint()
+            if isinstance(self.tokens, TokenFile)
+            else hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()
+        )
 
     def describe(self, n_documents: int | None) -> str:
         documents = f"{n_documents:,} documents, " if n_documents is not None else ""
-        dropped = f" ({self.n_dropped} tokens behind the last full block are left out)" if self.n_dropped else ""
+        dropped = (
+            f" ({self.n_dropped} tokens behind the last full block are left out)" if self.n_dropped else ""
+        )
         return f"{documents}{len(self.tokens):,} tokens, {len(self):,} blocks of {self.seq_len}{dropped}"
 
 
@@ -138,7 +179,8 @@ class PackedLMDataset(Dataset):
 
 @dataclass(frozen=True)
 class StepShape:
-    """How one optimizer step is cut up: accum micro-batches on each of `world` processes, of which this is `rank`."""
+    """How one optimizer step is cut up: accum micro-batches on each of `world` processes, of which this is
+    `rank`."""
 
     micro_batch_size: int
     grad_accum_steps: int
@@ -181,11 +223,15 @@ class IndexedSteps(Dataset):
         return range(first, first + self.shape.micro_batch_size)
 
     def __getitem__(self, step: int) -> list[Batch]:
-        return [self.blocks.batch([self.block_of(k) for k in self.samples(step, micro)]) for micro in range(self.shape.grad_accum_steps)]
+        return [
+            self.blocks.batch([self.block_of(k) for k in self.samples(step, micro)])
+            for micro in range(self.shape.grad_accum_steps)
+        ]
 
 
 class StepSampler(Sampler):
-    """Steps start, start + 1, ... Its length is that of the whole run: Lightning counts from the run's beginning."""
+    """Steps start, start + 1, ... Its length is that of the whole run: Lightning counts from the run's
+    beginning."""
 
     def __init__(self, start: int, n_steps: int):
         self.start, self.n_steps = start, n_steps
@@ -200,10 +246,11 @@ class StepSampler(Sampler):
 class StreamingPackedLMDataset(IterableDataset):
     """The same steps from documents that are read, tokenized and packed while training.
 
-    Documents are shuffled within groups of SHUFFLE_GROUP. Every process reads the whole stream and keeps its share of
-    the blocks. Each step carries, as JSON under "stream_state" of its first micro-batch, the position behind it: the
-    epoch, the group and where it starts in the source, the documents of it already used, and in the document that
-    follows the pieces already used, the tokens left over from them, and how many tokens of the next piece are taken.
+    Documents are shuffled within groups of SHUFFLE_GROUP. Every process reads the whole stream and keeps its
+    share of the blocks. Each step carries, as JSON under "stream_state" of its first micro-batch, the
+    position behind it: the epoch, the group and where it starts in the source, the documents of it already
+    used, and in the document that follows the pieces already used, the tokens left over from them, and how
+    many tokens of the next piece are taken.
     """
 
     def __init__(
@@ -219,7 +266,13 @@ class StreamingPackedLMDataset(IterableDataset):
         state: str | None = None,
     ):
         self.documents, self.tokenizer, self.shape = documents, tokenizer, shape
-        self.seq_len, self.stride, self.seed, self.shuffle, self.mask_eos = seq_len, stride, seed, shuffle, mask_eos
+        self.seq_len, self.stride, self.seed, self.shuffle, self.mask_eos = (
+            seq_len,
+            stride,
+            seed,
+            shuffle,
+            mask_eos,
+        )
         start = {"epoch": 0, "group": 0, "source": None, "used": 0, "piece": 0, "tokens": [], "taken": 0}
         self.state = start | (json.loads(state) if state else {})  # older states lack piece and taken
 
@@ -235,7 +288,12 @@ class StreamingPackedLMDataset(IterableDataset):
                 starts = range(taken, taken + self.shape.blocks * self.stride, self.stride)
                 rows = np.array([buffer[i : i + self.seq_len + 1] for i in starts])  # (blocks, T + 1)
                 taken += self.shape.blocks * self.stride
-                yield self._step(rows, json.dumps({**position, "tokens": buffer[taken:left_over], "taken": max(0, taken - left_over)}))
+                yield self._step(
+                    rows,
+                    json.dumps(
+                        {**position, "tokens": buffer[taken:left_over], "taken": max(0, taken - left_over)}
+                    ),
+                )
             del buffer[:taken]
             taken = 0
 
@@ -262,7 +320,11 @@ class StreamingPackedLMDataset(IterableDataset):
         while True:
             self.documents.seek(source)
             while documents := self.documents.take(SHUFFLE_GROUP, TAKE_CHARS):
-                order = np.random.default_rng((self.seed, epoch, group)).permutation(len(documents)) if self.shuffle else range(len(documents))
+                order = (
+                    np.random.default_rng((self.seed, epoch, group)).permutation(len(documents))
+                    if self.shuffle
+                    else range(len(documents))
+                )
                 for n in range(used, len(documents)):
                     yield documents[order[n]], {"epoch": epoch, "group": group, "source": source, "used": n}
                 source, group, used = self.documents.position(), group + 1, 0
@@ -270,8 +332,8 @@ class StreamingPackedLMDataset(IterableDataset):
 
 
 class ValBatches(Dataset):
-    """The validation blocks in order, in batches; with several processes every one gets equally many, an empty one
-    (all labels -100) if need be, so that none waits for another."""
+    """The validation blocks in order, in batches; with several processes every one gets equally many, an
+    empty one (all labels -100) if need be, so that none waits for another."""
 
     def __init__(self, blocks: Any, batch_size: int, rank: int, world: int, limit: int | None):
         self.blocks, self.batch_size, self.rank, self.world = blocks, batch_size, rank, world
@@ -295,8 +357,8 @@ class ValBatches(Dataset):
 
 @dataclass
 class PackedData:
-    """A corpus ready to train on. `train` and `val` give batches of rows by their numbers (`PackedLMDataset`, or the pairs of
-    instruct.py); a DocumentStream is packed on the way."""
+    """A corpus ready to train on. `train` and `val` give batches of rows by their numbers
+    (`PackedLMDataset`, or the pairs of instruct.py); a DocumentStream is packed on the way."""
 
     train: Any
     val: Any
@@ -320,8 +382,8 @@ class PackedData:
 
 
 def tokenizer_documents(corpus: Corpus, kind: str) -> Iterable[str]:
-    """What a tokenizer is trained on: training documents only; for `char` the validation text's characters count too,
-    or it could not be read at all; of a stream, its beginning."""
+    """What a tokenizer is trained on: training documents only; for `char` the validation text's characters
+    count too, or it could not be read at all; of a stream, its beginning."""
     if isinstance(corpus.train, DocumentStream):
         return corpus.train.head(STREAM_TOKENIZER_DOCS, TAKE_CHARS)
     return corpus.train + corpus.val if kind == "char" else corpus.train
@@ -345,21 +407,28 @@ def training_blocks(tokens: np.ndarray | TokenFile, config: Config, mask_eos: in
     train = PackedLMDataset(tokens, config.seq_len, config.stride, mask_eos=mask_eos)
     if len(train) == 0:
         raise UserError(
-            f"the training text has {len(tokens)} tokens, fewer than one block of seq_len + 1 = {config.seq_len + 1}; "
+            f"the training text has {len(tokens)} tokens, fewer than one block of seq_len + 1 = "
+            f"{config.seq_len + 1}; "
             f"give more text, or lower it with --override training.seq_len={max(2, len(tokens) // 2)}"
         )
     return train
 
 
 def pack_token_files(files: TokenFiles, tokenizer: Tokenizer, config: Config) -> PackedData:
-    """Token files cut into blocks, without reading them. Raises UserError if their ids are not the tokenizer's, or too few."""
+    """Token files cut into blocks, without reading them. Raises UserError if their ids are not the
+    tokenizer's, or too few."""
     files.check(tokenizer)
     mask_eos = tokenizer.eos_id if config.data.document_mask else None
     val = PackedLMDataset(files.val, config.seq_len, pad_last=True, mask_eos=mask_eos)
     if len(val) == 0:
-        raise UserError(f"{files.val.path} has no tokens to validate on; raise data.val_fraction, or name others by data.val_path")
+        raise UserError(
+            f"{files.val.path} has no tokens to validate on; raise data.val_fraction, or name others by "
+            "data.val_path"
+        )
     train = training_blocks(files.train, config, mask_eos)
-    return PackedData(train, val, files.n_documents("train"), files.n_documents("val"), files.train.text_of(tokenizer, 500))
+    return PackedData(
+        train, val, files.n_documents("train"), files.n_documents("val"), files.train.text_of(tokenizer, 500)
+    )
 
 
 def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:
@@ -367,8 +436,9 @@ def step_shape(config: Config, rank: int = 0, world: int = 1) -> StepShape:
 
 
 def leave_signals_alone(worker: int) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM, reaches data workers too; they work on, since the step in hand is to be finished.
-    A second SIGTERM ends them: a worker that waits for the network must not hold up the end of the run."""
+    """Ctrl-C, or a scheduler's SIGTERM, reaches data workers too; they work on, since the step in hand is
+    to be finished. A second SIGTERM ends them: a worker that waits for the network must not hold up the
+    end of the run."""
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -384,22 +454,36 @@ def make_dataloaders(
     world: int = 1,
     stream_state: str | None = None,
 ) -> tuple[DataLoader, DataLoader]:
-    """(train, val). One item of `train` is one optimizer step: a list of micro-batches {input_ids, labels, ...}, each
-    (B, T); it begins at `start_step`, or where `stream_state` says. One item of `val` is a batch."""
+    """(train, val). One item of `train` is one optimizer step: a list of micro-batches {input_ids, labels,
+    ...}, each (B, T); it begins at `start_step`, or where `stream_state` says. One item of `val` is a
+    batch."""
     shape, workers = step_shape(config, rank, world), config.hardware.num_workers
     mask_eos = tokenizer.eos_id if config.data.document_mask else None
-    own_random = {"batch_size": None, "generator": torch.Generator().manual_seed(0)}  # the global generator is for dropout
+    own_random = {
+        "batch_size": None,
+        "generator": torch.Generator().manual_seed(0),
+    }  # the global generator is for dropout
     options = dict(own_random)
     if workers:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizers library warns when workers fork
         options |= {"persistent_workers": True, "worker_init_fn": leave_signals_alone}
     if data.streaming:
         steps = StreamingPackedLMDataset(
-            data.train, tokenizer, config.seq_len, config.stride, shape, config.seed, config.data.shuffle, mask_eos, stream_state
+            data.train,
+            tokenizer,
+            config.seq_len,
+            config.stride,
+            shape,
+            config.seed,
+            config.data.shuffle,
+            mask_eos,
+            stream_state,
         )
         train = DataLoader(steps, num_workers=min(workers, 1), **options)
     else:
         steps = IndexedSteps(data.train, shape, config.seed, config.data.shuffle, n_steps)
         train = DataLoader(steps, sampler=StepSampler(start_step, n_steps), num_workers=workers, **options)
-    val_batches = ValBatches(data.val, config.training.micro_batch_size, rank, world, config.training.val_batches)
+    val_batches = ValBatches(
+        data.val, config.training.micro_batch_size, rank, world, config.training.val_batches
+    )
     return train, DataLoader(val_batches, **own_random)

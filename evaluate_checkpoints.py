@@ -1,5 +1,5 @@
-"""Rank checkpoints by how they answer cases (prompts with what should follow), or by their validation loss. docs/EVALUATION.md
-explains the scores.
+"""Rank checkpoints by how they answer cases (prompts with what should follow), or by their validation loss.
+docs/EVALUATION.md explains the scores.
 
 python3 evaluate_checkpoints.py --checkpoints checkpoints --cases cases/tiny_corpus.yaml
 python3 evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --tokenizer gpt2 --cases cases/wiki_basics.yaml
@@ -30,29 +30,62 @@ from support.messages import UserError, printable, warn
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--checkpoints", nargs="+", required=True, type=file_path, metavar="PATH", help="files, folders (searched at any depth) or quoted globs"
+        "--checkpoints",
+        nargs="+",
+        required=True,
+        type=file_path,
+        metavar="PATH",
+        help="files, folders (searched at any depth) or quoted globs",
     )
-    parser.add_argument("--cases", nargs="+", type=file_path, metavar="PATH", help="case files, or folders of them")
+    parser.add_argument(
+        "--cases", nargs="+", type=file_path, metavar="PATH", help="case files, or folders of them"
+    )
     add_tokenizer_flag(parser)
     parser.add_argument(
-        "--val", action="store_true", help="also the loss on the validation text, as by eval_val.py; without --cases it decides the rank"
+        "--val",
+        action="store_true",
+        help="also the loss on the validation text, as by eval_val.py; without --cases it decides the rank",
     )
     parser.add_argument(
-        "--config", type=file_path, metavar="FILE", help="with --val: the validation text of this config for all, instead of each one's own"
+        "--config",
+        type=file_path,
+        metavar="FILE",
+        help="with --val: the validation text of this config for all, instead of each one's own",
     )
-    parser.add_argument("--lm-eval", nargs="+", metavar="TASK", help="tasks of the EleutherAI harness, beside the cases or instead of them")
     parser.add_argument(
-        "--lm-eval-tasks", type=file_path, metavar="DIR", help="with --lm-eval: a folder of task files of your own; they can name code, which is run"
+        "--lm-eval",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of the EleutherAI harness, beside the cases or instead of them",
     )
-    parser.add_argument("--lm-eval-limit", type=int, metavar="N", help="with --lm-eval: only the first N examples of each task")
+    parser.add_argument(
+        "--lm-eval-tasks",
+        type=file_path,
+        metavar="DIR",
+        help="with --lm-eval: a folder of task files of your own; they can name code, which is run",
+    )
+    parser.add_argument(
+        "--lm-eval-limit",
+        type=int,
+        metavar="N",
+        help="with --lm-eval: only the first N examples of each task",
+    )
     parser.add_argument(
         "--output-dir",
         type=file_path,
         metavar="DIR",
-        help="write evaluation_results.csv, cases.csv, report.html, scores.svg, scores.png and lm_eval.csv there",
+        help="write evaluation_results.csv, cases.csv, report.html, scores.svg, scores.png and lm_eval.csv "
+        "there",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a checkpoint instead of the table")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap (default 42); the scores themselves draw nothing")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a checkpoint instead of the table"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of the bootstrap (default 42); the scores themselves draw nothing",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     args = parser.parse_args(argv)
     if not args.cases and not args.val and not args.lm_eval:
@@ -68,7 +101,13 @@ if __name__ == "__main__":
 import numpy as np
 
 from model import GPTMini
-from support.checkpoint import find_checkpoints, load_model, other_names, saved_template, warn_of_other_tokenizer
+from support.checkpoint import (
+    find_checkpoints,
+    load_model,
+    other_names,
+    saved_template,
+    warn_of_other_tokenizer,
+)
 from support.config.schema import Config
 from support.device import resolve_device, resolve_precision
 from support.evaluation.case_files import Case, read_cases
@@ -93,43 +132,71 @@ def options_of(case: Case) -> list[str]:
     return case.choices or ([case.target] if case.target is not None else [])
 
 
-def case_ids(case: Case, tokenizer: Tokenizer, layout: Template) -> tuple[list[int] | None, list[list[int] | None]]:
-    """(ids of the prompt, ids of each option after it); None for a text that the tokenizer has no characters for."""
+def case_ids(
+    case: Case, tokenizer: Tokenizer, layout: Template
+) -> tuple[list[int] | None, list[list[int] | None]]:
+    """(ids of the prompt, ids of each option after it); None for a text that the tokenizer has no
+    characters for."""
     parts: list[str | int] = [case.prompt]
     try:
         if case.instruction:
             parts = first_parts(layout, tokenizer, case.prompt, case.input)
             prompt = tokenizer.encode_parts(parts)
         else:
-            prompt = tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+            prompt = (
+                tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+            )
     except UserError:
         return None, [encode(tokenizer, option) for option in options_of(case)]
     return prompt, [encode(tokenizer, option, after=parts) for option in options_of(case)]
 
 
-def score_cases(model: GPTMini, tokenizer: Tokenizer, cases: list[Case], template: Template | None = None) -> list[CaseResult]:
-    """Every case's result, all of them in a few batches. A prompt starts where a text starts only if it is empty: behind
-    an EOS. An instruction is laid out by `template`; for a model that has none, by the one named chat. A text the tokenizer
-    has no characters for has probability zero."""
+def score_cases(
+    model: GPTMini, tokenizer: Tokenizer, cases: list[Case], template: Template | None = None
+) -> list[CaseResult]:
+    """Every case's result, all of them in a few batches. A prompt starts where a text starts only if it is
+    empty: behind an EOS. An instruction is laid out by `template`; for a model that has none, by the one
+    named chat. A text the tokenizer has no characters for has probability zero."""
     layout = template or TEMPLATES[DEFAULT]
     encoded = [case_ids(case, tokenizer, layout) for case in cases]
     prompts, followings = [prompt for prompt, _ in encoded], [options for _, options in encoded]
-    readable = [(n, k) for n, ids in enumerate(followings) for k, option in enumerate(ids) if option is not None and prompts[n] is not None]
-    found = dict(zip(readable, log_likelihoods(model, [(prompts[n], followings[n][k]) for n, k in readable]), strict=True))
+    readable = [
+        (n, k)
+        for n, ids in enumerate(followings)
+        for k, option in enumerate(ids)
+        if option is not None and prompts[n] is not None
+    ]
+    found = dict(
+        zip(
+            readable,
+            log_likelihoods(model, [(prompts[n], followings[n][k]) for n, k in readable]),
+            strict=True,
+        )
+    )
     written = [n for n, case in enumerate(cases) if case.continued and prompts[n] is not None]
-    texts = continuations(model, tokenizer, [prompts[n] for n in written], [cases[n].max_new_tokens for n in written])
+    texts = continuations(
+        model, tokenizer, [prompts[n] for n in written], [cases[n].max_new_tokens for n in written]
+    )
     text_of = dict(zip(written, texts, strict=True))
     return [
-        judge(case, [found.get((n, k), (-math.inf, False)) for k in range(len(followings[n]))], followings[n], text_of.get(n))
+        judge(
+            case,
+            [found.get((n, k), (-math.inf, False)) for k in range(len(followings[n]))],
+            followings[n],
+            text_of.get(n),
+        )
         for n, case in enumerate(cases)
     ]
 
 
-def judge(case: Case, likelihoods: list[tuple[float, bool]], ids: list[list[int] | None], text: str | None) -> CaseResult:
+def judge(
+    case: Case, likelihoods: list[tuple[float, bool]], ids: list[list[int] | None], text: str | None
+) -> CaseResult:
     """The score of one case, from 0 to 1: the mean of its parts.
 
-    choices: 1 if the target is the likeliest of them, of several equally likely ones its share. target alone: its
-    probability per byte, exp(log-probability / bytes), which compares across tokenizers. contains, regex: 1 or 0.
+    choices: 1 if the target is the likeliest of them, of several equally likely ones its share. target alone:
+    its probability per byte, exp(log-probability / bytes), which compares across tokenizers. contains, regex:
+    1 or 0.
     """
     logprobs, parts, right, chosen = [value for value, _ in likelihoods], {}, case.right, None
     if case.choices:
@@ -155,12 +222,16 @@ def judge(case: Case, likelihoods: list[tuple[float, bool]], ids: list[list[int]
     )
 
 
-def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace, device: str, texts: dict[str, list]) -> CheckpointResult:
+def evaluate_checkpoint(
+    path: Path, cases: list[Case], args: argparse.Namespace, device: str, texts: dict[str, list]
+) -> CheckpointResult:
     """One checkpoint's results. Raises UserError if it cannot be opened or is too small for a case."""
     model, tokenizer, metadata = load_model(path, device)
     metrics, found = metadata["metrics"], None
     if args.val:
-        found = validation(model, tokenizer, scoring_config(model, metadata, str(path), args.config), device, texts)
+        found = validation(
+            model, tokenizer, scoring_config(model, metadata, str(path), args.config), device, texts
+        )
     return CheckpointResult(
         file=str(path),
         names=other_names(path),
@@ -175,17 +246,27 @@ def evaluate_checkpoint(path: Path, cases: list[Case], args: argparse.Namespace,
     )
 
 
-def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str, texts: dict[str, list]) -> Validation:
+def validation(
+    model: GPTMini, tokenizer: Tokenizer, config: Config, device: str, texts: dict[str, list]
+) -> Validation:
     """As by eval_val.py; `texts` keeps the documents, so that checkpoints of one config read them once."""
     key = json.dumps([config.data.model_dump(), config.seed])
     if key not in texts:
         try:
             texts[key] = documents_of(config, None)
         except HubError as error:
-            raise HubError(error.why, "leave --val out, or score a text on this machine: --val --config config_smoke.yaml") from None
+            raise HubError(
+                error.why,
+                "leave --val out, or score a text on this machine: --val --config config_smoke.yaml",
+            ) from None
         if len(texts) == 2:
-            warn("the checkpoints validate on different texts, so their val_loss does not compare; give one text to all by --config")
-    return validate(model, tokenizer, texts[key], config, precision=resolve_precision(config.hardware.precision, device))
+            warn(
+                "the checkpoints validate on different texts, so their val_loss does not compare; give one "
+                "text to all by --config"
+            )
+    return validate(
+        model, tokenizer, texts[key], config, precision=resolve_precision(config.hardware.precision, device)
+    )
 
 
 # ---- all of them, ranked ------------------------------------------------------------------------------------------
@@ -194,51 +275,82 @@ def validation(model: GPTMini, tokenizer: Tokenizer, config: Config, device: str
 def rank(checkpoints: list[CheckpointResult], cases: list[Case], seed: int) -> list[CheckpointResult]:
     """With scores, 95% intervals and ranks, the best first; without cases, with ranks alone.
 
-    The bootstrap (Efron, 1979) draws as many cases again, with replacement, RESAMPLES times: how much would the score
-    vary with other cases of this kind? All checkpoints see the same draws, so differences are paired: one that beats
-    the first in more than 2.5% of them cannot be told from it.
+    The bootstrap (Efron, 1979) draws as many cases again, with replacement, RESAMPLES times: how much would
+    the score vary with other cases of this kind? All checkpoints see the same draws, so differences are
+    paired: one that beats the first in more than 2.5% of them cannot be told from it.
     """
     if not cases:
         return rank_by_loss(checkpoints)
     weights = np.array([case.weight for case in cases])  # (cases,)
-    scores = np.array([[result.score for result in checkpoint.results] for checkpoint in checkpoints])  # (checkpoints, cases)
-    draws = np.random.default_rng(seed).multinomial(len(cases), np.full(len(cases), 1 / len(cases)), RESAMPLES) * weights  # (draws, cases)
+    scores = np.array(
+        [[result.score for result in checkpoint.results] for checkpoint in checkpoints]
+    )  # (checkpoints, cases)
+    draws = (
+        np.random.default_rng(seed).multinomial(len(cases), np.full(len(cases), 1 / len(cases)), RESAMPLES)
+        * weights
+    )  # (draws, cases)
     drawn = draws @ scores.T / draws.sum(axis=1, keepdims=True)  # (draws, checkpoints)
     means = np.round(scores @ weights / weights.sum(), 6)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     behind = np.percentile(drawn[:, [means.argmax()]] - drawn, 2.5, axis=0)
     ranked, categories = [], categories_of(cases)
     for i, checkpoint in enumerate(checkpoints):
-        place = {"rank": 1 + int((means > means[i]).sum()), "tied": int((means == means[i]).sum()) > 1, "same_as_first": bool(behind[i] <= 0)}
-        by_category = {name: float(np.average(scores[i][where], weights=weights[where])) for name, where in categories.items()}
-        ranked.append(replace(checkpoint, score=float(means[i]), low=float(low[i]), high=float(high[i]), categories=by_category, **place))
+        place = {
+            "rank": 1 + int((means > means[i]).sum()),
+            "tied": int((means == means[i]).sum()) > 1,
+            "same_as_first": bool(behind[i] <= 0),
+        }
+        by_category = {
+            name: float(np.average(scores[i][where], weights=weights[where]))
+            for name, where in categories.items()
+        }
+        ranked.append(
+            replace(
+                checkpoint,
+                score=float(means[i]),
+                low=float(low[i]),
+                high=float(high[i]),
+                categories=by_category,
+                **place,
+            )
+        )
     return sorted(ranked, key=lambda c: (c.rank, c.file))
 
 
 def rank_by_loss(checkpoints: list[CheckpointResult]) -> list[CheckpointResult]:
-    """With ranks, the lowest loss first. It is taken in bits per byte, so that models of different tokenizers compare."""
+    """With ranks, the lowest loss first. It is taken in bits per byte, so that models of different
+    tokenizers compare."""
     bits = [round(c.bits_per_byte, 6) if math.isfinite(c.bits_per_byte) else math.inf for c in checkpoints]
-    ranked = [replace(c, rank=1 + sum(other < own for other in bits), tied=bits.count(own) > 1) for c, own in zip(checkpoints, bits, strict=True)]
+    ranked = [
+        replace(c, rank=1 + sum(other < own for other in bits), tied=bits.count(own) > 1)
+        for c, own in zip(checkpoints, bits, strict=True)
+    ]
     return sorted(ranked, key=lambda c: (c.rank, c.file))
 
 
 def categories_of(cases: list[Case]) -> dict[str, list[int]]:
     """Which cases belong to each category."""
-    return {name: [n for n, case in enumerate(cases) if case.category == name] for name in dict.fromkeys(case.category for case in cases)}
+    return {
+        name: [n for n, case in enumerate(cases) if case.category == name]
+        for name in dict.fromkeys(case.category for case in cases)
+    }
 
 
 def chance_of(cases: list[Case]) -> dict[str, float | None]:
-    """For each category what guessing wins, where it has choices at all: 1 of 4 choices is 0.25, a target alone nothing."""
+    """For each category what guessing wins, where it has choices at all: 1 of 4 choices is 0.25, a target
+    alone nothing."""
     levels = {}
     for name, where in categories_of(cases).items():
         guessed = [(1 / len(cases[n].choices) if cases[n].choices else 0.0) for n in where]
-        levels[name] = float(np.average(guessed, weights=[cases[n].weight for n in where])) if any(guessed) else None
+        levels[name] = (
+            float(np.average(guessed, weights=[cases[n].weight for n in where])) if any(guessed) else None
+        )
     return levels
 
 
 def each_checkpoint(paths: Iterable[Path], n: int, score: Callable[[Path], Any]) -> list[Any]:
-    """What `score` finds for each of the `n` paths. One that is damaged or too small is left out with a warning. Raises
-    UserError if none remains."""
+    """What `score` finds for each of the `n` paths. One that is damaged or too small is left out with a
+    warning. Raises UserError if none remains."""
     found = []
     for path in paths:
         try:
@@ -256,13 +368,22 @@ def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evalua
     """Score every checkpoint on the cases, and with --val on the validation text. Raises UserError."""
     cases = read_cases(args.cases) if args.cases else []
     texts: dict[str, list] = {}
-    checkpoints = each_checkpoint(progress(paths, "checkpoints"), len(paths), lambda path: evaluate_checkpoint(path, cases, args, device, texts))
+    checkpoints = each_checkpoint(
+        progress(paths, "checkpoints"),
+        len(paths),
+        lambda path: evaluate_checkpoint(path, cases, args, device, texts),
+    )
     for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
         kind, vocab_size = name.split()
         warn_of_other_tokenizer(args.tokenizer, kind, int(vocab_size))
-    for name, n in {c.tokenizer: sum(-math.inf in result.logprobs for result in c.results) for c in checkpoints}.items():
+    for name, n in {
+        c.tokenizer: sum(-math.inf in result.logprobs for result in c.results) for c in checkpoints
+    }.items():
         if n:
-            warn(f"{n} of {len(cases)} cases have characters that the tokenizer {name} does not know; to it they are impossible")
+            warn(
+                f"{n} of {len(cases)} cases have characters that the tokenizer {name} does not know; to it "
+                "they are impossible"
+            )
     return Evaluation(
         cases=cases,
         checkpoints=rank(checkpoints, cases, args.seed),
@@ -274,13 +395,23 @@ def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evalua
     )
 
 
-def evaluate_tasks(args: argparse.Namespace, paths: list[Path], device: str, index: Any) -> list[dict[str, Any]]:
-    """Rows of lm_eval.csv: every checkpoint on the tasks of --lm-eval, which `find_tasks` found in `index`. Raises UserError."""
+def evaluate_tasks(
+    args: argparse.Namespace, paths: list[Path], device: str, index: Any
+) -> list[dict[str, Any]]:
+    """Rows of lm_eval.csv: every checkpoint on the tasks of --lm-eval, which `find_tasks` found in
+    `index`. Raises UserError."""
 
     def score(path: Path) -> list[dict[str, Any]]:
         model, tokenizer, metadata = load_model(path, device)
-        of_checkpoint = {"file": str(path), "names": " ".join(other_names(path)), "step": metadata["metrics"]["step"]}
-        return [of_checkpoint | row for row in run_tasks(model, tokenizer, args.lm_eval, index, args.lm_eval_limit)]
+        of_checkpoint = {
+            "file": str(path),
+            "names": " ".join(other_names(path)),
+            "step": metadata["metrics"]["step"],
+        }
+        return [
+            of_checkpoint | row
+            for row in run_tasks(model, tokenizer, args.lm_eval, index, args.lm_eval_limit)
+        ]
 
     return [row for rows in each_checkpoint(paths, len(paths), score) for row in rows]
 
@@ -290,7 +421,11 @@ def evaluate_tasks(args: argparse.Namespace, paths: list[Path], device: str, ind
 
 def place(checkpoint: CheckpointResult) -> str:
     """`2`, `2=` where others share the rank, `2~` where the cases cannot tell it from the first."""
-    return f"{checkpoint.rank}" + "=" * checkpoint.tied + "~" * bool(checkpoint.same_as_first and checkpoint.rank > 1)
+    return (
+        f"{checkpoint.rank}"
+        + "=" * checkpoint.tied
+        + "~" * bool(checkpoint.same_as_first and checkpoint.rank > 1)
+    )
 
 
 def print_table(evaluation: Evaluation) -> None:
@@ -301,14 +436,20 @@ def print_table(evaluation: Evaluation) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     scored, validated = ["score", "95% interval"] if n else [], ["val loss", "bits/byte"] if with_val else []
     for name in ("rank", "file", "step", *scored, *validated, *names):
-        table.add_column(printable(name), justify="left" if name == "file" else "right", no_wrap=True, overflow="ignore")
+        table.add_column(
+            printable(name), justify="left" if name == "file" else "right", no_wrap=True, overflow="ignore"
+        )
     for c in evaluation.checkpoints:
         file = printable(c.file) + (f" ({' '.join(c.names)})" if c.names else "")
         losses = [f"{c.val_loss:.4f}", f"{c.bits_per_byte:.4f}"] if with_val else []
         score = [f"{c.score:.4f}", f"{c.low:.3f} to {c.high:.3f}"] if n else []
-        table.add_row(place(c), file, str(c.step), *score, *losses, *[f"{c.categories[name]:.3f}" for name in names])
+        table.add_row(
+            place(c), file, str(c.step), *score, *losses, *[f"{c.categories[name]:.3f}" for name in names]
+        )
     if any(evaluation.chance[name] is not None for name in names):
-        levels = ["" if evaluation.chance[name] is None else f"{evaluation.chance[name]:.3f}" for name in names]
+        levels = [
+            "" if evaluation.chance[name] is None else f"{evaluation.chance[name]:.3f}" for name in names
+        ]
         table.add_row("", "guessing", "", "", "", *[""] * (2 * with_val), *levels, style="dim")
     print_wide(table)
     if any(c.tied for c in evaluation.checkpoints):
@@ -316,7 +457,10 @@ def print_table(evaluation: Evaluation) -> None:
     if any(c.same_as_first and c.rank > 1 for c in evaluation.checkpoints):
         print(f"~ these {n} cases cannot tell it from the first (paired bootstrap, 95%)")
     if len(names) < len(evaluation.chance):
-        print(f"{len(evaluation.chance)} categories are too many for this table; --output-dir writes them to files")
+        print(
+            f"{len(evaluation.chance)} categories are too many for this table; --output-dir writes them to "
+            "files"
+        )
 
 
 def print_tasks(rows: list[dict[str, Any]]) -> None:
@@ -341,20 +485,43 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
 def checkpoint_row(c: CheckpointResult) -> dict[str, Any]:
     """A row of evaluation_results.csv, and the object of --json."""
     row = {name: getattr(c, name) for name in ("rank", "tied", "file")} | {"names": " ".join(c.names)}
-    row |= {name: getattr(c, name) for name in ("step", "tokens", "n_params", "tokenizer", "score", "low", "high", "same_as_first")}
-    return row | {"val_loss": c.val_loss, "bits_per_byte": c.bits_per_byte} | {f"score_{name}": value for name, value in c.categories.items()}
+    row |= {
+        name: getattr(c, name)
+        for name in ("step", "tokens", "n_params", "tokenizer", "score", "low", "high", "same_as_first")
+    }
+    return (
+        row
+        | {"val_loss": c.val_loss, "bits_per_byte": c.bits_per_byte}
+        | {f"score_{name}": value for name, value in c.categories.items()}
+    )
 
 
 def case_row(c: CheckpointResult, case: Case, result: CaseResult) -> dict[str, Any]:
-    """A row of cases.csv. Log-probabilities are natural logarithms, those of the target; without one they stay empty."""
-    row = {"checkpoint": c.file, "step": c.step, "cases": case.file, "id": case.id, "category": case.category, "weight": case.weight}
-    row |= {"score": result.score} | {f"score_{part}": result.parts.get(part) for part in ("choices", "target", "contains", "regex")}
+    """A row of cases.csv. Log-probabilities are natural logarithms, those of the target; without one they
+    stay empty."""
+    row = {
+        "checkpoint": c.file,
+        "step": c.step,
+        "cases": case.file,
+        "id": case.id,
+        "category": case.category,
+        "weight": case.weight,
+    }
+    row |= {"score": result.score} | {
+        f"score_{part}": result.parts.get(part) for part in ("choices", "target", "contains", "regex")
+    }
     logprob = result.logprobs[case.right] if result.logprobs else None
     row |= {"logprob": logprob, "logprob_per_token": None, "logprob_per_byte": None}
     if logprob is not None and result.n_tokens:
         row |= {"logprob_per_token": logprob / result.n_tokens, "logprob_per_byte": logprob / result.n_bytes}
     chosen = case.choices[result.chosen] if case.choices and result.chosen is not None else None
-    return row | {"greedy_match": result.greedy_match, "chosen": chosen, "prompt": case.prompt, "target": case.target, "output": result.continuation}
+    return row | {
+        "greedy_match": result.greedy_match,
+        "chosen": chosen,
+        "prompt": case.prompt,
+        "target": case.target,
+        "output": result.continuation,
+    }
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -371,7 +538,11 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
     from support.evaluation.report import write_report
 
     write_csv(folder / "evaluation_results.csv", [checkpoint_row(c) for c in evaluation.checkpoints])
-    pairs = [(c, case, result) for c in evaluation.checkpoints for case, result in zip(evaluation.cases, c.results, strict=True)]
+    pairs = [
+        (c, case, result)
+        for c in evaluation.checkpoints
+        for case, result in zip(evaluation.cases, c.results, strict=True)
+    ]
     if pairs:
         write_csv(folder / "cases.csv", [case_row(*pair) for pair in pairs])
     else:  # ranked by the loss alone
@@ -381,7 +552,9 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.command = shlex.join(["python3", "evaluate_checkpoints.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join(
+        ["python3", "evaluate_checkpoints.py", *(sys.argv[1:] if argv is None else argv)]
+    )
     if args.config and not args.val:
         raise UserError("--config names the validation text, so it goes with --val")
     if not 0 <= args.seed < 2**63:

@@ -18,9 +18,17 @@ from support.messages import UserError
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_run_flags(parser)
-    parser.add_argument("--show-mask", type=int, metavar="N", help="print N training examples, with what is trained on marked, and exit")
     parser.add_argument(
-        "--picture", type=file_path, metavar="FILE", help="with --show-mask: also draw them as one batch, padded and packed (.svg and .png)"
+        "--show-mask",
+        type=int,
+        metavar="N",
+        help="print N training examples, with what is trained on marked, and exit",
+    )
+    parser.add_argument(
+        "--picture",
+        type=file_path,
+        metavar="FILE",
+        help="with --show-mask: also draw them as one batch, padded and packed (.svg and .png)",
     )
     args = parser.parse_args(argv)
     if args.show_mask is not None and args.show_mask < 1:
@@ -51,12 +59,15 @@ def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
     """The first `n` pairs as a batch, one a row and packed."""
     data: InstructPairDataset = plan.data.train
     stem.parent.mkdir(parents=True, exist_ok=True)
-    batches = {name: data.example_batch(n, packing) for name, packing in (("padded", False), ("packed", True))}
+    batches = {
+        name: data.example_batch(n, packing) for name, packing in (("padded", False), ("packed", True))
+    }
     return draw_mask(stem, batches, plan.tokenizer.decode)
 
 
 def plan_or_answer(argv: list[str] | None) -> Plan:
-    """The checked plan of the run; --check, --show-step and --show-mask answer and exit here. Raises UserError."""
+    """The checked plan of the run; --check, --show-step and --show-mask answer and exit here. Raises
+    UserError."""
     args = parse_args(argv)
     plan = prepare(args)
     if args.show_mask:
@@ -68,14 +79,16 @@ def plan_or_answer(argv: list[str] | None) -> Plan:
 
 
 if __name__ == "__main__":
-    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
+    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest
+    # together.
     PLAN = guarded(plan_or_answer, sys.argv[1:])
 
 from train import LitCausalLM, run
 
 
 class LitSFT(LitCausalLM):
-    """Supervised fine-tuning: the training step of `train.py` as it is, on rows in which only the response has labels.
+    """Supervised fine-tuning: the training step of `train.py` as it is, on rows in which only the response
+    has labels.
 
     New is what is measured: the base before the first step, the change since, and how many answers are right.
     """
@@ -89,14 +102,18 @@ class LitSFT(LitCausalLM):
         return score_responses(self.net, batch)
 
     def metrics_of(self, n_targets: float, sums: list[float]) -> dict[str, float]:
-        """val_loss_change: val_loss minus that of the base. token_accuracy: the share of response tokens, each EOS among them,
-        that the model finds likeliest, given all before. response_accuracy: of responses in which each one is."""
+        """val_loss_change: val_loss minus that of the base. token_accuracy: the share of response tokens,
+        each EOS among them, that the model finds likeliest, given all before. response_accuracy: of
+        responses in which each one is."""
         if self.base_val_loss is None:
             self.base_val_loss = self.val_loss
         metrics = {"val_loss_change": self.val_loss - self.base_val_loss}
         if sums:
             right, responses, whole = sums
-            metrics |= {"token_accuracy": right / max(1.0, n_targets), "response_accuracy": whole / max(1.0, responses)}
+            metrics |= {
+                "token_accuracy": right / max(1.0, n_targets),
+                "response_accuracy": whole / max(1.0, responses),
+            }
         return metrics
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

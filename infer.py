@@ -22,18 +22,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue; without it, standard input is read")
     source.add_argument("--prompt-file", type=file_path, metavar="FILE", help="a file that holds the prompt")
-    source.add_argument("--interactive", action="store_true", help="ask for prompts until end of input (Ctrl-D)")
-    source.add_argument("--chat", action="store_true", help="talk to a fine-tuned checkpoint, with its own template; /reset forgets, /quit ends")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="stop after this many tokens, or at end of document (default 200)"
+    source.add_argument(
+        "--interactive", action="store_true", help="ask for prompts until end of input (Ctrl-D)"
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: safer, above: wilder, 0: always the likeliest token (default 0.8)")
+    source.add_argument(
+        "--chat",
+        action="store_true",
+        help="talk to a fine-tuned checkpoint, with its own template; /reset forgets, /quit ends",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="stop after this many tokens, or at end of document (default 200)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="below 1: safer, above: wilder, 0: always the likeliest token (default 0.8)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens only")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, metavar="P", help="draw among the fewest tokens that hold this probability (default 0.95; 1 is off)"
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw among the fewest tokens that hold this probability (default 0.95; 1 is off)",
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens already there become less likely")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of the prompt; sample i is drawn with seed + i")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: tokens already there become less likely",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations of the prompt; sample i is drawn with seed + i",
+    )
     return parser.parse_args(argv)
 
 
@@ -55,15 +86,24 @@ from tokenizer import Tokenizer
 def make_sampling(args: argparse.Namespace) -> SamplingConfig:
     """Raises UserError for values that make no sense."""
     if args.max_new_tokens < 1 or args.num_samples < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1")
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1"
+        )
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
     try:
-        return SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty)
+        return SamplingConfig(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+        )
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"{flag} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}; see --help") from None
+        raise UserError(
+            f"{flag} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}; see --help"
+        ) from None
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -78,12 +118,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stream_text(
-    model: GPTMini, tokenizer: Tokenizer, prompt: str | list[int], max_new_tokens: int, sampling: SamplingConfig | None = None, seed: int = 42
+    model: GPTMini,
+    tokenizer: Tokenizer,
+    prompt: str | list[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig | None = None,
+    seed: int = 42,
 ) -> Iterator[str]:
-    """The continuation of `prompt` (a text, or ids), piece by piece; whole characters only; ends before EOS. Raises UserError
-    if the prompt is empty or has characters the tokenizer does not know. A prompt beyond the context is read from its end."""
+    """The continuation of `prompt` (a text, or ids), piece by piece; whole characters only; ends before
+    EOS. Raises UserError if the prompt is empty or has characters the tokenizer does not know. A prompt
+    beyond the context is read from its end."""
     device = next(model.parameters()).device
-    ids = torch.tensor([encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device)
+    ids = torch.tensor(
+        [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device
+    )
     generator = torch.Generator(device).manual_seed(seed)
     text = TextStream(tokenizer, ids[0].tolist())
     for token in model.stream(ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
@@ -94,7 +142,8 @@ def stream_text(
 
 
 def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The pieces up to the first of the `stops` that is complete. What may be the beginning of one is held back until it is known not to be.
+    """The pieces up to the first of the `stops` that is complete. What may be the beginning of one is held
+    back until it is known not to be.
 
     >>> list(until(["Yes", ".#", "## ", "User: and"], ["### User"]))
     ['Yes', '.', '']
@@ -106,7 +155,9 @@ def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
         if found:  # several: the one that is complete first
             yield waiting[: min(found)[1]]
             return
-        held = max((n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0)
+        held = max(
+            (n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0
+        )
         yield waiting[: len(waiting) - held]
         waiting = waiting[len(waiting) - held :]
     yield waiting
@@ -124,15 +175,26 @@ def generate_text(
     seed: int = 42,
     eos_token: str | None = None,
 ) -> str:
-    """The prompt's continuation as one string. It ends before the tokenizer's EOS, and before the text `eos_token` if given.
+    """The prompt's continuation as one string. It ends before the tokenizer's EOS, and before the text
+    `eos_token` if given.
 
     >>> model, tokenizer, _ = load_model("checkpoints/final.ckpt")            # doctest: +SKIP
     >>> generate_text(model, tokenizer, "Attention is", max_new_tokens=20)    # doctest: +SKIP
     """
-    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    sampling = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+    )
     if eos_token == "":
-        raise UserError("eos_token is empty, which would end every text at once; give a text, or None for the tokenizer's own EOS")
-    return "".join(until(stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed), [eos_token] if eos_token else []))
+        raise UserError(
+            "eos_token is empty, which would end every text at once; give a text, or None for the "
+            "tokenizer's own EOS"
+        )
+    return "".join(
+        until(
+            stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed),
+            [eos_token] if eos_token else [],
+        )
+    )
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -141,10 +203,14 @@ def read_prompt(args: argparse.Namespace) -> str:
         return unix_text(args.prompt)
     if args.prompt_file is not None:
         if not Path(args.prompt_file).is_file():
-            raise UserError(f"--prompt-file {args.prompt_file} does not exist; write the text directly with --prompt")
+            raise UserError(
+                f"--prompt-file {args.prompt_file} does not exist; write the text directly with --prompt"
+            )
         raw = Path(args.prompt_file).read_bytes()
     elif sys.stdin is None or sys.stdin.isatty():
-        raise UserError('no prompt given; use --prompt "Attention is", --prompt-file, --interactive, or pipe text in')
+        raise UserError(
+            'no prompt given; use --prompt "Attention is", --prompt-file, --interactive, or pipe text in'
+        )
     else:
         raw = sys.stdin.buffer.read()
     try:
@@ -154,11 +220,19 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def shown(text: str) -> str:
-    """On a terminal, what it would obey rather than show (a model can have learned `\\x1b[2J`) as an escape; else as it is."""
+    """On a terminal, what it would obey rather than show (a model can have learned `\\x1b[2J`) as an
+    escape; else as it is."""
     return printable_lines(text) if sys.stdout.isatty() else text
 
 
-def print_continuation(model: GPTMini, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace, sampling: SamplingConfig, seed: int) -> None:
+def print_continuation(
+    model: GPTMini,
+    tokenizer: Tokenizer,
+    prompt: str,
+    args: argparse.Namespace,
+    sampling: SamplingConfig,
+    seed: int,
+) -> None:
     pieces = stream_text(model, tokenizer, prompt, args.max_new_tokens, sampling, seed)
     first = next(pieces)  # so that a bad prompt is an error before anything is printed
     print(prompt, end=shown(first), flush=True)
@@ -167,7 +241,9 @@ def print_continuation(model: GPTMini, tokenizer: Tokenizer, prompt: str, args: 
     print(flush=True)
 
 
-def interact(model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sampling: SamplingConfig) -> None:
+def interact(
+    model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sampling: SamplingConfig
+) -> None:
     """Prompt by prompt, until end of input. A bad prompt is answered, not fatal."""
     seed = args.seed
     while True:
@@ -186,7 +262,14 @@ def interact(model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sam
 class Chat:
     """A conversation: what has been said, within the context of the model and by the rules of its template."""
 
-    def __init__(self, model: GPTMini, tokenizer: Tokenizer, template: Template, max_new_tokens: int, sampling: SamplingConfig):
+    def __init__(
+        self,
+        model: GPTMini,
+        tokenizer: Tokenizer,
+        template: Template,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+    ):
         self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
         window = model.config.max_seq_len
         self.max_new_tokens = min(max_new_tokens, window // 2)
@@ -194,14 +277,18 @@ class Chat:
         self.turns: list[tuple[str, str]] = []  # (question, answer)
 
     def answer(self, question: str, seed: int) -> Iterator[str]:
-        """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C. Raises UserError."""
+        """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C.
+        Raises UserError."""
         encode_prompt(self.tokenizer, question)  # refuses what is no text
         ids = conversation_ids(self.template, self.tokenizer, self.turns, question, self.room)
         if (n := len(prompt_ids(self.template, self.tokenizer, question))) > self.room:
             warn(f"the question has {n} tokens with its template, and {self.room} fit: only its end is read")
         said = ""
         try:
-            for piece in until(stream_text(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, seed), self.template.stop):
+            for piece in until(
+                stream_text(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, seed),
+                self.template.stop,
+            ):
                 said += piece
                 yield piece
         finally:
@@ -209,13 +296,17 @@ class Chat:
 
 
 def talk(chat: Chat, seed: int) -> None:
-    """Question by question, until /quit or end of input. Ctrl-C ends an answer, and at a question the program."""
+    """Question by question, until /quit or end of input. Ctrl-C ends an answer, and at a question the
+    program."""
     if sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed")
     terminal = sys.stdin.isatty()
     if terminal:
         memory = "remembers what was said" if chat.template.multi_turn else "answers each question by itself"
-        print(f"This model {memory}, within {chat.model.config.max_seq_len} tokens. /reset forgets, /quit ends, Ctrl-C stops an answer.")
+        print(
+            f"This model {memory}, within {chat.model.config.max_seq_len} tokens. /reset forgets, /quit "
+            "ends, Ctrl-C stops an answer."
+        )
     while True:
         try:
             question = unix_text(input("you> " if terminal else "")).strip()
@@ -251,8 +342,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.chat:
         if (template := saved_template(metadata, args.ckpt)) is None:
             raise UserError(
-                f"{args.ckpt} is no instruction model: it continues texts (--interactive) and does not answer. "
-                f"Make it one:\n       python3 finetune.py --config config_finetune.yaml --override base_ckpt={args.ckpt}"
+                f"{args.ckpt} is no instruction model: it continues texts (--interactive) and does not "
+                "answer. "
+                "Make it one:\n       python3 finetune.py --config config_finetune.yaml --override "
+                f"base_ckpt={args.ckpt}"
             )
         talk(Chat(model, tokenizer, template, args.max_new_tokens, sampling), args.seed)
         return 0
@@ -261,7 +354,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     n_prompt = len(encode_prompt(tokenizer, prompt))
     if n_prompt > model.config.max_seq_len:
-        warn(f"the prompt has {n_prompt} tokens, the model sees {model.config.max_seq_len}: it reads the last {model.config.max_seq_len}")
+        warn(
+            f"the prompt has {n_prompt} tokens, the model sees {model.config.max_seq_len}: it reads the "
+            f"last {model.config.max_seq_len}"
+        )
     for i in range(args.num_samples):
         if args.num_samples > 1:
             print(f"--- sample {i + 1} (seed {args.seed + i}) ---")

@@ -48,18 +48,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="checkpoint files, folders (searched at any depth) or quoted globs",
     )
-    parser.add_argument("--sort", default="step", choices=[*COLUMNS], metavar="COLUMN", help=f"{', '.join(COLUMNS)} (default step)")
+    parser.add_argument(
+        "--sort",
+        default="step",
+        choices=[*COLUMNS],
+        metavar="COLUMN",
+        help=f"{', '.join(COLUMNS)} (default step)",
+    )
     parser.add_argument("--reverse", action="store_true", help="the other way round")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
-    output.add_argument("--diff", action="store_true", help="show the config keys in which two checkpoints (or the newest of two folders) differ")
+    output.add_argument(
+        "--diff",
+        action="store_true",
+        help="show the config keys in which two checkpoints (or the newest of two folders) differ",
+    )
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
-from support.checkpoint import KEY, empty_model, find_checkpoints, other_names, read_checkpoint, read_metadata, saved_config
+from support.checkpoint import (
+    KEY,
+    empty_model,
+    find_checkpoints,
+    other_names,
+    read_checkpoint,
+    read_metadata,
+    saved_config,
+)
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -72,14 +90,36 @@ def describe(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"file": str(path), "names": other_names(path), "size_mb": 0.0, "age_s": 0}
     try:
         status = path.stat()
-        row |= {"size_mb": round(status.st_size / 2**20, 1), "age_s": max(0, round(time.time() - status.st_mtime))}
+        row |= {
+            "size_mb": round(status.st_size / 2**20, 1),
+            "age_s": max(0, round(time.time() - status.st_mtime)),
+        }
         checkpoint = read_checkpoint(path)
         metadata, model = checkpoint[KEY], empty_model(checkpoint, str(path))
         return (
             row
-            | {key: metadata["metrics"].get(key) for key in ("step", "epoch", "tokens", "train_loss", "val_loss", "perplexity", "best_val_loss")}
-            | {"n_params": model.n_params(), "tokenizer": str(metadata["tokenizer"]["kind"]), "vocab_size": model.config.vocab_size}
-            | {"config": config_hash(metadata["config"]) if isinstance(metadata.get("config"), dict) else None}
+            | {
+                key: metadata["metrics"].get(key)
+                for key in (
+                    "step",
+                    "epoch",
+                    "tokens",
+                    "train_loss",
+                    "val_loss",
+                    "perplexity",
+                    "best_val_loss",
+                )
+            }
+            | {
+                "n_params": model.n_params(),
+                "tokenizer": str(metadata["tokenizer"]["kind"]),
+                "vocab_size": model.config.vocab_size,
+            }
+            | {
+                "config": config_hash(metadata["config"])
+                if isinstance(metadata.get("config"), dict)
+                else None
+            }
         )
     except UserError as error:
         return row | {"error": printable(error)}
@@ -90,7 +130,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def describe_all(paths: list[Path]) -> list[dict[str, Any]]:
-    """A row for each. Reading one takes some hundredths of a second of computing, so many are divided among the cores."""
+    """A row for each. Reading one takes some hundredths of a second of computing, so many are divided
+    among the cores."""
     if len(paths) < MANY or sys.platform != "linux":  # elsewhere a further process would import torch anew
         return [describe(path) for path in paths]
     with multiprocessing.get_context("fork").Pool() as pool:
@@ -121,7 +162,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, (heading, _) in COLUMNS.items():
-        table.add_column(heading, justify="left" if name in TEXT else "right", no_wrap=True, overflow="ignore" if name == "file" else "ellipsis")
+        table.add_column(
+            heading,
+            justify="left" if name in TEXT else "right",
+            no_wrap=True,
+            overflow="ignore" if name == "file" else "ellipsis",
+        )
     for row in rows:
         table.add_row(*[shown(row, name) for name in COLUMNS])
     print_wide(table)
@@ -146,13 +192,19 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def print_diff(paths: list[str]) -> None:
     """The keys in which two configs differ, with both values."""
     if len(paths) != 2:
-        raise UserError(f"--diff compares two checkpoints or folders, and {len(paths)} are named; e.g. list.py --diff runs/a runs/b")
+        raise UserError(
+            f"--diff compares two checkpoints or folders, and {len(paths)} are named; e.g. list.py --diff "
+            "runs/a runs/b"
+        )
     one, other = map(newest, paths)
     before, after = (flat(saved_config(read_metadata(path), path)) for path in (one, other))
     print(f"{printable(one)} -> {printable(other)}")
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     for key in keys:
-        print(f"  {printable(key)}: {printable(json.dumps(before.get(key)))} -> {printable(json.dumps(after.get(key)))}")
+        print(
+            f"  {printable(key)}: {printable(json.dumps(before.get(key)))} -> "
+            f"{printable(json.dumps(after.get(key)))}"
+        )
     if not keys:
         print("  the same config")
 

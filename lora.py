@@ -2,9 +2,10 @@
 
     W x   becomes   W x + (alpha / rank) B A x        W (out, in) stays;  A (rank, in) and B (out, rank) are trained
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). Gradients and optimizer states are needed for A and
-B alone: with rank 8 about a hundredth of a matrix of 2,048 x 2,048. B begins at zero, so the adapted model begins as
-the base. When training is over, (alpha / rank) B A is added to W, and what remains is a plain model again.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). Gradients and optimizer states are
+needed for A and B alone: with rank 8 about a hundredth of a matrix of 2,048 x 2,048. B begins at zero, so the
+adapted model begins as the base. When training is over, (alpha / rank) B A is added to W, and what remains is
+a plain model again.
 """
 
 import torch
@@ -19,7 +20,11 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         nn.Module.__init__(self)  # nn.Linear's own would draw a new weight
-        self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, alpha / rank
+        self.in_features, self.out_features, self.scale = (
+            linear.in_features,
+            linear.out_features,
+            alpha / rank,
+        )
         self.weight, self.bias = linear.weight, linear.bias
         place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **place))
@@ -33,14 +38,25 @@ class LoRALinear(nn.Linear):
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: list[str] | None = None) -> int:
-    """Give the matrices in the blocks whose name is among `targets` (`q_proj`, ...; all of them by default) an adapter, freeze
-    everything else, and return how many there are. Raises UserError for a target that no block has."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in f".{name}"}
+    """Give the matrices in the blocks whose name is among `targets` (`q_proj`, ...; all of them by
+    default) an adapter, freeze everything else, and return how many there are. Raises UserError for a
+    target that no block has."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in f".{name}"
+    }
     kinds = {name.rsplit(".", 1)[-1] for name in found}
     if unknown := sorted(set(targets or []) - kinds):
-        raise UserError(f"lora.targets: no block has a {unknown[0]}; this model has {', '.join(sorted(kinds))}")
+        raise UserError(
+            f"lora.targets: no block has a {unknown[0]}; this model has {', '.join(sorted(kinds))}"
+        )
     model.requires_grad_(False)
-    chosen = {name: module for name, module in found.items() if targets is None or name.rsplit(".", 1)[-1] in targets}
+    chosen = {
+        name: module
+        for name, module in found.items()
+        if targets is None or name.rsplit(".", 1)[-1] in targets
+    }
     for name, module in chosen.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, LoRALinear(module, rank, alpha))
@@ -48,14 +64,18 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: list[str] |
 
 
 def merge_adapters(weights: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """A state dict without adapters: each one's product is added to its matrix, in float32, and rounded once to the matrix's
-    dtype. Raises ValueError (KeyError) for an adapter that does not fit its matrix (that has none)."""
+    """A state dict without adapters: each one's product is added to its matrix, in float32, and rounded
+    once to the matrix's dtype. Raises ValueError (KeyError) for an adapter that does not fit its matrix
+    (that has none)."""
     merged = {name: weight for name, weight in weights.items() if not name.endswith((".lora_A", ".lora_B"))}
     for name, A in weights.items():
         if name.endswith(".lora_A"):
             layer = name.removesuffix("lora_A")
             W, B = weights[layer + "weight"], weights[layer + "lora_B"]
             if (A.shape, B.shape) != ((rank, W.shape[1]), (W.shape[0], rank)):
-                raise ValueError(f"{layer}lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)}, rank {rank}, weight {tuple(W.shape)}")
+                raise ValueError(
+                    f"{layer}lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)}, rank {rank}, weight "
+                    f"{tuple(W.shape)}"
+                )
             merged[layer + "weight"] = (W.float() + alpha / rank * (B.float() @ A.float())).to(W.dtype)
     return merged

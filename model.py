@@ -1,7 +1,7 @@
 """The network: a decoder-only transformer, its key/value cache, and sampling.
 
-With the default switches this is a Llama-style model: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
-`norm: layernorm, mlp: gelu, position: learned, bias: true` turns the same file into GPT-2.
+With the default switches this is a Llama-style model: RMSNorm, rotary positions, SwiGLU, grouped-query
+attention. `norm: layernorm, mlp: gelu, position: learned, bias: true` turns the same file into GPT-2.
 
 Shapes, here and in every file that moves tensors:
     B batch, T query positions, S key positions, D d_model, H query heads, K key/value heads, hd head_dim,
@@ -26,44 +26,105 @@ class GPTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    vocab_size: int = Field(0, ge=0, description="Rows of the embedding table. Comes from the tokenizer, never from a config file.")
-    d_model: int = Field(128, gt=0, description="Width of the residual stream. Parameters and time grow with its square.")
+    vocab_size: int = Field(
+        0,
+        ge=0,
+        description="Rows of the embedding table. Comes from the tokenizer, never from a config file.",
+    )
+    d_model: int = Field(
+        128, gt=0, description="Width of the residual stream. Parameters and time grow with its square."
+    )
     n_layers: int = Field(4, gt=0, description="Number of transformer blocks.")
-    n_heads: int = Field(4, gt=0, description="Query heads per block. `d_model` must be a multiple, unless `head_dim` is given.")
-    n_kv_heads: int | None = Field(None, gt=0, description="Key/value heads; fewer shrink the cache (grouped-query attention). Default: `n_heads`.")
+    n_heads: int = Field(
+        4,
+        gt=0,
+        description="Query heads per block. `d_model` must be a multiple, unless `head_dim` is given.",
+    )
+    n_kv_heads: int | None = Field(
+        None,
+        gt=0,
+        description="Key/value heads; fewer shrink the cache (grouped-query attention). Default: `n_heads`.",
+    )
     head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: `d_model / n_heads`.")
-    d_ff: int | None = Field(None, gt=0, description="Width of the MLP. Default: 8/3 `d_model` in steps of 32 (`swiglu`), 4 `d_model` (`gelu`).")
-    max_seq_len: int = Field(256, gt=1, description="The longest sequence the model can see at once, in tokens.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an activation in training. Helps when data is repeated often.")
-    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies. Larger: slower rotation, for longer contexts.")
+    d_ff: int | None = Field(
+        None,
+        gt=0,
+        description="Width of the MLP. Default: 8/3 `d_model` in steps of 32 (`swiglu`), 4 `d_model` (`gelu`).",
+    )
+    max_seq_len: int = Field(
+        256, gt=1, description="The longest sequence the model can see at once, in tokens."
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropping an activation in training. Helps when data is repeated often.",
+    )
+    rope_theta: float = Field(
+        10000.0,
+        gt=0,
+        description="Base of the rotary frequencies. Larger: slower rotation, for longer contexts.",
+    )
     norm_eps: float = Field(1e-5, gt=0, description="Added inside the square root of the normalization.")
-    tie_embeddings: bool = Field(True, description="Use the embedding table as the output head too. Saves `vocab_size * d_model` parameters.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: same gradients, less memory, 25% more time.")
-    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="Normalization before attention, before the MLP and at the end.")
-    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="`swiglu`: gated, three matrices. `gelu`: GPT-2's, two matrices.")
+    tie_embeddings: bool = Field(
+        True,
+        description="Use the embedding table as the output head too. Saves `vocab_size * d_model` parameters.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: same gradients, less memory, 25% more time.",
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        "rmsnorm", description="Normalization before attention, before the MLP and at the end."
+    )
+    mlp: Literal["swiglu", "gelu"] = Field(
+        "swiglu", description="`swiglu`: gated, three matrices. `gelu`: GPT-2's, two matrices."
+    )
     position: Literal["rope", "learned", "sinusoidal"] = Field(
         "rope", description="How order enters: rotated q and k, a learned table, or sinusoids."
     )
-    bias: bool = Field(False, description="Biases in the linear layers and in LayerNorm (GPT-2 has them, Llama does not).")
-    qk_norm: bool = Field(False, description="RMSNorm on each query and key head: bounds attention logits at high learning rates.")
-    zero_init: bool = Field(False, description="Residual projections, and an untied head, start at zero: each block begins as the identity.")
-    embed_scale: bool = Field(False, description="Multiply the token embeddings by sqrt(d_model), as the original transformer did.")
+    bias: bool = Field(
+        False, description="Biases in the linear layers and in LayerNorm (GPT-2 has them, Llama does not)."
+    )
+    qk_norm: bool = Field(
+        False,
+        description="RMSNorm on each query and key head: bounds attention logits at high learning rates.",
+    )
+    zero_init: bool = Field(
+        False,
+        description="Residual projections, and an untied head, start at zero: each block begins as the identity.",
+    )
+    embed_scale: bool = Field(
+        False, description="Multiply the token embeddings by sqrt(d_model), as the original transformer did."
+    )
 
     @model_validator(mode="after")
     def _fill_defaults_and_check(self) -> "GPTConfig":
         if self.head_dim is None and self.d_model % self.n_heads:
             nearest = (self.d_model // self.n_heads + 1) * self.n_heads
-            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; try d_model={nearest}, or set head_dim")
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; try "
+                f"d_model={nearest}, or set head_dim"
+            )
         self.head_dim = self.head_dim or self.d_model // self.n_heads
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if self.n_heads % self.n_kv_heads:
             divisors = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
             nearest = min(divisors, key=lambda k: abs(k - self.n_kv_heads))
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; try n_kv_heads={nearest}")
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; try "
+                f"n_kv_heads={nearest}"
+            )
         if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary positions turn pairs; try head_dim={self.head_dim + 1}")
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd, but rotary positions turn pairs; try "
+                f"head_dim={self.head_dim + 1}"
+            )
         if self.position == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"d_model={self.d_model} is odd, but sinusoidal positions come in pairs; try d_model={self.d_model + 1}")
+            raise ValueError(
+                f"d_model={self.d_model} is odd, but sinusoidal positions come in pairs; try "
+                f"d_model={self.d_model + 1}"
+            )
         if self.d_ff is None:
             self.d_ff = -(-8 * self.d_model // 3 // 32) * 32 if self.mlp == "swiglu" else 4 * self.d_model
         return self
@@ -72,8 +133,8 @@ class GPTConfig(BaseModel):
 class RMSNorm(nn.Module):
     """Divide by the root of the mean square, then scale: x / sqrt(mean(x^2) + eps) * weight, in float32.
 
-    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). Without a mean to subtract and a bias to add it
-    is LayerNorm's cheaper half, and works as well.
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). Without a mean to subtract and a bias
+    to add it is LayerNorm's cheaper half, and works as well.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -82,7 +143,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)  # float32 even where x is bf16: a sum of squares
+        normed = F.rms_norm(
+            x.float(), x.shape[-1:], eps=self.eps
+        )  # float32 even where x is bf16: a sum of squares
         return (normed * self.weight).to(x.dtype)
 
 
@@ -103,11 +166,14 @@ def make_norm(config: GPTConfig) -> nn.Module:
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of the rotation at each position: two float32 tensors (..., T, hd).
 
-    Su et al., "RoFormer" (2021). Pair i of a head turns by position * theta^(-2i/hd) radians, so the dot product of a
-    query and a key depends only on their distance. Ours is the "halves" convention (Hugging Face's): dimension i is
-    paired with i + hd/2. They are computed for each forward pass, so no buffer can lose precision in a bf16 model.
+    Su et al., "RoFormer" (2021). Pair i of a head turns by position * theta^(-2i/hd) radians, so the dot
+    product of a query and a key depends only on their distance. Ours is the "halves" convention (Hugging
+    Face's): dimension i is paired with i + hd/2. They are computed for each forward pass, so no buffer can
+    lose precision in a bf16 model.
     """
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    inv_freq = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )
     angles = positions[..., None].float() * inv_freq  # (..., T, hd/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -128,8 +194,8 @@ def sinusoidal_table(positions: Tensor, d_model: int) -> Tensor:
 class KVCache:
     """Keys and values of the positions already seen, so that generating a token costs one position, not all.
 
-    One pair of buffers a layer, allocated once, written in place; K heads, not H, is what grouped-query attention
-    saves. `length` counts the positions filled."""
+    One pair of buffers a layer, allocated once, written in place; K heads, not H, is what grouped-query
+    attention saves. `length` counts the positions filled."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str, dtype: torch.dtype):
         shape = (batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
@@ -138,8 +204,8 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, hd) behind what is there; return everything so far, (B, K, S, hd). `length` moves later,
-        once every layer has appended."""
+        """Store (B, K, T, hd) behind what is there; return everything so far, (B, K, S, hd). `length`
+        moves later, once every layer has appended."""
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
@@ -156,8 +222,8 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(hd)) v, written out; all (B, H, ., hd). Also the path on MPS, where the fused kernel has
-    leaked future positions and mishandled strides (pytorch issues 195910 and 181133)."""
+    """softmax(q k^T / sqrt(hd)) v, written out; all (B, H, ., hd). Also the path on MPS, where the fused
+    kernel has leaked future positions and mishandled strides (pytorch issues 195910 and 181133)."""
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, T, S)
     if mask is None:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -168,7 +234,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The same, by PyTorch's fused kernel, which never stores the (T, S) scores."""
     # is_causal aligns its triangle to the top left: a single query behind a cache would see only key 0.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1
+    )
 
 
 class GQAMultiheadAttention(nn.Module):
@@ -191,10 +259,16 @@ class GQAMultiheadAttention(nn.Module):
         self.q_norm = RMSNorm(hd, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(hd, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, hd)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, hd)
+        q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.head_dim)).transpose(
+            1, 2
+        )  # (B, H, T, hd)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)).transpose(
+            1, 2
+        )  # (B, K, T, hd)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
@@ -210,7 +284,8 @@ class GQAMultiheadAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): one branch decides how much of the other passes (Shazeer, "GLU Variants", 2020)."""
+    """down(silu(gate(x)) * up(x)): one branch decides how much of the other passes (Shazeer, "GLU
+    Variants", 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -235,7 +310,8 @@ class GeluMLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). The stream itself is never normalized, only what branches off."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). The stream itself is never normalized, only what
+    branches off."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -245,13 +321,16 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 def segment_mask(segments: Tensor) -> Tensor:
-    """(B, T) document numbers to (B, 1, T, T), True where a query may look: backwards, inside its own document.
+    """(B, T) document numbers to (B, 1, T, T), True where a query may look: backwards, inside its own
+    document.
 
     segments 0 0 1 1:   1 . . .
                         1 1 . .
@@ -271,17 +350,23 @@ def segment_positions(segments: Tensor) -> Tensor:
 
 
 class GPTMini(nn.Module):
-    """Token embedding, blocks, final norm, head. Module names are Hugging Face Llama's, so weights exchange by prefix."""
+    """Token embedding, blocks, final norm, head. Module names are Hugging Face Llama's, so weights
+    exchange by prefix."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size={config.vocab_size} must be at least 1; take it from the tokenizer")
         self.config = config
-        # Tables start empty: nn.Embedding's own drawing of numbers, on the meta device, imports half of torch's compiler.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
+        # Tables start empty: nn.Embedding's own drawing of numbers, on the meta device, imports half of
+        # torch's compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.d_model), freeze=False
+        )
         if config.position == "learned":
-            self.embed_positions = nn.Embedding.from_pretrained(torch.empty(config.max_seq_len, config.d_model), freeze=False)
+            self.embed_positions = nn.Embedding.from_pretrained(
+                torch.empty(config.max_seq_len, config.d_model), freeze=False
+            )
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = make_norm(config)
@@ -291,8 +376,8 @@ class GPTMini(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let head and embedding be one tensor, if the config says so. Loading into a meta-device model breaks the
-        tie, so a loader calls this again."""
+        """Let head and embedding be one tensor, if the config says so. Loading into a meta-device model
+        breaks the tie, so a loader calls this again."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -303,7 +388,9 @@ class GPTMini(nn.Module):
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
             std, residual = 0.02, name.endswith(("o_proj", "down_proj"))
-            if self.config.zero_init and (residual or name == "lm_head"):  # a tied head takes the embedding's tensor later
+            if self.config.zero_init and (
+                residual or name == "lm_head"
+            ):  # a tied head takes the embedding's tensor later
                 std = 0.0
             elif residual:
                 std /= (2 * self.config.n_layers) ** 0.5
@@ -316,19 +403,28 @@ class GPTMini(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations to train on one token, forward and backward: 6 for each weight of a matrix that
-        multiplies, and 6 n_layers seq_len (H hd) for causal attention. Norms, softmax and the optimizer are not counted."""
+        """Floating-point operations to train on one token, forward and backward: 6 for each weight of a
+        matrix that multiplies, and 6 n_layers seq_len (H hd) for causal attention. Norms, softmax and the
+        optimizer are not counted."""
         c = self.config
         matrix_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * matrix_weights + 6 * c.n_layers * seq_len * c.n_heads * c.head_dim
 
-    def hidden_states(self, input_ids: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, segments: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T) token ids to (B, T, D), everything but the head. Raises ValueError beyond `max_seq_len`."""
         c, T, device = self.config, input_ids.shape[1], input_ids.device
         past = cache.length if cache is not None else 0
         if past + T > c.max_seq_len:
-            raise ValueError(f"sequence of {past + T} tokens is longer than max_seq_len={c.max_seq_len}; cut it, or train with a larger one")
-        positions, mask = torch.arange(past, past + T, device=device), None  # (T,); mask None means plainly causal
+            raise ValueError(
+                f"sequence of {past + T} tokens is longer than max_seq_len={c.max_seq_len}; cut it, or "
+                "train with a larger one"
+            )
+        positions, mask = (
+            torch.arange(past, past + T, device=device),
+            None,
+        )  # (T,); mask None means plainly causal
         if segments is not None:
             positions, mask = segment_positions(segments), segment_mask(segments)  # (B, T), (B, 1, T, T)
         elif past and T > 1:
@@ -339,7 +435,9 @@ class GPTMini(nn.Module):
             x = x * c.d_model**0.5
         rope = None
         if c.position == "rope":
-            rope = rope_tables(positions[:, None] if positions.dim() == 2 else positions, c.head_dim, c.rope_theta)
+            rope = rope_tables(
+                positions[:, None] if positions.dim() == 2 else positions, c.head_dim, c.rope_theta
+            )
         elif c.position == "learned":
             x = x + self.embed_positions(positions)
         else:
@@ -355,11 +453,16 @@ class GPTMini(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, segments: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V); with `labels`, (summed loss, number of targets) instead.
 
-        labels (B, T): `labels[b, t]` is the token that follows `input_ids[b, t]` (shifted by the data, not here);
+        labels (B, T): `labels[b, t]` is the token that follows `input_ids[b, t]` (shifted by the data, not
+        here);
         -100 is not scored. segments (B, T): the document each position belongs to; attention stays inside it and
         positions restart with it. cache: keys and values of earlier positions, extended in place.
         """
@@ -377,11 +480,11 @@ class GPTMini(nn.Module):
         eos_id: int | None = None,
         generator: Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the next token of every row, (B,), up to `max_new_tokens` times; a row that has met `eos_id` goes on
-        with `eos_id`, and the stream ends when every row has.
+        """Yield the next token of every row, (B,), up to `max_new_tokens` times; a row that has met `eos_id`
+        goes on with `eos_id`, and the stream ends when every row has.
 
-        Beyond `max_seq_len` the model sees the last `max_seq_len` tokens. Their positions shift by one at each step, so
-        from there on nothing cached is valid, and each token costs a whole window.
+        Beyond `max_seq_len` the model sees the last `max_seq_len` tokens. Their positions shift by one at
+        each step, so from there on nothing cached is valid, and each token costs a whole window.
         """
         sampling = sampling or SamplingConfig()
         ids, window = input_ids, self.config.max_seq_len
@@ -401,8 +504,10 @@ class GPTMini(nn.Module):
                 return
             ids = torch.cat([ids, token[:, None]], dim=1)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, sampling: SamplingConfig | None = None, **options) -> Tensor:
-        """The prompt (B, T) with up to `max_new_tokens` tokens behind it: what `stream` yields, collected, with its
-        further options. Call `eval()` first."""
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, sampling: SamplingConfig | None = None, **options
+    ) -> Tensor:
+        """The prompt (B, T) with up to `max_new_tokens` tokens behind it: what `stream` yields, collected,
+        with its further options. Call `eval()` first."""
         new = list(self.stream(input_ids, max_new_tokens, sampling, **options))
         return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1) if new else input_ids

@@ -9,8 +9,8 @@ from support.config.schema import TrainingConfig
 
 
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two AdamW groups. Matrices and embedding tables decay; vectors (norm gains, biases) do not: shrinking a gain
-    towards zero would shrink the signal, not the complexity."""
+    """Two AdamW groups. Matrices and embedding tables decay; vectors (norm gains, biases) do not:
+    shrinking a gain towards zero would shrink the signal, not the complexity."""
     return [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
@@ -18,20 +18,28 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> 
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
-    """The groups of the configured optimizer. `peak_lr` is what the schedule multiplies; empty groups are left out."""
+    """The groups of the configured optimizer. `peak_lr` is what the schedule multiplies; empty groups are
+    left out."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = []
-    if config.optimizer == "muon":  # matrices inside the blocks; embeddings and head are lookup tables, left to AdamW
+    if (
+        config.optimizer == "muon"
+    ):  # matrices inside the blocks; embeddings and head are lookup tables, left to AdamW
         hidden = [p for name, p in named if p.dim() == 2 and ".layers." in f".{name}"]
         in_hidden = {id(p) for p in hidden}
         named = [(name, p) for name, p in named if id(p) not in in_hidden]
-    groups = [{**group, "muon": False, "peak_lr": config.lr} for group in decay_groups(named, config.weight_decay)]
-    groups.append({"params": hidden, "weight_decay": config.weight_decay, "muon": True, "peak_lr": config.muon_lr})
+    groups = [
+        {**group, "muon": False, "peak_lr": config.lr} for group in decay_groups(named, config.weight_decay)
+    ]
+    groups.append(
+        {"params": hidden, "weight_decay": config.weight_decay, "muon": True, "peak_lr": config.muon_lr}
+    )
     return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), PyTorch's or the one written out; or Muon for the hidden matrices with AdamW for the rest."""
+    """AdamW (Loshchilov and Hutter, 2019), PyTorch's or the one written out; or Muon for the hidden
+    matrices with AdamW for the rest."""
     groups = parameter_groups(model, config)
     if config.optimizer == "adamw_from_scratch":
         from from_scratch import AdamW
@@ -43,8 +51,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 class Muon(torch.optim.AdamW):
-    """Momentum, orthogonalized: groups with `muon=True` step along the nearest (semi-)orthogonal matrix to their
-    momentum, so that every direction of a weight matrix moves, not only the few large ones; the others are AdamW's.
+    """Momentum, orthogonalized: groups with `muon=True` step along the nearest (semi-)orthogonal matrix to
+    their momentum, so that every direction of a weight matrix moves, not only the few large ones; the others
+    are AdamW's.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). Matrices of one shape are
     orthogonalized together, which on a CPU is several times faster than one by one (docs/EXPERIMENTS.md).
@@ -84,10 +93,11 @@ class Muon(torch.optim.AdamW):
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
-    """Approximately U V^T for each G = U S V^T of a batch (n, rows, columns): all singular values pushed towards 1.
+    """Approximately U V^T for each G = U S V^T of a batch (n, rows, columns): all singular values pushed
+    towards 1.
 
-    Each step applies the odd polynomial a x + b x^3 + c x^5 to the singular values; these coefficients lift small ones
-    fast and leave all between about 0.7 and 1.2. bf16 where the hardware has it, float32 on a CPU.
+    Each step applies the odd polynomial a x + b x^3 + c x^5 to the singular values; these coefficients lift
+    small ones fast and leave all between about 0.7 and 1.2. bf16 where the hardware has it, float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
@@ -118,9 +128,9 @@ def shard_like(tensor: Tensor, p: Tensor) -> Tensor:
 def lr_factor(step: int, schedule: str, warmup_steps: int, schedule_steps: int, floor: float = 0.0) -> float:
     """The share of the peak learning rate in step 0, 1, ... (which are printed as 1, 2, ...).
 
-    Warmup does not start from zero: of W steps the first has 1/W of the peak and the last all of it. The step after the
-    warmup has the peak too. A decay by `cosine`, `linear` or `wsd` gets as low as `floor` in the step after the schedule,
-    so its last step still has a little more, and all later steps have `floor`.
+    Warmup does not start from zero: of W steps the first has 1/W of the peak and the last all of it. The step
+    after the warmup has the peak too. A decay by `cosine`, `linear` or `wsd` gets as low as `floor` in the
+    step after the schedule, so its last step still has a little more, and all later steps have `floor`.
 
     >>> [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]

@@ -1,4 +1,5 @@
-"""Text, once and for all, into what training reads fastest: a tokenizer of its own, and files of token ids of any size.
+"""Text, once and for all, into what training reads fastest: a tokenizer of its own, and files of token ids of
+any size.
 
 python3 prepare.py tokenizer --input 'books/*.txt' --vocab-size 8192 --output tokens/tokenizer.json
 python3 prepare.py tokens --input 'books/*.txt' --tokenizer tokens/tokenizer.json --output tokens/
@@ -30,20 +31,60 @@ from support.messages import UserError, printable, warn
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="tokenizer|tokens")
-    for task, text in (("tokenizer", "train a tokenizer on a text and write its tokenizer.json"), ("tokens", "turn a text into token files")):
+    for task, text in (
+        ("tokenizer", "train a tokenizer on a text and write its tokenizer.json"),
+        ("tokens", "turn a text into token files"),
+    ):
         part = tasks.add_parser(task, help=text, description=text, allow_abbrev=False)
         source = part.add_mutually_exclusive_group(required=True)
-        source.add_argument("--input", nargs="+", type=file_path, metavar="PATH", help=".txt, .jsonl or .parquet files, folders, or quoted globs")
+        source.add_argument(
+            "--input",
+            nargs="+",
+            type=file_path,
+            metavar="PATH",
+            help=".txt, .jsonl or .parquet files, folders, or quoted globs",
+        )
         source.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, streamed")
-        part.add_argument("--dataset-config", metavar="NAME", help="the dataset's configuration, e.g. 20231101.en")
+        part.add_argument(
+            "--dataset-config", metavar="NAME", help="the dataset's configuration, e.g. 20231101.en"
+        )
         part.add_argument("--split", default="train", help="the dataset's split (default train)")
-        part.add_argument("--revision", metavar="COMMIT", help="a commit of the dataset, so that it cannot change under you")
-        part.add_argument("--text-field", default="text", metavar="NAME", help="the field of .jsonl, .parquet or dataset that holds the text")
-        part.add_argument("--errors", choices=("strict", "replace"), default="strict", help="bytes that are not UTF-8: stop, or read as U+FFFD")
-        part.add_argument("--output", type=file_path, metavar="PATH", required=True, help="the tokenizer.json, or the folder, to write")
+        part.add_argument(
+            "--revision", metavar="COMMIT", help="a commit of the dataset, so that it cannot change under you"
+        )
+        part.add_argument(
+            "--text-field",
+            default="text",
+            metavar="NAME",
+            help="the field of .jsonl, .parquet or dataset that holds the text",
+        )
+        part.add_argument(
+            "--errors",
+            choices=("strict", "replace"),
+            default="strict",
+            help="bytes that are not UTF-8: stop, or read as U+FFFD",
+        )
+        part.add_argument(
+            "--output",
+            type=file_path,
+            metavar="PATH",
+            required=True,
+            help="the tokenizer.json, or the folder, to write",
+        )
         if task == "tokenizer":
-            part.add_argument("--kind", choices=("bpe", "char"), default="bpe", help="byte-pair encoding (default), or a token for each character")
-            part.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="tokens of a bpe vocabulary (default 8192)")
+            part.add_argument(
+                "--kind",
+                choices=("bpe", "char"),
+                default="bpe",
+                help="byte-pair encoding (default), or a token for each character",
+            )
+            part.add_argument(
+                "--vocab-size",
+                type=int,
+                default=8192,
+                metavar="N",
+                help="tokens of a bpe vocabulary (default 8192)",
+            )
         else:
             add_token_flags(part)
     return parser.parse_args(argv)
@@ -51,17 +92,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokenizer", required=True, type=file_path, metavar="NAME", help="gpt2, byte, a tokenizer.json, or a checkpoint whose tokenizer to take"
+        "--tokenizer",
+        required=True,
+        type=file_path,
+        metavar="NAME",
+        help="gpt2, byte, a tokenizer.json, or a checkpoint whose tokenizer to take",
     )
     parser.add_argument(
-        "--val-fraction", type=float, metavar="F", help="share of the documents held out (default: a tenth, or a million tokens if less)"
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="share of the documents held out (default: a tenth, or a million tokens if less)",
     )
-    parser.add_argument("--val-input", nargs="+", type=file_path, metavar="PATH", help="validation text of its own")
+    parser.add_argument(
+        "--val-input", nargs="+", type=file_path, metavar="PATH", help="validation text of its own"
+    )
     parser.add_argument("--val-split", metavar="NAME", help="the dataset's split to validate on")
-    parser.add_argument("--seed", type=int, default=42, help="draws the documents that are held out (default 42)")
-    parser.add_argument("--num-proc", type=int, metavar="N", help="processes that encode (default: one a core)")
     parser.add_argument(
-        "--shard-chars", type=int, default=2**24, metavar="N", help="characters encoded at once: what a kill loses, and what memory holds"
+        "--seed", type=int, default=42, help="draws the documents that are held out (default 42)"
+    )
+    parser.add_argument(
+        "--num-proc", type=int, metavar="N", help="processes that encode (default: one a core)"
+    )
+    parser.add_argument(
+        "--shard-chars",
+        type=int,
+        default=2**24,
+        metavar="N",
+        help="characters encoded at once: what a kill loses, and what memory holds",
     )
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever lies in the folder")
 
@@ -103,17 +161,22 @@ KINDS = (".txt", ".jsonl", ".parquet")
 def source_of(args: argparse.Namespace, paths: list[str] | None, split: str, flag: str = "--input") -> Source:
     """The text that flags name. Raises UserError if there is none."""
     files = each_once(file for path in paths or [] for file in find_files(path, flag, KINDS))
-    return Source(files, args.dataset, args.dataset_config, split, args.revision, args.text_field, args.errors)
+    return Source(
+        files, args.dataset, args.dataset_config, split, args.revision, args.text_field, args.errors
+    )
 
 
 # ---- a tokenizer --------------------------------------------------------------------------------------------------
 
 
 def training_pieces(source: Source) -> Iterator[str]:
-    """Text to train a bpe tokenizer on, at most TRAIN_CHARS: of files each second (third, ...) piece, of a stream its beginning."""
+    """Text to train a bpe tokenizer on, at most TRAIN_CHARS: of files each second (third, ...) piece, of a
+    stream its beginning."""
     pieces = (piece for part, _ in source.parts() for piece in cut_pieces(part, cut_at_word, PIECE_CHARS))
     if source.dataset is None:
-        total = sum(file.stat().st_size for file in source.files)  # of packed files too little, and then more is read
+        total = sum(
+            file.stat().st_size for file in source.files
+        )  # of packed files too little, and then more is read
         yield from islice(pieces, 0, None, max(1, math.ceil(total / TRAIN_CHARS)))
         return
     n_chars = 0
@@ -133,9 +196,15 @@ def make_tokenizer(args: argparse.Namespace) -> int:
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name the file, e.g. {output / 'tokenizer.json'}")
     if output.exists():
-        raise UserError(f"--output {output} is there already, and token files may depend on it; remove it, or name another")
+        raise UserError(
+            f"--output {output} is there already, and token files may depend on it; remove it, or name "
+            "another"
+        )
     if args.kind == "char" and args.dataset:
-        raise UserError("--kind char needs all of the text to collect its characters, and a stream is read in part; give files by --input")
+        raise UserError(
+            "--kind char needs all of the text to collect its characters, and a stream is read in part; "
+            "give files by --input"
+        )
     source, began = source_of(args, args.input, args.split), time.monotonic()
     with byte_progress("reading", source.n_bytes) as advance:
 
@@ -149,7 +218,10 @@ def make_tokenizer(args: argparse.Namespace) -> int:
         else:
             tokenizer = BPETokenizer.train_on(counted(training_pieces(source)), args.vocab_size)
     if args.kind == "bpe" and tokenizer.vocab_size < args.vocab_size:
-        warn(f"the text gives {tokenizer.vocab_size:,} tokens, not {args.vocab_size:,}: no pair is left to merge")
+        warn(
+            f"the text gives {tokenizer.vocab_size:,} tokens, not {args.vocab_size:,}: no pair is left to "
+            "merge"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(tokenizer_json(tokenizer).encode())
@@ -171,7 +243,8 @@ def read_tokenizer(name: str) -> Tokenizer:
         return tokenizer_from_dict(read_metadata(name)["tokenizer"])
     if not os.path.exists(name):
         raise UserError(
-            f"--tokenizer {name}: no such file; give gpt2, byte, a checkpoint, or a tokenizer.json (python3 prepare.py tokenizer makes one)"
+            f"--tokenizer {name}: no such file; give gpt2, byte, a checkpoint, or a tokenizer.json "
+            "(python3 prepare.py tokenizer makes one)"
         )
     return FileTokenizer.from_file(name)
 
@@ -198,17 +271,25 @@ def refuse_other_plan(output: Path, before: dict[str, Any], now: dict[str, Any])
     """Raise UserError if what lies in the folder was made from something else."""
     if different := [key for key in now if now[key] != before.get(key)]:
         listed = "; ".join(f"{key} was {before.get(key)} and is now {now[key]}" for key in different[:3])
-        raise UserError(f"{output} holds token files of another making: {listed}; name another --output, or begin anew by --fresh")
+        raise UserError(
+            f"{output} holds token files of another making: {listed}; name another --output, or begin anew "
+            "by --fresh"
+        )
 
 
 def up_to_date(output: Path, plan: dict[str, Any], sources: dict[str, Source], tokenizer: Tokenizer) -> bool:
-    """Whether the folder is finished, and from this very text. Raises UserError if it is finished and from another."""
+    """Whether the folder is finished, and from this very text. Raises UserError if it is finished and from
+    another."""
     meta = read_meta(output)
     if meta is None:
         return False
     refuse_other_plan(output, meta["plan"], plan)
     if plan["--dataset"] is None:  # a dataset is known by its name and commit; files are read
-        sums = (pieces_sha256(p) for source in sources.values() for p, _ in cut_shards(source.parts(), tokenizer, plan["--shard-chars"]))
+        sums = (
+            pieces_sha256(p)
+            for source in sources.values()
+            for p, _ in cut_shards(source.parts(), tokenizer, plan["--shard-chars"])
+        )
         if source_sha256(sums) != meta["source_sha256"]:
             raise changed(output)
     return True
@@ -225,7 +306,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction {args.val_fraction} must be between 0 and 1")
     if args.val_fraction and (args.val_input or args.val_split):
-        raise UserError("--val-fraction holds documents out; --val-input and --val-split name others: leave one of them out")
+        raise UserError(
+            "--val-fraction holds documents out; --val-input and --val-split name others: leave one of "
+            "them out"
+        )
     if (args.val_split and args.input) or (args.val_input and args.dataset):
         raise UserError("--val-split goes with --dataset, --val-input with --input")
     if Path(args.output).exists() and not Path(args.output).is_dir():
@@ -238,7 +322,11 @@ def make_token_files(args: argparse.Namespace) -> int:
     if args.val_input or args.val_split:
         sources["val"] = source_of(args, args.val_input, args.val_split, "--val-input")
     tokenizer, output, began = read_tokenizer(args.tokenizer), Path(args.output), time.monotonic()
-    plan, folder, n_workers = plan_of(args, tokenizer), output / ".shards", args.num_proc or os.cpu_count() or 1
+    plan, folder, n_workers = (
+        plan_of(args, tokenizer),
+        output / ".shards",
+        args.num_proc or os.cpu_count() or 1,
+    )
     lock = claim_folder(output, "--output ")
     try:
         if args.fresh:
@@ -248,7 +336,10 @@ def make_token_files(args: argparse.Namespace) -> int:
             return 0
         begin(folder, plan)
         sizes = [source.n_bytes for source in sources.values()]
-        with workers(n_workers, tokenizer) as pool, byte_progress("tokens", None if None in sizes else sum(sizes)) as advance:
+        with (
+            workers(n_workers, tokenizer) as pool,
+            byte_progress("tokens", None if None in sizes else sum(sizes)) as advance,
+        ):
             for name, source in sources.items():
                 write_shards(folder, name, source, tokenizer, args.shard_chars, pool, n_workers, advance)
         meta = join_shards(folder, output, tokenizer, "val" in sources, args.val_fraction, args.seed)
@@ -256,7 +347,11 @@ def make_token_files(args: argparse.Namespace) -> int:
             "format_version": FORMAT_VERSION,
             "tokenizer": tokenizer.to_dict(),
             "tokenizer_sha256": tokenizer.fingerprint(),
-            "source": {"input": args.input, "val_input": args.val_input, "files": sum(len(source.files) for source in sources.values())},
+            "source": {
+                "input": args.input,
+                "val_input": args.val_input,
+                "files": sum(len(source.files) for source in sources.values()),
+            },
             "plan": plan,
             "command": f"python3 {shlex.join(sys.argv)}",
         }
@@ -270,7 +365,8 @@ def make_token_files(args: argparse.Namespace) -> int:
 
 
 def begin(folder: Path, plan: dict[str, Any]) -> None:
-    """The folder of the shards, with the plan they are made by. Raises UserError if it holds shards of another plan."""
+    """The folder of the shards, with the plan they are made by. Raises UserError if it holds shards of
+    another plan."""
     if (folder / "plan.json").exists():
         refuse_other_plan(folder.parent, json.loads((folder / "plan.json").read_text()), plan)
         print(f"going on: {len(list(folder.glob('*-*.json')))} shards are there", file=sys.stderr)
@@ -282,17 +378,23 @@ def begin(folder: Path, plan: dict[str, Any]) -> None:
 def report(meta: dict[str, Any], output: Path, tokenizer: Tokenizer, seconds: float, n_workers: int) -> None:
     for name in ("train", "val"):
         part = meta[name]
-        print(f"{output / name}.npy: {part['tokens']:,} tokens, {part['documents']:,} documents, {meta['dtype']}")
+        print(
+            f"{output / name}.npy: {part['tokens']:,} tokens, {part['documents']:,} documents, "
+            f"{meta['dtype']}"
+        )
     print(
-        f"tokenizer {described(tokenizer)}: {meta['bytes_per_token']:.2f} bytes a token, {meta['tokens_in_use']:,} tokens in use, "
+        f"tokenizer {described(tokenizer)}: {meta['bytes_per_token']:.2f} bytes a token, "
+        f"{meta['tokens_in_use']:,} tokens in use, "
         f"{meta['unknown']:,} unknown"
     )
     print_longest([text for _, text, _ in meta["longest_tokens"]])
     main, worker = (
-        resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     print(
-        f"{meta['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s, {meta['bytes'] / 1e6 / seconds:.1f} MB/s by {n_workers} processes; peak memory "
+        f"{meta['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s, {meta['bytes'] / 1e6 / seconds:.1f} "
+        f"MB/s by {n_workers} processes; peak memory "
         f"{main:,.0f} MB, and {worker:,.0f} MB for each process at most"
     )
 
@@ -304,7 +406,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.task == "tokens":
             with contextlib.suppress(BrokenPipeError):
-                print("\nstopped; what has been encoded is kept, and the same command goes on", file=sys.stderr)
+                print(
+                    "\nstopped; what has been encoded is kept, and the same command goes on", file=sys.stderr
+                )
             sys.exit(130)
         raise
 

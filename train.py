@@ -40,7 +40,14 @@ from torch import Tensor
 from data import Batch, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
-from support.checkpoint import FORMAT_VERSION, KEY, find_latest_checkpoint, first_not_finite, read_metadata, weights_sha256
+from support.checkpoint import (
+    FORMAT_VERSION,
+    KEY,
+    find_latest_checkpoint,
+    first_not_finite,
+    read_metadata,
+    weights_sha256,
+)
 from support.chunked_loss import IGNORE
 from support.files.atomic import claim_folder
 from support.plots import draw_loss
@@ -52,7 +59,8 @@ from support.run.show import print_header
 from support.run.starting_weights import starting_net
 
 if __name__ == "__main__":
-    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest together.
+    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest
+    # together.
     PLAN = guarded(lambda: prepare(parse_args(sys.argv[1:])))
 
 import lightning.pytorch as pl
@@ -65,7 +73,8 @@ LEARNED = 1e-3  # nats: below such a loss a gradient may round to zero, because 
 
 
 class LitCausalLM(pl.LightningModule):
-    """The training of a GPTMini: loss, gradients, clipping, learning rate, step; in the open, not inside a trainer."""
+    """The training of a GPTMini: loss, gradients, clipping, learning rate, step; in the open, not inside a
+    trainer."""
 
     validates_first = False  # whether the network is validated before its first step too
 
@@ -95,11 +104,13 @@ class LitCausalLM(pl.LightningModule):
         return build_optimizer(self.net, self.config.training)
 
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
-        """One optimizer step. The gradient is that of the mean loss over all targets of the step, over micro-batches
-        and processes, so how the step is cut up changes nothing but rounding."""
+        """One optimizer step. The gradient is that of the mean loss over all targets of the step, over
+        micro-batches and processes, so how the step is cut up changes nothing but rounding."""
         training, step = self.config.training, self.trainer.global_step
         optimizer = self.optimizers()
-        n_targets = self.sum_over_processes(sum((batch["labels"] != IGNORE).sum() for batch in micro_batches)).clamp(min=1)
+        n_targets = self.sum_over_processes(
+            sum((batch["labels"] != IGNORE).sum() for batch in micro_batches)
+        ).clamp(min=1)
         loss_total = torch.zeros((), device=self.device)
         for micro, batch in enumerate(micro_batches):
             self.stream_state = batch.pop("stream_state", self.stream_state)
@@ -110,9 +121,17 @@ class LitCausalLM(pl.LightningModule):
                 self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
             loss_total += loss_sum.detach()
         loss = (self.sum_over_processes(loss_total) / n_targets).item()
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf))
+        grad_norm = float(
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
+        )
         self.refuse_bad_numbers(step, loss, grad_norm)
-        factor = lr_factor(step, training.schedule, training.warmup_steps, training.schedule_steps, floor=training.min_lr / training.lr)
+        factor = lr_factor(
+            step,
+            training.schedule,
+            training.warmup_steps,
+            training.schedule_steps,
+            floor=training.min_lr / training.lr,
+        )
         set_learning_rate(optimizer, factor)
         optimizer.step()
         optimizer.zero_grad()
@@ -120,7 +139,8 @@ class LitCausalLM(pl.LightningModule):
         self.step_metrics = {"loss": loss, "lr": training.lr * factor, "grad_norm": grad_norm}
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Random numbers are a function of (seed, step), not of what was drawn before: a resume needs no state."""
+        """Random numbers are a function of (seed, step), not of what was drawn before: a resume needs no
+        state."""
         index = step_shape(self.config, self.global_rank, self.trainer.world_size).micro_index(step, micro)
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]))
 
@@ -129,62 +149,93 @@ class LitCausalLM(pl.LightningModule):
 
     def gradients_stay_local(self) -> contextlib.AbstractContextManager:
         """Until the last micro-batch there is nothing to send to the other processes (DDP's no_sync)."""
-        return self.trainer.strategy.block_backward_sync() if self.trainer.world_size > 1 else contextlib.nullcontext()
+        return (
+            self.trainer.strategy.block_backward_sync()
+            if self.trainer.world_size > 1
+            else contextlib.nullcontext()
+        )
 
     def refuse_bad_numbers(self, step: int, loss: float, grad_norm: float) -> None:
-        """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold one; and where no
-        weight would be touched at all."""
+        """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold
+        one; and where no weight would be touched at all."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"loss={loss}, gradient norm={grad_norm} on {self.samples_of(step)}"
             raise self.bad_numbers(f"step {step + 1}: {what}; the weights are as before this step", step)
         if grad_norm == 0 and loss > LEARNED:
             raise UserError(
-                f"step {step + 1}: every gradient is zero while the loss is {loss:.4f}, so nothing would be learned; the weights are as "
+                f"step {step + 1}: every gradient is zero while the loss is {loss:.4f}, so nothing would "
+                "be learned; the weights are as "
                 f"before this step\n       try {why_no_gradient(self.config)}"
             )
 
     def refuse_bad_weights(self) -> None:
-        """A step can also throw the weights out of range by its size, with a gradient that was finite. None is saved."""
+        """A step can also throw the weights out of range by its size, with a gradient that was finite.
+        None is saved."""
         tensors = {"weights": self.net.state_dict(), "optimizer": self.optimizers().state_dict()["state"]}
         bad = first_not_finite(tensors)
         if self.trainer.world_size > 1:
-            bad = (bad or "a shard of them") if self.trainer.strategy.reduce_boolean_decision(bad is not None, all=False) else None
+            bad = (
+                (bad or "a shard of them")
+                if self.trainer.strategy.reduce_boolean_decision(bad is not None, all=False)
+                else None
+            )
         if bad:
             step = self.trainer.global_step
-            raise self.bad_numbers(f"step {step}: {bad} is not finite any more; nothing of it has been saved", step - 1)
+            raise self.bad_numbers(
+                f"step {step}: {bad} is not finite any more; nothing of it has been saved", step - 1
+            )
 
     def bad_numbers(self, what: str, step: int) -> UserError:
         last = find_latest_checkpoint(self.plan.folder)
         return UserError(
-            f"{what}\n       last good checkpoint: {last or 'none yet'}; look at the text by --show-step {step + 1}\n"
-            "       try a lower training.lr, a longer training.warmup_steps, grad_clip=1.0 or hardware.precision=32-true"
+            f"{what}\n       last good checkpoint: {last or 'none yet'}; look at the text by --show-step "
+            f"{step + 1}\n"
+            "       try a lower training.lr, a longer training.warmup_steps, grad_clip=1.0 or "
+            "hardware.precision=32-true"
         )
 
     def samples_of(self, step: int) -> str:
-        """Which text a step trains on, in words: `samples 16 to 23 (blocks 4, 91, ...)`, or a stream's position."""
+        """Which text a step trains on, in words: `samples 16 to 23 (blocks 4, 91, ...)`, or a stream's
+        position."""
         if self.plan.data.streaming:
             position = json.loads(self.stream_state)
-            return f"a stream, before document {position['used']} of group {position['group']} in epoch {position['epoch']}"
+            return (
+                f"a stream, before document {position['used']} of group {position['group']} in epoch "
+                f"{position['epoch']}"
+            )
         size = self.plan.sequences_per_step
-        blocks = [self.trainer.train_dataloader.dataset.block_of(k) for k in range(step * size, (step + 1) * size)]
+        blocks = [
+            self.trainer.train_dataloader.dataset.block_of(k) for k in range(step * size, (step + 1) * size)
+        ]
         shown = ", ".join(map(str, blocks[:8])) + (", ..." if size > 8 else "")
         return f"samples {step * size} to {(step + 1) * size - 1} (blocks {shown})"
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums, self.train_eval_sums = torch.zeros((), device=self.device), torch.zeros(2, device=self.device)
+        self.val_sums, self.train_eval_sums = (
+            torch.zeros((), device=self.device),
+            torch.zeros(2, device=self.device),
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_sums = self.val_sums + self.validation_sums(batch)
         if batch_idx == 0:
             for seen in self.train_eval_batches:
-                self.train_eval_sums += self.loss_sums({name: tensor.to(self.device) for name, tensor in seen.items()})
+                self.train_eval_sums += self.loss_sums(
+                    {name: tensor.to(self.device) for name, tensor in seen.items()}
+                )
 
     @functools.cached_property
     def train_eval_batches(self) -> list[Batch]:
-        """The first micro-batches of the run, to measure the loss on training text as that on validation text is measured."""
-        n, hardware = self.config.training.train_eval_batches, self.config.hardware.model_copy(update={"num_workers": 0})
+        """The first micro-batches of the run, to measure the loss on training text as that on validation
+        text is measured."""
+        n, hardware = (
+            self.config.training.train_eval_batches,
+            self.config.hardware.model_copy(update={"num_workers": 0}),
+        )
         config, plan = self.config.model_copy(update={"hardware": hardware}), self.plan
-        steps, _ = make_dataloaders(config, plan.data, plan.tokenizer, n, 0, self.global_rank, self.trainer.world_size)
+        steps, _ = make_dataloaders(
+            config, plan.data, plan.tokenizer, n, 0, self.global_rank, self.trainer.world_size
+        )
         batches = itertools.islice(itertools.chain.from_iterable(steps), n) if n else []
         return [{name: value for name, value in batch.items() if name != "stream_state"} for batch in batches]
 
@@ -194,7 +245,8 @@ class LitCausalLM(pl.LightningModule):
         return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
 
     def validation_sums(self, batch: Batch) -> Tensor:
-        """What is added up over the validation set: the summed loss, the number of targets, and what a subclass adds."""
+        """What is added up over the validation set: the summed loss, the number of targets, and what a
+        subclass adds."""
         return self.loss_sums(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -232,23 +284,31 @@ class LitCausalLM(pl.LightningModule):
         )
 
     def number_parameters(self, saved: dict) -> None:
-        """Let the saved optimizer number its parameters as the module does, not as its groups do: FSDP takes that for granted,
-        and would else give a parameter the momentum of another."""
+        """Let the saved optimizer number its parameters as the module does, not as its groups do: FSDP
+        takes that for granted, and would else give a parameter the momentum of another."""
         place = {parameter: i for i, parameter in enumerate(self.parameters())}
         number = {}
         for group, live in zip(saved["param_groups"], self.trainer.optimizers[0].param_groups, strict=True):
-            number |= {old: place[parameter] for old, parameter in zip(group["params"], live["params"], strict=True)}
+            number |= {
+                old: place[parameter] for old, parameter in zip(group["params"], live["params"], strict=True)
+            }
             group["params"] = [number[old] for old in group["params"]]
         saved["state"] = {number[old]: state for old, state in saved["state"].items()}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Make the file complete: whoever has it needs nothing else to sample, evaluate or go on. Plain types only."""
+        """Make the file complete: whoever has it needs nothing else to sample, evaluate or go on. Plain
+        types only."""
         if self.trainer.is_global_zero:
             self.number_parameters(checkpoint["optimizer_states"][0])
         step = self.trainer.global_step
-        epoch = None if self.plan.data.streaming else step * self.plan.sequences_per_step / len(self.plan.data.train)
+        epoch = (
+            None
+            if self.plan.data.streaming
+            else step * self.plan.sequences_per_step / len(self.plan.data.train)
+        )
         finite = {
-            name: value if math.isfinite(value) else None for name, value in (("val_loss", self.val_loss), ("best_val_loss", self.best_val_loss))
+            name: value if math.isfinite(value) else None
+            for name, value in (("val_loss", self.val_loss), ("best_val_loss", self.best_val_loss))
         }
         checkpoint[KEY] = {
             "format_version": FORMAT_VERSION,
@@ -277,27 +337,44 @@ class LitCausalLM(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         metrics = checkpoint[KEY]["metrics"]
         self.tokens_seen, self.stream_state = metrics["tokens"], checkpoint[KEY]["stream_state"]
-        self.val_loss, self.best_val_loss = (math.inf if metrics[name] is None else metrics[name] for name in ("val_loss", "best_val_loss"))
+        self.val_loss, self.best_val_loss = (
+            math.inf if metrics[name] is None else metrics[name] for name in ("val_loss", "best_val_loss")
+        )
         self.best_step = metrics.get("best_step")
 
 
-def make_callbacks(plan: Plan, start_step: int, sinks: list, console: Console | None, stop: StopOnSignal) -> list[pl.Callback]:
-    """Metrics before checkpoints, so that no row is lost between the two; files and console in the main process only."""
+def make_callbacks(
+    plan: Plan, start_step: int, sinks: list, console: Console | None, stop: StopOnSignal
+) -> list[pl.Callback]:
+    """Metrics before checkpoints, so that no row is lost between the two; files and console in the main
+    process only."""
     training = plan.config.training
-    callbacks = [Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device), stop, CheckpointSaver(plan, stop)]
+    callbacks = [
+        Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device),
+        stop,
+        CheckpointSaver(plan, stop),
+    ]
     if training.sample_every:
-        sampling = training.sample_prompts, training.sample_every, training.sample_temperature, plan.config.seed
+        sampling = (
+            training.sample_prompts,
+            training.sample_every,
+            training.sample_temperature,
+            plan.config.seed,
+        )
         rows = JsonlFile(plan.folder / "samples.jsonl", start_step) if console else None
         callbacks.append(TextSamples(plan.tokenizer, *sampling, console, rows))
     return callbacks
 
 
 def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: bool) -> pl.Trainer:
-    """Lightning's engine: devices, processes, precision, the loop over steps. The rest of its offers is switched off."""
+    """Lightning's engine: devices, processes, precision, the loop over steps. The rest of its offers is
+    switched off."""
     hardware = plan.config.hardware
     strategy = "auto"
     if plan.world > 1 and hardware.strategy == "fsdp":
-        strategy = ModelParallelStrategy(data_parallel_size=plan.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(
+            data_parallel_size=plan.world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
     elif plan.world > 1:
         strategy = DDPStrategy()
     return pl.Trainer(
@@ -311,7 +388,9 @@ def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: boo
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=plan.config.training.val_every,
-        num_sanity_val_steps=-1 if validates_first else 0,  # Lightning's check before the first step; -1 is all of it
+        num_sanity_val_steps=-1
+        if validates_first
+        else 0,  # Lightning's check before the first step; -1 is all of it
         use_distributed_sampler=False,
         logger=False,  # ours are given rows and nothing else, and their failures end nothing
         callbacks=callbacks,
@@ -324,7 +403,12 @@ def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: boo
 
 def quiet_lightning() -> None:
     """Its notices about loggers, devices and dataloaders do not help a reader of ours; errors still show."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
@@ -339,8 +423,13 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
             print_header(plan, net, start_step)
     if plan.config.training.compile:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
-    stop, sinks = StopOnSignal(), [*make_sinks(plan.config.logging, plan.folder, start_step), console] if console else []
-    trainer = build_trainer(plan, make_callbacks(plan, start_step, sinks, console, stop), module.validates_first)
+    stop, sinks = (
+        StopOnSignal(),
+        [*make_sinks(plan.config.logging, plan.folder, start_step), console] if console else [],
+    )
+    trainer = build_trainer(
+        plan, make_callbacks(plan, start_step, sinks, console, stop), module.validates_first
+    )
     try:
         with stop:
             trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
@@ -348,7 +437,9 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
         for sink in sinks:
             with Extra(f"closing {sink.name}"):
                 sink.close()
-    if plan.n_steps == 0:  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
+    if (
+        plan.n_steps == 0
+    ):  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
         next(c for c in trainer.callbacks if isinstance(c, CheckpointSaver)).save(trainer, module)
 
 
@@ -364,7 +455,9 @@ def finish(plan: Plan) -> None:
     drawn = draw(plan.folder)
     final = plan.folder / "final.ckpt"
     if not final.exists():  # a full disk: the warning has said so
-        print(f"done, but {final} could not be written; make room, and the same command with --resume writes it")
+        print(
+            f"done, but {final} could not be written; make room, and the same command with --resume writes it"
+        )
         return
     metrics = read_metadata(final)["metrics"]
     best = f", best val_loss {metrics['best_val_loss']:.4f}" if metrics["best_val_loss"] is not None else ""
@@ -373,18 +466,23 @@ def finish(plan: Plan) -> None:
 
 
 def nothing_left(plan: Plan, metrics: dict) -> None:
-    """The checkpoint is at the run's end already; if a kill came right behind it, its names are still missing."""
+    """The checkpoint is at the run's end already; if a kill came right behind it, its names are still
+    missing."""
     if plan.goes_on and not (plan.folder / "final.ckpt").exists():
         lock = claim_folder(plan.folder)
         name_checkpoint(plan.resume_from, best=metrics.get("best_step") == metrics["step"], final=True)
         finish(plan)
         lock.release()
         return
-    print(f"{plan.resume_from} is at step {metrics['step']} of {plan.n_steps}: nothing left to do; raise training.max_steps to go on")
+    print(
+        f"{plan.resume_from} is at step {metrics['step']} of {plan.n_steps}: nothing left to do; raise "
+        "training.max_steps to go on"
+    )
 
 
 def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
-    """Train as planned, with everything around it: the folder, what is said, what a user can do about what goes wrong."""
+    """Train as planned, with everything around it: the folder, what is said, what a user can do about what
+    goes wrong."""
     resumed = read_metadata(plan.resume_from) if plan.resume_from else None
     start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
@@ -398,7 +496,10 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
             print(f"the earlier run in {plan.folder} has been moved to {moved}")
         write_run_config(plan.folder, plan.config, plan.record)
         if resumed and plan.record["threads"] != resumed["run"]["threads"]:
-            warn("the number of CPU threads differs from the run's before; sums round differently, so the resume is not bit for bit")
+            warn(
+                "the number of CPU threads differs from the run's before; sums round differently, so the "
+                "resume is not bit for bit"
+            )
         console = Console(plan.n_steps, start_step)
     try:
         train(plan, start_step, console, module_class)
@@ -407,7 +508,9 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
             console.close()
             draw(plan.folder)
             print(f"stopped; {how_to_go_on(plan)}")
-        return stop.code if console else 0  # Lightning kills the main process where a further one ends with another status
+        return (
+            stop.code if console else 0
+        )  # Lightning kills the main process where a further one ends with another status
     except Exception as error:
         if isinstance(error, UserError) or (advice := explain(error, plan)) is None:
             raise

@@ -1,9 +1,9 @@
 """Cross-entropy of the next token, plain for small vocabularies and in chunks of rows for large ones.
 
-With 50,000 tokens in the vocabulary the logits are by far the largest tensor of a training step: 8 x 1024 positions
-make 1.6 GB in float32, and their gradient as much again. The chunked form never holds more than `CHUNK_ROWS` rows of
-them, because it computes their gradient at once, in the forward pass, while they are there. Readers may skip its
-autograd: it equals the plain form, and a test says so.
+With 50,000 tokens in the vocabulary the logits are by far the largest tensor of a training step: 8 x 1024
+positions make 1.6 GB in float32, and their gradient as much again. The chunked form never holds more than
+`CHUNK_ROWS` rows of them, because it computes their gradient at once, in the forward pass, while they are
+there. Readers may skip its autograd: it equals the plain form, and a test says so.
 """
 
 import torch
@@ -39,7 +39,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head = weight.to(dtype)
         loss = torch.zeros((), device=rows.device, dtype=torch.float32)
         rows_grad = torch.empty_like(rows) if need_rows else None
-        weight_grad = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if need_weight else None
+        weight_grad = (
+            torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if need_weight else None
+        )
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[start : start + CHUNK_ROWS].to(dtype)
             target = targets[start : start + CHUNK_ROWS]
@@ -47,7 +49,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             label = target.clamp(min=0)[:, None]
             logits = (chunk @ head.T).float()  # (chunk, V)
             log_total = logits.logsumexp(dim=-1)
-            # Not +=: torch.compile in PyTorch 2.11 makes every gradient zero where the result was changed in place.
+            # Not +=: torch.compile in PyTorch 2.11 makes every gradient zero where the result was changed in
+            # place.
             loss = loss + ((log_total - logits.gather(1, label).squeeze(1)) * scored).sum()
             if need_rows or need_weight:
                 grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in the logits' own memory

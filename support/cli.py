@@ -15,14 +15,21 @@ from support.foreign.flags import flag_answers
 from support.messages import UserError, is_main_process
 
 SECONDS_BETWEEN_LINES = 20
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, too large, read-only, broken
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+)  # full, over quota, too large, read-only, broken
 
 
 def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
-    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not ended itself. `parent` is
-    its process id, for one that may be gone already.
+    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not
+    ended itself. `parent` is its process id, for one that may be gone already.
 
-    For the further processes of a run. Without its main process, one that waits for the others would do so for half an hour.
+    For the further processes of a run. Without its main process, one that waits for the others would do so
+    for half an hour.
     """
     parent = parent or os.getppid()
 
@@ -37,9 +44,9 @@ def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
 
 
 class OutputFile(io.FileIO):
-    """Standard output or standard error as a file whose failure (a full disk, a lost terminal) ends nothing: what it does not
-    take is dropped. Where `results` go to it, the first failure is a UserError. A reader of standard output who has gone
-    (`| head`) is the BrokenPipeError that it always is."""
+    """Standard output or standard error as a file whose failure (a full disk, a lost terminal) ends
+    nothing: what it does not take is dropped. Where `results` go to it, the first failure is a UserError.
+    A reader of standard output who has gone (`| head`) is the BrokenPipeError that it always is."""
 
     def __init__(self, descriptor: int, results: bool):
         super().__init__(descriptor, "w", closefd=False)
@@ -53,14 +60,18 @@ class OutputFile(io.FileIO):
                 raise
             if self.results:
                 self.results = False
-                raise UserError(f"standard output cannot be written ({error.strerror}); a part is missing, so send it elsewhere") from None
+                raise UserError(
+                    f"standard output cannot be written ({error.strerror}); a part is missing, so send it "
+                    "elsewhere"
+                ) from None
             return len(data)
 
 
 def open_output(results: bool) -> None:
-    """Make standard output and standard error fit for any text and any end. A character that their encoding lacks is written
-    as an escape (`\\u6771`); one of them that is closed takes everything and shows nothing; one that fails ends nothing, but
-    for standard output where the script's results go to it."""
+    """Make standard output and standard error fit for any text and any end. A character that their
+    encoding lacks is written as an escape (`\\u6771`); one of them that is closed takes everything and
+    shows nothing; one that fails ends nothing, but for standard output where the script's results go to
+    it."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -77,15 +88,19 @@ def open_output(results: bool) -> None:
         writer = file if stream and stream.write_through else io.BufferedWriter(file)
         by_line = bool(stream and stream.line_buffering)
         encoding = stream.encoding if stream else "utf-8"
-        text = io.TextIOWrapper(writer, encoding, "backslashreplace", line_buffering=by_line, write_through=writer is file)
+        text = io.TextIOWrapper(
+            writer, encoding, "backslashreplace", line_buffering=by_line, write_through=writer is file
+        )
         setattr(sys, name, text)
 
 
 def guarded(main: Callable, *args, results: bool = True, **kwargs):
-    """Call `main`; turn a user's mistake into one to three lines on stderr and exit status 2, without a traceback.
+    """Call `main`; turn a user's mistake into one to three lines on stderr and exit status 2, without a
+    traceback.
 
-    Anything else that is raised is a bug of ours and keeps its traceback; Ctrl-C is none, also during later imports.
-    `results` says whether standard output is what the script is for (else a full disk there ends nothing).
+    Anything else that is raised is a bug of ours and keeps its traceback; Ctrl-C is none, also during later
+    imports. `results` says whether standard output is what the script is for (else a full disk there ends
+    nothing).
     """
     sys.excepthook = _quiet_interrupt
     open_output(results)
@@ -118,11 +133,15 @@ def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback)
 
 
 def at_home(path: str, key: str = "") -> str:
-    """The path with ~ at its start, or ~user, as the home folder. Raises UserError for a user that there is none of."""
+    """The path with ~ at its start, or ~user, as the home folder. Raises UserError for a user that there
+    is none of."""
     found = os.path.expanduser(path)
     if path.startswith("~") and found == path:
         named = f"{key}={path}" if key else path
-        raise UserError(f"{named}: there is no user {path.split('/')[0][1:]}, whose home folder that would be; a file of that name is ./{path}")
+        raise UserError(
+            f"{named}: there is no user {path.split('/')[0][1:]}, whose home folder that would be; a file "
+            f"of that name is ./{path}"
+        )
     return found
 
 
@@ -147,7 +166,12 @@ class Parser(argparse.ArgumentParser):
 
     def tasks(self) -> dict[str, "Parser"]:
         """The parsers of the first word, in a script that does several jobs."""
-        return {name: task for action in self._actions if isinstance(action.choices, dict) for name, task in action.choices.items()}
+        return {
+            name: task
+            for action in self._actions
+            if isinstance(action.choices, dict)
+            for name, task in action.choices.items()
+        }
 
     def error(self, message: str) -> NoReturn:
         task = self.tasks().get(self.typed[0] if self.typed else "", self)
@@ -165,10 +189,16 @@ def make_parser(doc: str) -> Parser:
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=file_path, metavar="FILE", help="YAML (or JSON) config file")
     parser.add_argument(
-        "--override", metavar="KEY=VALUE", action="append", default=[], help="change one config key, e.g. training.max_steps=1000; may be repeated"
+        "--override",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one config key, e.g. training.max_steps=1000; may be repeated",
     )
     parser.add_argument("--seed", type=int, help="short for --override seed=N")
-    parser.add_argument("--device", help="short for --override hardware.accelerator=NAME (auto, cpu, cuda, mps)")
+    parser.add_argument(
+        "--device", help="short for --override hardware.accelerator=NAME (auto, cpu, cuda, mps)"
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -176,11 +206,22 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
     beginning = parser.add_mutually_exclusive_group()
     beginning.add_argument(
-        "--resume", nargs="?", const="auto", type=file_path, metavar="CKPT", help="go on with the run in checkpoint.dir, or with this checkpoint"
+        "--resume",
+        nargs="?",
+        const="auto",
+        type=file_path,
+        metavar="CKPT",
+        help="go on with the run in checkpoint.dir, or with this checkpoint",
     )
-    beginning.add_argument("--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>")
-    parser.add_argument("--check", action="store_true", help="run the pre-training checklist and exit; nothing is written")
-    parser.add_argument("--show-step", type=int, metavar="N", help="print the text that step N trains on, and exit")
+    beginning.add_argument(
+        "--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="run the pre-training checklist and exit; nothing is written"
+    )
+    parser.add_argument(
+        "--show-step", type=int, metavar="N", help="print the text that step N trains on, and exit"
+    )
 
 
 def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
@@ -189,12 +230,19 @@ def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
         default="auto",
         type=file_path,
         metavar="NAME",
-        help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean nothing to this model",
+        help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean "
+        "nothing to this model",
     )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", type=file_path, metavar="FILE", required=True, help="checkpoint to load; it holds model, tokenizer and config")
+    parser.add_argument(
+        "--ckpt",
+        type=file_path,
+        metavar="FILE",
+        required=True,
+        help="checkpoint to load; it holds model, tokenizer and config",
+    )
     add_tokenizer_flag(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
@@ -206,8 +254,8 @@ def unix_text(text: str) -> str:
 
 
 def print_wide(table: Any) -> None:
-    """A rich table on lines of any length, so that no name is ever cut: a narrow terminal folds the line itself. Names are
-    shown as they are, brackets too."""
+    """A rich table on lines of any length, so that no name is ever cut: a narrow terminal folds the line
+    itself. Names are shown as they are, brackets too."""
     from rich.console import Console
 
     Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
@@ -226,12 +274,26 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 
 @contextlib.contextmanager
 def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A function to call with the bytes that have been done: a bar on the terminal, elsewhere a line now and then."""
+    """A function to call with the bytes that have been done: a bar on the terminal, elsewhere a line now
+    and then."""
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda n: bar.advance(task, n)
@@ -244,7 +306,11 @@ def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], Non
         done += n
         if (now := time.monotonic()) - said >= SECONDS_BETWEEN_LINES:
             of = f" of {total / 1e6:,.0f}" if total else ""
-            print(f"{label}: {done / 1e6:,.0f}{of} MB, {done / 1e6 / (now - began):.1f} MB/s", file=sys.stderr, flush=True)
+            print(
+                f"{label}: {done / 1e6:,.0f}{of} MB, {done / 1e6 / (now - began):.1f} MB/s",
+                file=sys.stderr,
+                flush=True,
+            )
             said = now
 
     yield advance

@@ -8,9 +8,13 @@ import torch
 
 from support.messages import UserError
 
-CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # Linux, version 2 and 1
+CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)  # Linux, version 2 and 1
 
-# Dense bf16 peak in FLOP/s, by a piece of the device name, from the vendors' datasheets; the first match counts.
+# Dense bf16 peak in FLOP/s, by a piece of the device name, from the vendors' datasheets; the first match
+# counts.
 BF16_PEAK = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -27,7 +31,8 @@ BF16_PEAK = {
 
 
 def resolve_device(name: str) -> str:
-    """`cpu`, `cuda` or `mps` for a device name; `auto` takes the best there is. Raises UserError for one that is not there."""
+    """`cpu`, `cuda` or `mps` for a device name; `auto` takes the best there is. Raises UserError for one
+    that is not there."""
     mps = torch.backends.mps.is_available()
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -41,7 +46,8 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """Lightning's name of the precision; `auto` is bf16-mixed on a GPU that computes in bf16, float32 elsewhere."""
+    """Lightning's name of the precision; `auto` is bf16-mixed on a GPU that computes in bf16, float32
+    elsewhere."""
     if precision != "auto":
         return precision
     return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
@@ -75,7 +81,8 @@ def memory_used_mb(device: str) -> float:
 
 
 def memory_total(device: str) -> int:
-    """Bytes of memory the device has in all; of the machine's, as much as a container or `ulimit -v` lets this process have."""
+    """Bytes of memory the device has in all; of the machine's, as much as a container or `ulimit -v` lets
+    this process have."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     import resource

@@ -12,11 +12,14 @@ class UserError(ValueError):
 
 def is_main_process() -> bool:
     """False in the further processes of a distributed run, whoever launched it."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    )
 
 
 def printable(text: object) -> str:
-    """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`, `\\ud800`."""
+    """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`,
+    `\\ud800`."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -32,8 +35,8 @@ def inform(message: str) -> None:
 
 
 class Extra(contextlib.AbstractContextManager):
-    """`with extra: ...` around what is not training itself, such as a picture or a log: its first failure is a warning, and
-    none of them ends the run."""
+    """`with extra: ...` around what is not training itself, such as a picture or a log: its first failure
+    is a warning, and none of them ends the run."""
 
     def __init__(self, name: str):
         self.name, self.failed = name, False

@@ -1,7 +1,7 @@
 """What the tests share: one thread, no network, the repository as working folder, and one small trained run.
 
-`run(folder, "training.max_steps=4", "--resume")` trains a tiny model in this process; `tiny_run` is such a run, made
-once for all tests. Read from it, never write into it.
+`run(folder, "training.max_steps=4", "--resume")` trains a tiny model in this process; `tiny_run` is such a
+run, made once for all tests. Read from it, never write into it.
 """
 
 import contextlib
@@ -16,11 +16,23 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported, here and in every process a test starts.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
-PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE)
+PROXIES = dict.fromkeys(
+    ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE
+)
 os.environ |= OFFLINE | PROXIES | {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+}
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
@@ -44,7 +56,13 @@ TINY = (
     "checkpoint.save_every=4",
     "checkpoint.keep_last=null",
 )
-TIMES = ("tokens_per_sec", "examples_per_sec", "step_ms", "memory_mb", "mfu")  # columns that differ from run to run
+TIMES = (
+    "tokens_per_sec",
+    "examples_per_sec",
+    "step_ms",
+    "memory_mb",
+    "mfu",
+)  # columns that differ from run to run
 
 
 @dataclass
@@ -83,19 +101,29 @@ class Run:
 
 
 def tiny_argv(folder: Path, *words: str) -> list[str]:
-    """The command line of a tiny run: words that begin with -- are flags (with a value behind =), others overrides."""
+    """The command line of a tiny run: words that begin with -- are flags (with a value behind =), others
+    overrides."""
     argv = ["--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"]
-    for override in (*TINY, f"checkpoint.dir={folder}", *(word for word in words if not word.startswith("--"))):
+    for override in (
+        *TINY,
+        f"checkpoint.dir={folder}",
+        *(word for word in words if not word.startswith("--")),
+    ):
         argv += ["--override", override]
     return argv + [word for word in words if word.startswith("--")]
 
 
 def train_tiny(folder: Path, *words: str, pictures: bool = False) -> Run:
-    """Train in this process. Raises what `main` raises. Pictures are left out unless asked for: they take half the time."""
+    """Train in this process. Raises what `main` raises. Pictures are left out unless asked for: they take
+    half the time."""
     import train
 
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         if not pictures:
             patch.setattr(train, "draw_loss", lambda folder: None)
         code = train.main(tiny_argv(folder, *words))
@@ -157,11 +185,16 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> None:
-    """Connections of this process end at the loopback device; those of its children, at a proxy that is not there."""
+    """Connections of this process end at the loopback device; those of its children, at a proxy that is
+    not there."""
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: object) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
             raise OSError(f"a test tried to reach {address}")
         return connect(self, address)
 

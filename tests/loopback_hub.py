@@ -1,9 +1,11 @@
-"""A Hugging Face hub of one dataset, or one model, on the loopback device, so that the real network path runs without network.
+"""A Hugging Face hub of one dataset, or one model, on the loopback device, so that the real network path runs
+without network.
 
-It answers what `datasets.load_dataset(..., streaming=True)` and `huggingface_hub.snapshot_download` ask: the repository's
-description, its tree, the paths in it, and byte ranges of its files.
+It answers what `datasets.load_dataset(..., streaming=True)` and `huggingface_hub.snapshot_download` ask: the
+repository's description, its tree, the paths in it, and byte ranges of its files.
 
-    with LoopbackHub("wikimedia/wikipedia", {"README.md": b"...", "20231101.en/train-00000.parquet": b"..."}) as hub:
+    with LoopbackHub("wikimedia/wikipedia", {"README.md": b"...", "20231101.en/train-00000.parquet": b"..."})
+    as hub:
         subprocess.run(..., env=os.environ | hub.environment(cache_folder))
 """
 
@@ -25,7 +27,12 @@ def parquet(texts: list[str], field: str = "text") -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    rows = {"id": [str(i) for i in range(len(texts))], "url": ["-"] * len(texts), "title": [text[:9] for text in texts], field: texts}
+    rows = {
+        "id": [str(i) for i in range(len(texts))],
+        "url": ["-"] * len(texts),
+        "title": [text[:9] for text in texts],
+        field: texts,
+    }
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(rows), file, row_group_size=20)
     return file.getvalue()
@@ -42,7 +49,8 @@ def dataset_card(splits: dict[str, dict[str, str]]) -> bytes:
 
 
 class LoopbackHub:
-    """Serves `files` (path in the repository -> content) as dataset (or model) `name`; `requests` lists what was asked."""
+    """Serves `files` (path in the repository -> content) as dataset (or model) `name`; `requests` lists
+    what was asked."""
 
     def __init__(self, name: str, files: dict[str, bytes], kind: str = "datasets"):
         self.name, self.files, self.kind, self.requests = name, files, kind, []
@@ -51,7 +59,9 @@ class LoopbackHub:
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> "LoopbackHub":
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,16 +70,28 @@ class LoopbackHub:
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What a child process needs to take this hub for the real one, with a cache of its own."""
-        return dict.fromkeys(OFFLINE_SWITCHES, "0") | {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+        return dict.fromkeys(OFFLINE_SWITCHES, "0") | {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     def tree(self, folder: str, recursive: bool) -> list[dict] | None:
         """The entries below `folder` ("" is the root); None if there is no such folder."""
         prefix = f"{folder}/" if folder else ""
         inside = [path for path in self.files if path.startswith(prefix)]
-        folders = {"/".join(path.split("/")[:depth]) for path in inside for depth in range(1, path.count("/") + 1)}
-        folders = {path for path in folders if path.startswith(prefix) and (recursive or "/" not in path.removeprefix(prefix))}
+        folders = {
+            "/".join(path.split("/")[:depth]) for path in inside for depth in range(1, path.count("/") + 1)
+        }
+        folders = {
+            path
+            for path in folders
+            if path.startswith(prefix) and (recursive or "/" not in path.removeprefix(prefix))
+        }
         files = [path for path in inside if recursive or "/" not in path.removeprefix(prefix)]
-        entries = [{"type": "directory", "path": path, "oid": COMMIT, "size": 0} for path in sorted(folders)] + [self.entry(path) for path in files]
+        entries = [
+            {"type": "directory", "path": path, "oid": COMMIT, "size": 0} for path in sorted(folders)
+        ] + [self.entry(path) for path in files]
         return entries if inside else None
 
     def entry(self, path: str) -> dict:
@@ -95,8 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {path}")
         if path == "/":
             return self.send(200, b"a hub")
-        api = re.fullmatch(rf"/api/{hub.kind}/{hub.name}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
-        resolve = re.fullmatch(rf"{'' if hub.kind == 'models' else '/datasets'}/{hub.name}/resolve/([^/]+)/(.*)", path)
+        api = re.fullmatch(
+            rf"/api/{hub.kind}/{hub.name}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path
+        )
+        resolve = re.fullmatch(
+            rf"{'' if hub.kind == 'models' else '/datasets'}/{hub.name}/resolve/([^/]+)/(.*)", path
+        )
         revision = (api and api[2]) or (resolve and resolve[1])
         if not api and not resolve:
             return self.refuse("RepoNotFound", "Repository Not Found")
@@ -105,27 +131,53 @@ class _Handler(BaseHTTPRequestHandler):
         if resolve:
             return self.send_file(resolve[2])
         if api[1] == "tree":
-            entries = hub.tree(api[3] or "", parse_qs(url.query).get("recursive", ["false"])[0].lower() in ("true", "1"))
-            return self.refuse("EntryNotFound", "Entry not found") if entries is None else self.send_json(entries)
+            entries = hub.tree(
+                api[3] or "", parse_qs(url.query).get("recursive", ["false"])[0].lower() in ("true", "1")
+            )
+            return (
+                self.refuse("EntryNotFound", "Entry not found")
+                if entries is None
+                else self.send_json(entries)
+            )
         if api[1] == "paths-info":
-            wanted = parse_qs(body.decode()).get("paths") or (json.loads(body)["paths"] if body.startswith(b"{") else [])
+            wanted = parse_qs(body.decode()).get("paths") or (
+                json.loads(body)["paths"] if body.startswith(b"{") else []
+            )
             return self.send_json([hub.entry(path) for path in wanted if path in hub.files])
         siblings = [{"rfilename": path} for path in hub.files]
-        return self.send_json({"id": hub.name, "sha": COMMIT, "private": False, "gated": False, "tags": [], "siblings": siblings, "cardData": None})
+        return self.send_json(
+            {
+                "id": hub.name,
+                "sha": COMMIT,
+                "private": False,
+                "gated": False,
+                "tags": [],
+                "siblings": siblings,
+                "cardData": None,
+            }
+        )
 
     def send_file(self, path: str) -> None:
         content = self.hub.files.get(path)
         if content is None:
             return self.refuse("EntryNotFound", "Entry not found")
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked:
             return self.send(200, content, headers)
         start, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
-        return self.send(206, content[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(content)}"})
+        return self.send(
+            206, content[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+        )
 
     def refuse(self, code: str, message: str) -> None:
-        self.send(404, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})
+        self.send(
+            404, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
+        )
 
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

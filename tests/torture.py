@@ -3,9 +3,10 @@
 python3 tests/torture.py --kills 200 --seed 1
 python3 tests/torture.py --kills 20 --keep /tmp/torture      # leaves the folders of the runs to look at
 
-For every case of the matrix a run that nothing disturbs is the witness. The same run is then killed and resumed until
-it ends, with another number of data workers each time, and compared: weights, optimizer, metrics, best checkpoint.
-Every process is forked from this one, which has PyTorch and Lightning loaded, so that a kill costs a second, not ten.
+For every case of the matrix a run that nothing disturbs is the witness. The same run is then killed and
+resumed until it ends, with another number of data workers each time, and compared: weights, optimizer,
+metrics, best checkpoint. Every process is forked from this one, which has PyTorch and Lightning loaded, so
+that a kill costs a second, not ten.
 """
 
 import argparse
@@ -31,7 +32,13 @@ from conftest import REPO, Run, tiny_argv  # sets one thread and no network, so 
 from test_resume import assert_same_run
 
 STEPS = 40
-COMMON = ("model.dropout=0.1", f"training.max_steps={STEPS}", f"training.schedule_steps={STEPS}", "training.val_every=5", "checkpoint.save_every=2")
+COMMON = (
+    "model.dropout=0.1",
+    f"training.max_steps={STEPS}",
+    f"training.schedule_steps={STEPS}",
+    "training.val_every=5",
+    "checkpoint.save_every=2",
+)
 SOURCES = {
     "text": ("tokenizer.kind=byte", "data.path={folder}/small.txt"),
     "stream": (
@@ -39,7 +46,9 @@ SOURCES = {
         "data.val_fraction=0.1",
     ),
 }  # fmt: skip
-SIGNALS = ["SIGKILL"] * 5 + ["SIGKILL alone"] * 2 + ["SIGTERM", "SIGINT", "SIGINT twice"]  # alone: its data workers live on
+SIGNALS = (
+    ["SIGKILL"] * 5 + ["SIGKILL alone"] * 2 + ["SIGTERM", "SIGINT", "SIGINT twice"]
+)  # alone: its data workers live on
 
 
 @dataclass
@@ -58,7 +67,12 @@ def cases(folder: Path) -> list[Case]:
     """Source x optimizer x accumulation, and for each source one that is extended while it is being killed."""
     made = []
     for source, optimizer, accum in itertools.product(SOURCES, ("adamw", "muon"), (1, 3)):
-        words = (*COMMON, *SOURCES[source], f"training.optimizer={optimizer}", f"training.grad_accum_steps={accum}")
+        words = (
+            *COMMON,
+            *SOURCES[source],
+            f"training.optimizer={optimizer}",
+            f"training.grad_accum_steps={accum}",
+        )
         extended = accum == 3 and optimizer == "muon"
         name = f"{source}, {optimizer}, accumulation {accum}" + (", extended" if extended else "")
         made.append(Case(name, tuple(word.format(folder=folder) for word in words), extended))
@@ -74,7 +88,9 @@ def write_corpora(folder: Path) -> None:
 
 def start(argv: list[str], log: Path) -> int:
     """The process id of `train.py` with these words, forked from this process, in a session of its own."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # or Ctrl-C in its first moment would unwind a copy of this process
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # or Ctrl-C in its first moment would unwind a copy of this process
     log.write_text("")
     pid = os.fork()
     if pid:
@@ -110,7 +126,8 @@ def wait(pid: int) -> int:
 
 
 def kill_after(pid: int, seconds: float, how: str) -> int:
-    """Let the process run for a while, then send the signal to it and its data workers; returns its exit status."""
+    """Let the process run for a while, then send the signal to it and its data workers; returns its exit
+    status."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -144,7 +161,8 @@ def check_files(case: Case, folder: Path, best_before: float) -> float:
 
 
 def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
-    """Kill and resume the case's run, beginning anew each time it has ended, until it has been killed `kills` times."""
+    """Kill and resume the case's run, beginning anew each time it has ended, until it has been killed
+    `kills` times."""
     straight_argv = tiny_argv(folder / "straight", *case.words)
     began = time.monotonic()
     code = wait(start(straight_argv, folder / "straight.log"))
@@ -159,10 +177,16 @@ def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
 def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: Run) -> None:
     log, best, steps = folder.with_suffix(".log"), math.inf, STEPS // 2 if case.extended else STEPS
     while True:
-        words = (*case.words, f"training.max_steps={steps}", f"hardware.num_workers={dice.choice([0, 0, 1, 2])}")
+        words = (
+            *case.words,
+            f"training.max_steps={steps}",
+            f"hardware.num_workers={dice.choice([0, 0, 1, 2])}",
+        )
         resume = ("--resume",) if (folder / "run_config.yaml").exists() else ()
         how = dice.choice(SIGNALS)
-        code = kill_after(start(tiny_argv(folder, *words, *resume), log), dice.uniform(0, 1.3 * case.seconds), how)
+        code = kill_after(
+            start(tiny_argv(folder, *words, *resume), log), dice.uniform(0, 1.3 * case.seconds), how
+        )
         best = check_files(case, folder, best)
         if code == 0 and steps == STEPS:
             break
@@ -185,7 +209,9 @@ def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: R
 def same_weights(one: Run, other: Run) -> bool:
     import train
 
-    return train.weights_sha256(one.folder / "final.ckpt") == train.weights_sha256(other.folder / "final.ckpt")
+    return train.weights_sha256(one.folder / "final.ckpt") == train.weights_sha256(
+        other.folder / "final.ckpt"
+    )
 
 
 def report(done: list[Case], seed: int, seconds: float) -> str:
@@ -193,24 +219,38 @@ def report(done: list[Case], seed: int, seconds: float) -> str:
     names = sorted({how for case in done for how in case.kills})
     lines = [f"| case | {' | '.join(names)} | kills | lost |", f"|---|{'---:|' * (len(names) + 2)}"]
     for case in done:
-        lines.append(f"| {case.name} | {' | '.join(str(case.kills[how]) for how in names)} | {sum(case.kills.values())} | {len(case.lost)} |")
+        lines.append(
+            f"| {case.name} | {' | '.join(str(case.kills[how]) for how in names)} | "
+            f"{sum(case.kills.values())} | {len(case.lost)} |"
+        )
     total = sum((case.kills for case in done), Counter())
-    lines.append(f"| all | {' | '.join(str(total[how]) for how in names)} | {sum(total.values())} | {sum(len(case.lost) for case in done)} |")
+    lines.append(
+        f"| all | {' | '.join(str(total[how]) for how in names)} | {sum(total.values())} | "
+        f"{sum(len(case.lost) for case in done)} |"
+    )
     return "\n".join([*lines, "", f"seed {seed}, {seconds / 60:.0f} minutes"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=120, help="how often to kill, over all cases (default 120)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=120, help="how often to kill, over all cases (default 120)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (default 0)")
-    parser.add_argument("--keep", type=Path, help="folder for the runs; default: a temporary one, removed at the end")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the runs; default: a temporary one, removed at the end"
+    )
     return parser.parse_args(argv)
 
 
 def main() -> int:
     args = parse_args()
     os.chdir(REPO)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores it for what it starts in the background
     import datasets  # noqa: F401 (loaded once, before the forks)
     import torch
 
@@ -227,7 +267,11 @@ def main() -> int:
             folder = base / str(i)
             folder.mkdir()
             torture(case, folder, dice, -(-args.kills // len(done)))
-            print(f"{case.name}: {sum(case.kills.values())} kills, {len(case.lost)} lost ({case.seconds:.1f} s undisturbed)", flush=True)
+            print(
+                f"{case.name}: {sum(case.kills.values())} kills, {len(case.lost)} lost ({case.seconds:.1f} "
+                "s undisturbed)",
+                flush=True,
+            )
     print(report(done, args.seed, time.monotonic() - began))
     for case in done:
         for what in case.lost:

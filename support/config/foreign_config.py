@@ -1,4 +1,5 @@
-"""A config written for another project: what each of its names is here, and the whole under our names, as far as that goes.
+"""A config written for another project: what each of its names is here, and the whole under our names, as far
+as that goes.
 
 So one answer holds all names that are unknown, and what is wrong with the values besides.
 """
@@ -23,7 +24,9 @@ def unknown_keys(tree: dict, schema: type[BaseModel]) -> Iterator[tuple[str, Any
         if field is None:
             yield from leaves(str(name), value)
         elif section and isinstance(value, dict):
-            yield from ((f"{name}.{key}", inner) for key, inner in value.items() if key not in section.model_fields)
+            yield from (
+                (f"{name}.{key}", inner) for key, inner in value.items() if key not in section.model_fields
+            )
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -87,7 +90,9 @@ def ported(tree: dict, schema: type[BaseModel]) -> tuple[list[str], dict]:
         value = given(ours, key)
         return default(schema, key) if value is None else value
 
-    for key, written in sorted(unknown, key=lambda pair: rule_of(pair[0]) is not None):  # conversions ask what the others say
+    for key, written in sorted(
+        unknown, key=lambda pair: rule_of(pair[0]) is not None
+    ):  # conversions ask what the others say
         value = typed(written)
         lines[key], keys = answer_and_keys(key, value, at)
         for name, new in keys.items():
@@ -97,18 +102,27 @@ def ported(tree: dict, schema: type[BaseModel]) -> tuple[list[str], dict]:
 
 
 def misread(ours: dict, at: Any) -> list[str]:
-    """One line for each key of ours that other projects fill in another way; what it says is then taken out of the tree."""
+    """One line for each key of ours that other projects fill in another way; what it says is then taken
+    out of the tree."""
     lines, model, data, tokenizer = [], ours.get("model"), ours.get("data"), ours.get("tokenizer")
     if isinstance(tokenizer, str):
         lines.append(f"tokenizer is a section; write tokenizer: {{kind: {tokenizer}}}")
         ours["tokenizer"] = {"kind": tokenizer}
     if isinstance(model, dict) and (size := model.pop("vocab_size", None)):
-        lines.append("model.vocab_size is not set here: it comes from the tokenizer; set tokenizer.vocab_size for bpe")
+        lines.append(
+            "model.vocab_size is not set here: it comes from the tokenizer; set tokenizer.vocab_size for bpe"
+        )
         if at("tokenizer.kind") == "bpe" and isinstance(size, int):
-            lines[-1] = lines[-1].replace("set tokenizer.vocab_size for bpe", f"write tokenizer.vocab_size: {size}")
+            lines[-1] = lines[-1].replace(
+                "set tokenizer.vocab_size for bpe", f"write tokenizer.vocab_size: {size}"
+            )
             put(ours, "tokenizer.vocab_size", size)
     if isinstance(data, dict) and (answer := known_dataset(data.get("dataset"))):
         name = data.pop("dataset")
-        lines.append(f"data.dataset: {shown(name)}; {answer}" if answer.startswith("leave") else f"data.dataset: {name} is {answer}")
+        lines.append(
+            f"data.dataset: {shown(name)}; {answer}"
+            if answer.startswith("leave")
+            else f"data.dataset: {name} is {answer}"
+        )
         put(ours, "data.path", "data")  # none is asked for beside that
     return lines

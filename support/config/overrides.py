@@ -9,8 +9,11 @@ from support.config.values import key_type, typed_override
 from support.messages import UserError
 from support.text.hub import LOCAL_FORMATS
 
-SHARE = "data.val_fraction"  # given beside what takes its place it is not looked at, which is no contradiction
-# Keys that exclude each other, or of which one is not looked at when the other is there: (key, what it takes the place of).
+SHARE = (
+    "data.val_fraction"  # given beside what takes its place it is not looked at, which is no contradiction
+)
+# Keys that exclude each other, or of which one is not looked at when the other is there: (key, what it takes
+# the place of).
 INSTEAD_OF = {
     "training.max_steps": ("training.epochs",),
     "training.epochs": ("training.max_steps",),
@@ -18,7 +21,12 @@ INSTEAD_OF = {
     "data.val_split": ("data.val_path",),
     SHARE: ("data.val_path", "data.val_split", "data.val_docs"),
 }
-OF_A_DATASET = ("data.dataset", "data.config", "data.revision", "data.val_split")  # of instructions from the hub
+OF_A_DATASET = (
+    "data.dataset",
+    "data.config",
+    "data.revision",
+    "data.val_split",
+)  # of instructions from the hub
 
 
 def apply_override(tree: dict, override: str, schema: type[BaseModel]) -> None:
@@ -39,17 +47,21 @@ def apply_override(tree: dict, override: str, schema: type[BaseModel]) -> None:
 
 
 def apply_overrides(tree: dict, overrides: list[str], schema: type[BaseModel]) -> None:
-    """All of them, in order. What they say wins over what the tree says for an alternative; two overrides that exclude each
-    other are refused. Raises UserError."""
+    """All of them, in order. What they say wins over what the tree says for an alternative; two overrides
+    that exclude each other are refused. Raises UserError."""
     for override in overrides:
         apply_override(tree, override, schema)
     typed_in = dict(_named(tree, overrides))
     for key, value in typed_in.items():
         for other in alternatives(key, value, tree) if value is not None else ():
             if typed_in.get(other) is not None and key != SHARE:
-                raise UserError(f"--override {key} and --override {other} exclude each other; give one of them")
+                raise UserError(
+                    f"--override {key} and --override {other} exclude each other; give one of them"
+                )
             section, _, leaf = other.partition(".")
-            tree[section].pop(leaf, None) if isinstance(tree.get(section), dict) and other not in typed_in else None
+            tree[section].pop(leaf, None) if isinstance(
+                tree.get(section), dict
+            ) and other not in typed_in else None
     if typed_in.get("tokenizer.path") is not None and "tokenizer.kind" not in typed_in:
         tree["tokenizer"]["kind"] = "file"
 
@@ -61,7 +73,11 @@ def _named(tree: dict, overrides: list[str]) -> Iterator[tuple[str, Any]]:
         value: Any = tree
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        yield from ((f"{key}.{name}", item) for name, item in value.items()) if isinstance(value, dict) else [(key, value)]
+        yield from (
+            ((f"{key}.{name}", item) for name, item in value.items())
+            if isinstance(value, dict)
+            else [(key, value)]
+        )
 
 
 def alternatives(key: str, value: Any, tree: dict) -> tuple[str, ...]:
@@ -69,7 +85,9 @@ def alternatives(key: str, value: Any, tree: dict) -> tuple[str, ...]:
     data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
     if key == "data.path" and data.get("source") == "instructions":
         return OF_A_DATASET
-    if key == "data.dataset" and (data.get("source") == "instructions" or (data.get("source") == "hf" and value not in LOCAL_FORMATS)):
+    if key == "data.dataset" and (
+        data.get("source") == "instructions" or (data.get("source") == "hf" and value not in LOCAL_FORMATS)
+    ):
         return ("data.path",)
     if data.get("streaming") is True and key == SHARE:
         return ()  # a stream has no share

@@ -17,8 +17,12 @@ from support.messages import UserError
 
 
 def read_config_file(path: str | Path) -> dict:
-    """The mapping in a YAML or JSON file, each value as its key's type says. Raises UserError where there is none."""
-    return typed(read_mapping(path, "config file", "try --config config_smoke.yaml", "see docs/CONFIG_REFERENCE.md"), Config)
+    """The mapping in a YAML or JSON file, each value as its key's type says. Raises UserError where there
+    is none."""
+    return typed(
+        read_mapping(path, "config file", "try --config config_smoke.yaml", "see docs/CONFIG_REFERENCE.md"),
+        Config,
+    )
 
 
 HINTS = {  # by the type of a pydantic error: what to write instead
@@ -69,8 +73,9 @@ def validate_config(tree: dict, source: str = "config") -> Config:
 def config_tree(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> dict:
     """File (or `base`, a checkpoint's own config), then overrides; not checked yet. Raises UserError.
 
-    Where an override names another data.source, what the file says for its own source goes: `data.source=tokens` and
-    `data.path` are all that it takes to train on token files. ~ at the start of a path is the home folder.
+    Where an override names another data.source, what the file says for its own source goes:
+    `data.source=tokens` and `data.path` are all that it takes to train on token files. ~ at the start of a
+    path is the home folder.
     """
     tree = read_config_file(path) if path is not None else copy.deepcopy(base)
     source = _source_of(tree)
@@ -78,7 +83,9 @@ def config_tree(path: str | Path | None, overrides: list[str] = (), base: dict |
     if (new := _source_of(tree)) != source and new in SOURCE_KEYS:
         named = {override.partition("=")[0].strip() for override in overrides}
         foreign = set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[new]
-        tree["data"] = {key: value for key, value in tree["data"].items() if key not in foreign or f"data.{key}" in named}
+        tree["data"] = {
+            key: value for key, value in tree["data"].items() if key not in foreign or f"data.{key}" in named
+        }
     for key in PATHS:
         section, _, leaf = key.rpartition(".")
         inner = tree.get(section) if section else tree

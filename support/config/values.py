@@ -1,4 +1,5 @@
-"""What a written value means: the declared type of its key decides. Configs, case files and --override all ask here.
+"""What a written value means: the declared type of its key decides. Configs, case files and --override all
+ask here.
 
 checkpoint.dir: 007        a text, as written: "007"
 training.max_steps: 010    a number, always decimal: 10
@@ -26,7 +27,8 @@ NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 
 
 def options(kind: Any) -> list[Any]:
-    """The types that a key may have: those of a union, else the type alone. What is only annotated counts as its type."""
+    """The types that a key may have: those of a union, else the type alone. What is only annotated counts
+    as its type."""
     if typing.get_origin(kind) is typing.Annotated:
         return options(typing.get_args(kind)[0])
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -47,20 +49,28 @@ def _part(kind: Any, *origins: type) -> Any:
 
 def section_of_keys(kind: Any) -> type[BaseModel] | None:
     """The section of keys that a key of this type holds, if it does."""
-    return next((option for option in options(kind) if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    return next(
+        (option for option in options(kind) if isinstance(option, type) and issubclass(option, BaseModel)),
+        None,
+    )
 
 
 def key_type(kind: Any, key: str) -> Any:
     """The declared type of `a.b` in a section; Any for a key that there is none of."""
     for name in key.split("."):
         section = section_of_keys(kind)
-        kind = section.model_fields[name].annotation if section and name in section.model_fields else _part(kind, dict)
+        kind = (
+            section.model_fields[name].annotation
+            if section and name in section.model_fields
+            else _part(kind, dict)
+        )
     return kind
 
 
 def typed(value: Any, kind: Any = Any) -> Any:
-    """A value as `parse_yaml` reads it, with all that was written without quotes as what its type says; what does not fit
-    stays text, and the schema says so. All else, such as the values of a JSON file, stays as it is."""
+    """A value as `parse_yaml` reads it, with all that was written without quotes as what its type says;
+    what does not fit stays text, and the schema says so. All else, such as the values of a JSON file,
+    stays as it is."""
     if isinstance(value, Plain):
         return typed_plain(value, kind)
     if isinstance(value, dict):
@@ -68,7 +78,10 @@ def typed(value: Any, kind: Any = Any) -> Any:
         fields = section.model_fields if section else {}
         named = {str(key) if isinstance(key, str) else key: item for key, item in value.items()}
         if section:  # a key that it lacks stays as written, for the answer about its name
-            return {key: typed(item, fields[key].annotation) if key in fields else item for key, item in named.items()}
+            return {
+                key: typed(item, fields[key].annotation) if key in fields else item
+                for key, item in named.items()
+            }
         return {key: typed(item, items) for key, item in named.items()}
     if isinstance(value, list):
         return [typed(item, _part(kind, list)) for item in value]
@@ -76,7 +89,8 @@ def typed(value: Any, kind: Any = Any) -> Any:
 
 
 def typed_plain(written: str, kind: Any) -> Any:
-    """One value that was written without quotes. A number for a switch, say, is still a number, and the schema refuses it."""
+    """One value that was written without quotes. A number for a switch, say, is still a number, and the
+    schema refuses it."""
     if written in NONE:
         return None
     if takes_text(kind) or takes_text(_part(kind, list)):
@@ -95,19 +109,24 @@ def typed_plain(written: str, kind: Any) -> Any:
 
 
 def typed_override(override: str, key: str, written: str, kind: Any) -> Any:
-    """What is typed after `--override KEY=`. A text is taken as typed, less the quotes around all of it, and null is none;
-    lists and mappings are YAML. Raises UserError."""
+    """What is typed after `--override KEY=`. A text is taken as typed, less the quotes around all of it,
+    and null is none; lists and mappings are YAML. Raises UserError."""
     if SURROGATE.search(written):
         raise UserError(f"--override {key}: {HALF}")
     if takes_text(kind):
         return _text(override, written, kind)
-    possible, source = options(kind), f"--override {override if len(override) < 100 else override[:97] + '...'}"
+    possible, source = (
+        options(kind),
+        f"--override {override if len(override) < 100 else override[:97] + '...'}",
+    )
     if Any in possible:  # a key that we do not have: the answer will be about its name
         try:
             return parse_yaml(written, source)
         except UserError:
             return Plain(written)
-    if not section_of_keys(kind) and not any(typing.get_origin(option) in (list, dict) for option in possible):
+    if not section_of_keys(kind) and not any(
+        typing.get_origin(option) in (list, dict) for option in possible
+    ):
         return typed_plain(written.strip(), kind)
     value = parse_yaml(written, source)
     if isinstance(value, str) and value not in NONE and takes_text(_part(kind, list)):
@@ -128,7 +147,8 @@ def _text(override: str, written: str, kind: Any) -> str | None:
         return str(parse_yaml("".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in bare), "text"))
     except UserError:
         raise UserError(
-            f"--override {override}: inside double quotes \\ begins an escape such as \\n, and one of them is not known; "
+            f"--override {override}: inside double quotes \\ begins an escape such as \\n, and one of them "
+            "is not known; "
             "leave the double quotes out, and \\ is itself"
         ) from None
 

@@ -1,4 +1,5 @@
-"""Case files: prompts and what should follow them, as `evaluate_checkpoints.py` scores it. docs/EVALUATION.md shows the format."""
+"""Case files: prompts and what should follow them, as `evaluate_checkpoints.py` scores it.
+docs/EVALUATION.md shows the format."""
 
 import difflib
 import glob
@@ -16,7 +17,8 @@ from support.messages import UserError
 
 
 class Case(BaseModel):
-    """A prompt, and at least one of: a target (alone or among choices), texts that the output contains, a regex it matches."""
+    """A prompt, and at least one of: a target (alone or among choices), texts that the output contains, a
+    regex it matches."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -81,7 +83,8 @@ class Case(BaseModel):
 
     @property
     def continued(self) -> bool:
-        """Whether the model's own continuation is of interest: not for sentences compared from their beginning."""
+        """Whether the model's own continuation is of interest: not for sentences compared from their
+        beginning."""
         return bool(self.prompt or self.contains or self.regex)
 
 
@@ -98,19 +101,28 @@ def explain(error: dict, where: str) -> str:
     """One line for one pydantic error."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), [*Case.model_fields, *CaseFile.model_fields], n=1, cutoff=0.5)
-        return f"{where}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see docs/EVALUATION.md")
+        near = difflib.get_close_matches(
+            str(error["loc"][-1]), [*Case.model_fields, *CaseFile.model_fields], n=1, cutoff=0.5
+        )
+        return f"{where}: unknown key {key}" + (
+            f"; did you mean {near[0]}?" if near else "; see docs/EVALUATION.md"
+        )
     if error["type"] == "missing":
         return f"{where}: {key} is required"
     if error["type"] == "value_error":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     shown = repr(error["input"])[:60]
-    quoting = "; put it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int | float | bool | None) else ""
+    quoting = (
+        "; put it in quotes"
+        if error["type"] == "string_type" and isinstance(error["input"], int | float | bool | None)
+        else ""
+    )
     return f"{where}: {key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}{quoting}"
 
 
 def find_case_files(paths: list[str]) -> list[Path]:
-    """The files that the paths (files, folders of .yaml files, or globs) name. Raises UserError for a path that names none."""
+    """The files that the paths (files, folders of .yaml files, or globs) name. Raises UserError for a path
+    that names none."""
     found: list[Path] = []
     for path in paths:
         named = Path(path).is_file() or not (Path(path).is_dir() or glob.has_magic(path))
@@ -120,7 +132,12 @@ def find_case_files(paths: list[str]) -> list[Path]:
 
 def read_case_file(path: Path) -> list[Case]:
     """Raises UserError that lists everything wrong with the file."""
-    tree = read_mapping(path, "case file", "try --cases cases/wiki_basics.yaml", "it has a list `cases`; see docs/EVALUATION.md")
+    tree = read_mapping(
+        path,
+        "case file",
+        "try --cases cases/wiki_basics.yaml",
+        "it has a list `cases`; see docs/EVALUATION.md",
+    )
     problems, cases, ids = [], [], set()
     head = typed({key: value for key, value in tree.items() if key != "cases"}, CaseFile)
     try:
@@ -130,12 +147,16 @@ def read_case_file(path: Path) -> list[Case]:
     for number, entry in enumerate(file.cases, start=1):
         where = f"{path}, case {number}"
         if not isinstance(entry, dict):
-            problems.append(f"{where}: {repr(entry)[:60]} is not a mapping with a prompt; see docs/EVALUATION.md")
+            problems.append(
+                f"{where}: {repr(entry)[:60]} is not a mapping with a prompt; see docs/EVALUATION.md"
+            )
             continue
         if isinstance(entry.get("id"), str):
             where += f" ({entry['id'][:40]})"
         try:
-            case = Case.model_validate({"instruction": file.instructions} | typed(entry, Case) | {"file": str(path)})
+            case = Case.model_validate(
+                {"instruction": file.instructions} | typed(entry, Case) | {"file": str(path)}
+            )
         except ValidationError as error:
             problems += [explain(e, where) for e in error.errors()]
             continue

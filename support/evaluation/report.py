@@ -1,7 +1,9 @@
-"""An evaluation as one HTML file, report.html, that needs nothing beside itself: no network, no fonts, no other file.
+"""An evaluation as one HTML file, report.html, that needs nothing beside itself: no network, no fonts, no
+other file.
 
-What it looks like is in report.html.jinja; here the values are made ready to be shown. Prompts, outputs and file names may
-hold anything: Jinja2 escapes what HTML would obey (autoescape), and characters that cannot be seen are written as `\\x1b`.
+What it looks like is in report.html.jinja; here the values are made ready to be shown. Prompts, outputs and
+file names may hold anything: Jinja2 escapes what HTML would obey (autoescape), and characters that cannot be
+seen are written as `\\x1b`.
 """
 
 import math
@@ -22,7 +24,9 @@ from support.messages import printable
 if TYPE_CHECKING:
     from support.evaluation.case_files import Case
 
-TEXT_BUDGET = 700_000  # characters of all continuations together; each may have its share, or what the shortest allows
+TEXT_BUDGET = (
+    700_000  # characters of all continuations together; each may have its share, or what the shortest allows
+)
 MIN_TEXT, MAX_TEXT = 400, 20_000
 MAX_CHOICES = 8  # shown of one case
 NOTHING, MINUS, INFINITY = "\u2013", "\u2212", "\u221e"
@@ -72,7 +76,10 @@ class CaseView:
     @property
     def marks(self) -> str:
         """What the filter above the cases looks for."""
-        marks = {"missed": any(s < 0.5 for s in self.scores[:1]), "differ": bool(self.scores) and max(self.scores) - min(self.scores) >= 0.3}
+        marks = {
+            "missed": any(s < 0.5 for s in self.scores[:1]),
+            "differ": bool(self.scores) and max(self.scores) - min(self.scores) >= 0.3,
+        }
         return " ".join(mark for mark, holds in marks.items() if holds)
 
 
@@ -81,7 +88,11 @@ class CaseView:
 
 def number(value: float | None, digits: int = 3) -> str:
     """0.4128 -> 0.413; nothing, and what is no number -> a dash."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", MINUS).replace("inf", INFINITY)
+    return (
+        NOTHING
+        if value is None or math.isnan(value)
+        else f"{value:.{digits}f}".replace("-", MINUS).replace("inf", INFINITY)
+    )
 
 
 def count(value: int | None) -> str:
@@ -102,12 +113,16 @@ def percent(value: float | None) -> str:
 def visible(text: str, limit: int = MAX_TEXT) -> Markup:
     """The text as HTML that keeps its line ends and shows blanks that matter, cut after `limit` characters.
 
-    `" a\\n"` becomes `<u>·</u>a<u>↵</u>`, then a line end; the marks are <u>, so that the style sheet can make them pale.
+    `" a\\n"` becomes `<u>·</u>a<u>↵</u>`, then a line end; the marks are <u>, so that the style sheet can
+    make them pale.
     """
     shown = []
     for i, piece in enumerate(BLANKS.split(text[:limit])):
         if i % 2:  # what BLANKS found
-            shown.append({"\n": Markup("<u>↵</u>\n"), "\t": Markup("<u>→</u>\t")}.get(piece) or Markup("<u>{}</u>").format("·" * len(piece)))
+            shown.append(
+                {"\n": Markup("<u>↵</u>\n"), "\t": Markup("<u>→</u>\t")}.get(piece)
+                or Markup("<u>{}</u>").format("·" * len(piece))
+            )
             continue
         for can_be_seen, characters in groupby(piece, str.isprintable):
             part = "".join(characters)
@@ -121,7 +136,8 @@ def visible(text: str, limit: int = MAX_TEXT) -> Markup:
 
 
 def pick_choices(case: "Case", results: list[CaseResult]) -> list[int]:
-    """Which choices of a case are shown: all, or of very many the right one, those that were chosen, and the first others."""
+    """Which choices of a case are shown: all, or of very many the right one, those that were chosen, and
+    the first others."""
     important = {case.right} | {result.chosen for result in results if result.chosen is not None}
     others = [i for i in range(len(case.choices)) if i not in important]
     return sorted([*important, *others[: max(0, MAX_CHOICES - len(important))]])
@@ -133,7 +149,16 @@ def view_choices(case: "Case", result: CaseResult, shown: list[int]) -> list[Cho
         return []
     top = max(result.logprobs)
     weights = [math.exp(logprob - top) if math.isfinite(top) else math.nan for logprob in result.logprobs]
-    return [Choice(LETTERS[i], case.choices[i] == case.target, i == result.chosen, result.logprobs[i], weights[i] / sum(weights)) for i in shown]
+    return [
+        Choice(
+            LETTERS[i],
+            case.choices[i] == case.target,
+            i == result.chosen,
+            result.logprobs[i],
+            weights[i] / sum(weights),
+        )
+        for i in shown
+    ]
 
 
 def view_case(evaluation: Evaluation, number: int, names: list[str]) -> CaseView:
@@ -141,7 +166,13 @@ def view_case(evaluation: Evaluation, number: int, names: list[str]) -> CaseView
     results = [checkpoint.results[number] for checkpoint in evaluation.checkpoints]
     shown = pick_choices(case, results) if case.choices else []
     rows = [
-        Row(name, checkpoint, result, view_choices(case, result, shown), result.logprobs[case.right] if case.target and result.logprobs else None)
+        Row(
+            name,
+            checkpoint,
+            result,
+            view_choices(case, result, shown),
+            result.logprobs[case.right] if case.target and result.logprobs else None,
+        )
         for name, checkpoint, result in zip(names, evaluation.checkpoints, results, strict=True)
     ]
     return CaseView(number, case, rows, [(LETTERS[i], case.choices[i]) for i in shown])
@@ -167,7 +198,9 @@ def write_report(path: Path, evaluation: Evaluation) -> None:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),  # no lone surrogate gets into the file
+        finalize=lambda value: (
+            value if isinstance(value, Markup) else printable(value)
+        ),  # no lone surrogate gets into the file
         trim_blocks=True,
         lstrip_blocks=True,
     )

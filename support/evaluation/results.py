@@ -1,5 +1,5 @@
-"""What an evaluation of checkpoints found, on cases or on a validation text, as plain values: made by evaluate_checkpoints.py, shown
-by support/evaluation/report.py and support/plots.py."""
+"""What an evaluation of checkpoints found, on cases or on a validation text, as plain values: made by
+evaluate_checkpoints.py, shown by support/evaluation/report.py and support/plots.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class CaseResult:
     score: float  # 0 to 1: the mean of the parts
     parts: dict[str, float]
     continuation: str | None  # greedy output behind the prompt; None where none was made
-    logprobs: list[float]  # natural log of the probability of each choice, or of the target alone (a list of one); [] if neither
+    logprobs: list[
+        float
+    ]  # natural log of the probability of each choice, or of the target alone (a list of one); [] if neither
     n_tokens: int  # of the target, in this checkpoint's tokenizer; 0 without a target
     n_bytes: int  # of the target, in UTF-8; 0 without a target
     greedy_match: bool | None  # the target is what greedy decoding gives; None without a target
@@ -63,21 +65,30 @@ class Evaluation:
 
     cases: list[Case]  # none where --val alone was asked for
     checkpoints: list[CheckpointResult]  # sorted by rank
-    chance: dict[str, float | None]  # per category what guessing wins: 1/len(choices) of a case with choices, else 0; None without any choices
+    chance: dict[
+        str, float | None
+    ]  # per category what guessing wins: 1/len(choices) of a case with choices, else 0; None without any choices
     seed: int
     command: str
     versions: dict[str, str]
     date: str
 
     def short_runs(self) -> list[str]:
-        """Each checkpoint's folder without what all have in common: runs/small and runs/large are small and large; one alone is ""."""
+        """Each checkpoint's folder without what all have in common: runs/small and runs/large are small
+        and large; one alone is ""."""
         runs = [os.path.normpath(checkpoint.run or ".") for checkpoint in self.checkpoints]
         try:
             common = os.path.commonpath(set(runs))
         except ValueError:  # none at all, or an absolute path beside a relative one
             return runs
-        return [PurePath(run).relative_to(common).as_posix().removeprefix(".") if common else run for run in runs]
+        return [
+            PurePath(run).relative_to(common).as_posix().removeprefix(".") if common else run for run in runs
+        ]
 
     def short_names(self) -> list[str]:
-        """What to call each checkpoint where there is little room: small/step-00000100.ckpt, or the file's name alone."""
-        return [(PurePath(run) / PurePath(c.file).name).as_posix() for run, c in zip(self.short_runs(), self.checkpoints, strict=True)]
+        """What to call each checkpoint where there is little room: small/step-00000100.ckpt, or the file's
+        name alone."""
+        return [
+            (PurePath(run) / PurePath(c.file).name).as_posix()
+            for run, c in zip(self.short_runs(), self.checkpoints, strict=True)
+        ]

@@ -1,7 +1,8 @@
-"""Our model as one GGUF file, the format of llama.cpp, Ollama and LM Studio: tensors, sizes and tokenizer together.
+"""Our model as one GGUF file, the format of llama.cpp, Ollama and LM Studio: tensors, sizes and tokenizer
+together.
 
-llama.cpp's Llama turns neighbouring pairs of dimensions where ours turns halves, so the rows of q and k are put in its
-order: the same rotation, other names for the dimensions. Its Qwen3 turns halves, as we do.
+llama.cpp's Llama turns neighbouring pairs of dimensions where ours turns halves, so the rows of q and k are
+put in its order: the same rotation, other names for the dimensions. Its Qwen3 turns halves, as we do.
 """
 
 import json
@@ -18,8 +19,14 @@ from support.messages import UserError
 from support.text.chat_template import Template
 from tokenizer import Tokenizer
 
-_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {_QWEN: "qwen2", _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe"}  # published, and what llama.cpp calls them
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {
+    _QWEN: "qwen2",
+    _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe",
+}  # published, and what llama.cpp calls them
 BLOCK = 32  # numbers that share a scale in q8_0
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -34,11 +41,17 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-TOP = {"embed_tokens": "token_embd", "embed_positions": "position_embd", "norm": "output_norm", "lm_head": "output"}
+TOP = {
+    "embed_tokens": "token_embd",
+    "embed_positions": "position_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def interleave(rows: Tensor, n_heads: int) -> Tensor:
-    """Rows of q or k (n_heads * hd, ...) from halves to neighbours: within a head, 0 1 2 3 | 4 5 6 7 becomes 0 4 1 5 2 6 3 7."""
+    """Rows of q or k (n_heads * hd, ...) from halves to neighbours: within a head, 0 1 2 3 | 4 5 6 7
+    becomes 0 4 1 5 2 6 3 7."""
     return rows.view(n_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
@@ -63,7 +76,8 @@ def gguf_tensors(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Ten
 
 
 def pre_tokenizer_name(tree: dict[str, Any]) -> str | None:
-    """llama.cpp's name for the way a byte-level BPE of tokenizer.json cuts text into words; None for one that is not among those we know."""
+    """llama.cpp's name for the way a byte-level BPE of tokenizer.json cuts text into words; None for one
+    that is not among those we know."""
     split = tree.get("pre_tokenizer") or {}
     *before, last = split.get("pretokenizers") or [split]
     if (
@@ -74,37 +88,57 @@ def pre_tokenizer_name(tree: dict[str, Any]) -> str | None:
     ):
         return None
     if last.get("use_regex", True):
-        return {"[]": "gpt-2", '[["Digits", true]]': "smollm"}.get(json.dumps([[step.get("type"), step.get("individual_digits")] for step in before]))
-    patterns = [step.get("pattern", {}).get("Regex") for step in before if step.get("behavior") == "Isolated" and not step.get("invert")]
+        return {"[]": "gpt-2", '[["Digits", true]]': "smollm"}.get(
+            json.dumps([[step.get("type"), step.get("individual_digits")] for step in before])
+        )
+    patterns = [
+        step.get("pattern", {}).get("Regex")
+        for step in before
+        if step.get("behavior") == "Isolated" and not step.get("invert")
+    ]
     return PATTERNS.get(patterns[0]) if len(patterns) == len(before) == 1 else None
 
 
 def refuse_what_does_not_fit(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """tokenizer.json as a tree. Raises UserError, before anything is written, for what the format cannot hold."""
+    """tokenizer.json as a tree. Raises UserError, before anything is written, for what the format cannot
+    hold."""
     family_of(config)
     tree = json.loads(tokenizer_json(tokenizer))
     if pre_tokenizer_name(tree) is None:
         raise UserError(
-            f"a tokenizer of kind {tokenizer.kind} does not fit into GGUF as we write it: it takes byte-level BPE that cuts text into words as GPT-2 "
+            f"a tokenizer of kind {tokenizer.kind} does not fit into GGUF as we write it: it takes "
+            "byte-level BPE that cuts text into words as GPT-2 "
             "does (bpe, gpt2), or as SmolLM, Qwen or Llama 3 do (file)"
         )
-    if dtype == "q8_0" and (config.d_model % BLOCK or config.d_ff % BLOCK or (config.n_heads * config.head_dim) % BLOCK):
+    if dtype == "q8_0" and (
+        config.d_model % BLOCK or config.d_ff % BLOCK or (config.n_heads * config.head_dim) % BLOCK
+    ):
         raise UserError(
-            f"q8_0 keeps {BLOCK} numbers to a scale, and d_model={config.d_model}, d_ff={config.d_ff}, n_heads x head_dim="
+            f"q8_0 keeps {BLOCK} numbers to a scale, and d_model={config.d_model}, d_ff={config.d_ff}, "
+            "n_heads x head_dim="
             f"{config.n_heads * config.head_dim} must be multiples of it; take --dtype f16"
         )
     return tree
 
 
-def write_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, template: Template | None, dtype: str, name: str) -> str:
-    """Write the file; returns what it calls the way to cut text into words. Raises UserError for what it cannot hold."""
+def write_gguf(
+    path: Path, model: GPTMini, tokenizer: Tokenizer, template: Template | None, dtype: str, name: str
+) -> str:
+    """Write the file; returns what it calls the way to cut text into words. Raises UserError for what it
+    cannot hold."""
     import gguf
 
     tree = refuse_what_does_not_fit(model.config, tokenizer, dtype)
     writer = gguf.GGUFWriter(path, family_of(model.config))
     writer.add_name(name)
     add_sizes(writer, model.config)
-    writer.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype])
+    writer.add_file_type(
+        {
+            "f32": gguf.LlamaFileType.ALL_F32,
+            "f16": gguf.LlamaFileType.MOSTLY_F16,
+            "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+        }[dtype]
+    )
     add_tokenizer(writer, tree, tokenizer, template)
     for tensor_name, tensor in gguf_tensors(model.config, model.state_dict()).items():
         array = tensor.detach().float().contiguous().numpy()
@@ -144,15 +178,21 @@ def add_tokenizer(writer: Any, tree: dict[str, Any], tokenizer: Tokenizer, templ
     import gguf
 
     added = {token["id"]: token for token in tree["added_tokens"]}
-    names = {id: token for token, id in tree["model"]["vocab"].items()} | {id: token["content"] for id, token in added.items()}
-    kinds = [gguf.TokenType.NORMAL if id in names else gguf.TokenType.UNUSED for id in range(tokenizer.vocab_size)]
+    names = {id: token for token, id in tree["model"]["vocab"].items()} | {
+        id: token["content"] for id, token in added.items()
+    }
+    kinds = [
+        gguf.TokenType.NORMAL if id in names else gguf.TokenType.UNUSED for id in range(tokenizer.vocab_size)
+    ]
     for id, token in added.items():  # no text can spell a special one
         kinds[id] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(tree))
     writer.add_token_list([names.get(id, f"[unused {id}]") for id in range(tokenizer.vocab_size)])
     writer.add_token_types(kinds)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tree["model"]["merges"]])
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in tree["model"]["merges"]]
+    )
     for add in (writer.add_eos_token_id, writer.add_pad_token_id):
         add(tokenizer.eos_id)
     writer.add_bos_token_id(tokenizer.bos_ids[0] if tokenizer.bos_ids else tokenizer.eos_id)

@@ -1,8 +1,9 @@
-"""Our weights under the names and layouts of Hugging Face's models, and back: Llama, Mistral, Qwen3 and GPT-2.
+"""Our weights under the names and layouts of Hugging Face's models, and back: Llama, Mistral, Qwen3 and
+GPT-2.
 
-Our names are Llama's without `model.` in front, and rotary positions turn halves as there, so Llama's weights only change
-their names. GPT-2 is older: q, k and v lie in one matrix `c_attn`, and every matrix of a block is a `Conv1D`, which keeps
-it as (in, out), so those are cut and transposed.
+Our names are Llama's without `model.` in front, and rotary positions turn halves as there, so Llama's weights
+only change their names. GPT-2 is older: q, k and v lie in one matrix `c_attn`, and every matrix of a block is
+a `Conv1D`, which keeps it as (in, out), so those are cut and transposed.
 """
 
 from collections.abc import Sequence
@@ -41,29 +42,49 @@ def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{odd[0]}: {fields[odd[0]]!r}"[:100])
         return fields
     except KeyError as error:
-        raise UserError(f"config.json of model_type {kind} lacks {error}; it is damaged, or of another version") from None
+        raise UserError(
+            f"config.json of model_type {kind} lacks {error}; it is damaged, or of another version"
+        ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"config.json of model_type {kind} holds a value of the wrong type ({error}); download it again") from None
+        raise UserError(
+            f"config.json of model_type {kind} holds a value of the wrong type ({error}); download it again"
+        ) from None
 
 
 def refuse(hf: dict[str, Any], allowed: dict[str, tuple]) -> None:
-    """Raise UserError for a setting that would change the network in a way ours cannot follow; the first value is the default."""
+    """Raise UserError for a setting that would change the network in a way ours cannot follow; the first
+    value is the default."""
     for key, values in allowed.items():
         if hf.get(key, values[0]) not in values:
-            raise UserError(f"{key}={hf[key]!r} in config.json is something our blocks do not have; they have {values[0]!r}")
+            raise UserError(
+                f"{key}={hf[key]!r} in config.json is something our blocks do not have; they have "
+                f"{values[0]!r}"
+            )
 
 
 def llama_fields(hf: dict[str, Any]) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
-        raise UserError(f"its rotary positions are scaled (rope_type={scaling!r}), which turns them at other speeds than ours; that is not supported")
-    refuse(hf, {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None), "use_sliding_window": (False, None)})
+        raise UserError(
+            f"its rotary positions are scaled (rope_type={scaling!r}), which turns them at other speeds "
+            "than ours; that is not supported"
+        )
+    refuse(
+        hf,
+        {
+            "hidden_act": ("silu", "swish"),
+            "partial_rotary_factor": (1.0, None),
+            "use_sliding_window": (False, None),
+        },
+    )
     bias = bool(hf.get("attention_bias", False))
     if bias != bool(hf.get("mlp_bias", False)):
-        raise UserError("attention_bias and mlp_bias differ in config.json, and our `bias` is for all matrices or none")
+        raise UserError(
+            "attention_bias and mlp_bias differ in config.json, and our `bias` is for all matrices or none"
+        )
     heads, seen = hf["num_attention_heads"], hf["max_position_embeddings"]
     return {
         "d_model": hf["hidden_size"],
@@ -72,7 +93,9 @@ def llama_fields(hf: dict[str, Any]) -> dict[str, Any]:
         "n_kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
         "d_ff": hf["intermediate_size"],
-        "max_seq_len": min(seen, hf.get("sliding_window") or seen),  # within its window, Mistral's attention is plain
+        "max_seq_len": min(
+            seen, hf.get("sliding_window") or seen
+        ),  # within its window, Mistral's attention is plain
         "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
         "rope_theta": float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
@@ -117,8 +140,12 @@ def fused_qkv(weights: dict[str, Tensor], q_name: str) -> Tensor:
 
 
 def split_c_attn(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """GPT-2's fused projection to q, k and v: (D, 3 D) as Conv1D keeps it, cut along its outputs, each then (out, in)."""
-    return {name.replace("attn.c_attn", f"self_attn.{part}_proj"): turned(cut) for part, cut in zip("qkv", tensor.chunk(3, dim=-1), strict=True)}
+    """GPT-2's fused projection to q, k and v: (D, 3 D) as Conv1D keeps it, cut along its outputs, each
+    then (out, in)."""
+    return {
+        name.replace("attn.c_attn", f"self_attn.{part}_proj"): turned(cut)
+        for part, cut in zip("qkv", tensor.chunk(3, dim=-1), strict=True)
+    }
 
 
 def to_ours(kind: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -144,34 +171,58 @@ def to_ours(kind: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def family_of(config: GPTConfig) -> str:
-    """`llama`, `qwen3` or `gpt2`: whose config.json can describe our model. Raises UserError, naming the switch that none has."""
+    """`llama`, `qwen3` or `gpt2`: whose config.json can describe our model. Raises UserError, naming the
+    switch that none has."""
     c = config
     older = {"norm": "layernorm", "mlp": "gelu", "position": "learned"}
     if c.embed_scale:
         raise UserError("model.embed_scale=true has no counterpart in Llama, Qwen3 or GPT-2")
     odd = [f"model.{key}={getattr(c, key)}" for key, value in older.items() if getattr(c, key) == value]
-    if odd and not (len(odd) == 3 and c.bias and not c.qk_norm and c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model):
+    if odd and not (
+        len(odd) == 3
+        and c.bias
+        and not c.qk_norm
+        and c.n_kv_heads == c.n_heads
+        and c.head_dim * c.n_heads == c.d_model
+    ):
         raise UserError(
-            f"{', '.join(odd)} with the other switches as they are is neither Llama nor GPT-2; GPT-2 is norm=layernorm, mlp=gelu, position=learned, "
+            f"{', '.join(odd)} with the other switches as they are is neither Llama nor GPT-2; GPT-2 is "
+            "norm=layernorm, mlp=gelu, position=learned, "
             "bias=true, without qk_norm, with as many key/value heads as heads"
         )
     if c.position == "sinusoidal":
         raise UserError("model.position=sinusoidal has no counterpart in Llama, Qwen3 or GPT-2")
     if c.qk_norm and c.bias:
-        raise UserError("model.qk_norm=true with model.bias=true has no counterpart: Qwen3 has no biases in its MLP")
+        raise UserError(
+            "model.qk_norm=true with model.bias=true has no counterpart: Qwen3 has no biases in its MLP"
+        )
     return "gpt2" if odd else "qwen3" if c.qk_norm else "llama"
 
 
-def config_json(config: GPTConfig, eos_id: int, bos_ids: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json for transformers 4 and 5, vLLM, llama.cpp's converter; `dtype` is that of the weights. Raises UserError."""
+def config_json(
+    config: GPTConfig, eos_id: int, bos_ids: Sequence[int] = (), dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """config.json for transformers 4 and 5, vLLM, llama.cpp's converter; `dtype` is that of the weights.
+    Raises UserError."""
     c, kind = config, family_of(config)
     common = {"model_type": kind, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings}
     named = str(dtype).removeprefix("torch.")
     common |= {"bos_token_id": bos_ids[0] if bos_ids else eos_id, "eos_token_id": eos_id, "use_cache": True}
     common |= {"dtype": named, "torch_dtype": named}  # the newer name of transformers, and the older
     if kind == "gpt2":
-        own = {"architectures": ["GPT2LMHeadModel"], "n_embd": c.d_model, "n_layer": c.n_layers, "n_head": c.n_heads, "n_inner": c.d_ff}
-        own |= {"n_positions": c.max_seq_len, "n_ctx": c.max_seq_len, "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new"}
+        own = {
+            "architectures": ["GPT2LMHeadModel"],
+            "n_embd": c.d_model,
+            "n_layer": c.n_layers,
+            "n_head": c.n_heads,
+            "n_inner": c.d_ff,
+        }
+        own |= {
+            "n_positions": c.max_seq_len,
+            "n_ctx": c.max_seq_len,
+            "layer_norm_epsilon": c.norm_eps,
+            "activation_function": "gelu_new",
+        }
         return common | own | {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
     return common | {
         "architectures": ["Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLM"],
@@ -195,9 +246,16 @@ def config_json(config: GPTConfig, eos_id: int, bos_ids: Sequence[int] = (), dty
 def to_theirs(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under their names, contiguous, a tied head left out. The inverse of `to_ours`."""
     kind = family_of(config)
-    weights = {name: tensor for name, tensor in weights.items() if not (config.tie_embeddings and name == "lm_head.weight")}
+    weights = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not (config.tie_embeddings and name == "lm_head.weight")
+    }
     if kind != "gpt2":
-        return {name if name.startswith("lm_head.") else f"model.{name}": tensor.contiguous() for name, tensor in weights.items()}
+        return {
+            name if name.startswith("lm_head.") else f"model.{name}": tensor.contiguous()
+            for name, tensor in weights.items()
+        }
     out: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         top, _, kind_of = name.rpartition(".")
@@ -206,7 +264,9 @@ def to_theirs(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor
         elif top in GPT2_TOP:
             out[f"transformer.{GPT2_TOP[top]}.{kind_of}"] = tensor
         elif ".self_attn.q_proj." in name:
-            out[f"transformer.h.{name.split('.')[1]}.attn.c_attn.{kind_of}"] = turned(fused_qkv(weights, name))
+            out[f"transformer.h.{name.split('.')[1]}.attn.c_attn.{kind_of}"] = turned(
+                fused_qkv(weights, name)
+            )
         elif ".k_proj." not in name and ".v_proj." not in name:
             _, block, ours = top.split(".", 2)
             out[f"transformer.h.{block}.{GPT2_NAMES[ours]}.{kind_of}"] = turned(tensor)

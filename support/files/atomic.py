@@ -14,7 +14,8 @@ from support.messages import UserError, warn
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` at the end: complete, or as it was before if anything goes wrong."""
+    """A file to write to that becomes `path` at the end: complete, or as it was before if anything goes
+    wrong."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -54,15 +55,17 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def temporary_folder() -> Path:
-    """A new folder where temporary files go, as open to others as the umask says (tempfile's would be for its owner alone)."""
+    """A new folder where temporary files go, as open to others as the umask says (tempfile's would be for
+    its owner alone)."""
     folder = Path(tempfile.gettempdir()) / f"tiny-transformer-{secrets.token_hex(4)}"
     folder.mkdir()
     return folder
 
 
 def claim_folder(folder: Path, flag: str = "--override checkpoint.dir="):
-    """Make the folder and hold it for this process; returns the lock to keep. Where the file system has no locks, a warning
-    says so. Raises UserError if another run holds it, or if it cannot be written; `flag` is the one that names another folder."""
+    """Make the folder and hold it for this process; returns the lock to keep. Where the file system has no
+    locks, a warning says so. Raises UserError if another run holds it, or if it cannot be written; `flag`
+    is the one that names another folder."""
     import filelock
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -72,17 +75,24 @@ def claim_folder(folder: Path, flag: str = "--override checkpoint.dir="):
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"another run is writing to {folder}; wait for it, or write elsewhere by {flag}{folder}-2") from None
+            raise UserError(
+                f"another run is writing to {folder}; wait for it, or write elsewhere by {flag}{folder}-2"
+            ) from None
         except OSError as error:
             open(folder / ".lock", "ab").close()  # not the folder is at fault, or this would fail too
-            warn(f"{folder} cannot be locked ({error.strerror}): its file system has no locks, so do not start a second run there")
+            warn(
+                f"{folder} cannot be locked ({error.strerror}): its file system has no locks, so do not "
+                "start a second run there"
+            )
     except OSError as error:
         with contextlib.suppress(OSError):
             if made:
                 (folder / ".lock").unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
-        raise UserError(f"{folder} cannot be written ({error.strerror}); name another folder by {flag}PATH") from None
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); name another folder by {flag}PATH"
+        ) from None
     for leftover in folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
         leftover.unlink()
     return lock

@@ -1,4 +1,5 @@
-"""Which files a path means: itself, those in a folder at any depth, or those of a glob. What a file holds is said by its ending."""
+"""Which files a path means: itself, those in a folder at any depth, or those of a glob. What a file holds
+is said by its ending."""
 
 import codecs
 import glob
@@ -9,9 +10,21 @@ from pathlib import Path
 
 from support.messages import UserError, inform
 
-ALIASES = {".ndjson": ".jsonl", ".yml": ".yaml", ".htm": ".html", ".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz", ".zstd": ".zst"}
+ALIASES = {
+    ".ndjson": ".jsonl",
+    ".yml": ".yaml",
+    ".htm": ".html",
+    ".tgz": ".gz",
+    ".tbz2": ".bz2",
+    ".txz": ".xz",
+    ".zstd": ".zst",
+}
 
-PACKED, DOCUMENT, TABLE = "is packed, and only unpacked files are read; {}", "is not plain text; save its text as .txt", "is a table; {}"
+PACKED, DOCUMENT, TABLE = (
+    "is packed, and only unpacked files are read; {}",
+    "is not plain text; save its text as .txt",
+    "is a table; {}",
+)
 AS_IT_IS = "or name it .txt to read it as it is"
 COLUMN = 'write the column with the text as .jsonl, {{"text": "..."}} a line'
 OTHER_KINDS = {  # what is said of a file that is not read as text, whatever its name was meant to say
@@ -24,13 +37,30 @@ OTHER_KINDS = {  # what is said of a file that is not read as text, whatever its
     **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".ppt", ".pptx"), DOCUMENT),
     **dict.fromkeys((".html", ".xml"), f"holds markup; save its text as .txt, {AS_IT_IS}"),
     **dict.fromkeys((".csv", ".tsv"), TABLE.format(f"{COLUMN}, {AS_IT_IS}")),
-    **dict.fromkeys((".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"), TABLE.format(COLUMN)),
-    **dict.fromkeys((".npy", ".npz", ".bin"), "holds numbers, not text; token files are read with data.source=tokens"),
-    **dict.fromkeys((".ckpt", ".pt", ".pth", ".safetensors", ".gguf"), "holds a model, not text; name a .txt or .jsonl file"),
-    **dict.fromkeys((".pkl", ".pickle"), "is a pickle, which can run code when opened; write its text as .txt or .jsonl"),
+    **dict.fromkeys(
+        (".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"),
+        TABLE.format(COLUMN),
+    ),
+    **dict.fromkeys(
+        (".npy", ".npz", ".bin"), "holds numbers, not text; token files are read with data.source=tokens"
+    ),
+    **dict.fromkeys(
+        (".ckpt", ".pt", ".pth", ".safetensors", ".gguf"),
+        "holds a model, not text; name a .txt or .jsonl file",
+    ),
+    **dict.fromkeys(
+        (".pkl", ".pickle"), "is a pickle, which can run code when opened; write its text as .txt or .jsonl"
+    ),
 }
 
-FIRST_BYTES = {b"\x1f\x8b": ".gz", b"PK\x03\x04": ".zip", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ": ".xz", b"BZh91AY&SY": ".bz2", b"%PDF-": ".pdf"}
+FIRST_BYTES = {
+    b"\x1f\x8b": ".gz",
+    b"PK\x03\x04": ".zip",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ": ".xz",
+    b"BZh91AY&SY": ".bz2",
+    b"%PDF-": ".pdf",
+}
 
 
 def kind_of(path: str | Path) -> str:
@@ -40,8 +70,9 @@ def kind_of(path: str | Path) -> str:
 
 
 def walk(folder: str | Path) -> tuple[list[Path], Counter]:
-    """(the files below a folder, in no order; what is left out, counted by reason). Links to folders are followed, each real
-    folder once, so that a circle ends; real folders come first. Names that begin with a dot are left out, as by a glob."""
+    """(the files below a folder, in no order; what is left out, counted by reason). Links to folders are
+    followed, each real folder once, so that a circle ends; real folders come first. Names that begin with
+    a dot are left out, as by a glob."""
     files, left_out, seen, todo = [], Counter(), set(), [Path(folder)]
     links: list[Path] = []
     while todo or links:
@@ -66,8 +97,9 @@ def walk(folder: str | Path) -> tuple[list[Path], Counter]:
 
 
 def each_once(files: Iterable[Path]) -> list[Path]:
-    """In the order of their names, so that a corpus is the same on every machine; of several names of one file (links) the
-    shortest, or its text would be read twice, and what is held out for validation would be trained on too."""
+    """In the order of their names, so that a corpus is the same on every machine; of several names of one
+    file (links) the shortest, or its text would be read twice, and what is held out for validation would
+    be trained on too."""
     found: dict[tuple[int, int], Path] = {}
     for file in sorted(set(files), key=lambda file: (file.is_symlink(), len(file.parts), file)):
         status = file.stat()
@@ -78,7 +110,9 @@ def each_once(files: Iterable[Path]) -> list[Path]:
 def counted(left_out: Counter) -> str:
     """`3 .pdf, 1 hidden`."""
     most_first = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{n:,} {reason}{'s' * (n > 1 and reason.endswith(('folder', 'link')))}" for reason, n in most_first)
+    return ", ".join(
+        f"{n:,} {reason}{'s' * (n > 1 and reason.endswith(('folder', 'link')))}" for reason, n in most_first
+    )
 
 
 def refusal(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str | None:
@@ -87,27 +121,42 @@ def refusal(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str |
     if kind in kinds:
         return None
     if strict and "is packed" not in OTHER_KINDS.get(kind, ""):
-        return f"{key}={file}: {listed(kinds)} files are read here, and this is none by its name; save it as one of them"
+        return (
+            f"{key}={file}: {listed(kinds)} files are read here, and this is none by its name; save it as "
+            "one of them"
+        )
     if kind in (".parquet", ".json") and key.startswith("data."):
-        return f"{file} is read by --override data.source=hf --override data.dataset={kind[1:]}; prepare.py reads .jsonl"
+        return (
+            f"{file} is read by --override data.source=hf --override data.dataset={kind[1:]}; prepare.py "
+            "reads .jsonl"
+        )
     if kind in (".parquet", ".json"):
         return f'{key} {file}: write it as .jsonl, {{"text": "..."}} a line'
     return f"{file} {OTHER_KINDS[kind].format(file=file)}" if kind in OTHER_KINDS else None
 
 
 def refuse_disguised(file: Path, begins: bytes) -> None:
-    """Raise UserError for a file whose first bytes are those of a kind that is not read, whatever its name says."""
+    """Raise UserError for a file whose first bytes are those of a kind that is not read, whatever its name
+    says."""
     if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{file} is UTF-16 text, as some programs of Windows save it; convert it: iconv -f UTF-16 -t UTF-8 {file} > utf8.txt")
+        raise UserError(
+            f"{file} is UTF-16 text, as some programs of Windows save it; convert it: iconv -f UTF-16 -t "
+            f"UTF-8 {file} > utf8.txt"
+        )
     kind = next((kind for magic, kind in FIRST_BYTES.items() if begins.startswith(magic)), None)
     if kind:
-        raise UserError(f"{file} {OTHER_KINDS[kind].format(file=file)} (by its first bytes it is a {kind} file)")
+        raise UserError(
+            f"{file} {OTHER_KINDS[kind].format(file=file)} (by its first bytes it is a {kind} file)"
+        )
 
 
-def find_files(path: str, key: str = "data.path", kinds: tuple[str, ...] = (".txt", ".jsonl"), strict: bool = False) -> list[Path]:
-    """The files a path means: itself, those in a folder (at any depth) that are of these kinds, or those of a glob. `strict`: a
-    file that is named must be of these kinds too; otherwise one of an unknown ending is read. One line says what was left out.
-    Raises UserError for none, and for a file that is named and not read."""
+def find_files(
+    path: str, key: str = "data.path", kinds: tuple[str, ...] = (".txt", ".jsonl"), strict: bool = False
+) -> list[Path]:
+    """The files a path means: itself, those in a folder (at any depth) that are of these kinds, or those
+    of a glob. `strict`: a file that is named must be of these kinds too; otherwise one of an unknown
+    ending is read. One line says what was left out. Raises UserError for none, and for a file that is
+    named and not read."""
     if os.path.isfile(path):
         if why := refusal(Path(path), kinds, key, strict):
             raise UserError(why)
@@ -127,13 +176,20 @@ def find_files(path: str, key: str = "data.path", kinds: tuple[str, ...] = (".tx
             left_out[file.suffix or "without an ending"] += 1
     if not files:
         found = f" (found: {counted(left_out)})" if left_out.total() else ""
-        why_not = (refusal(file, kinds, key, False) for file in sorted(there) if file.is_file() and not strict)
-        advice = next((f"\n       {why}" for why in why_not if why), " give a file, a folder or a quoted glob")
+        why_not = (
+            refusal(file, kinds, key, False) for file in sorted(there) if file.is_file() and not strict
+        )
+        advice = next(
+            (f"\n       {why}" for why in why_not if why), " give a file, a folder or a quoted glob"
+        )
         raise UserError(f"{key}={path}: no {listed(kinds)} file there{found};{advice}")
     files = each_once(files)
     if n := left_out.total():
         label = key.partition(".")[0].strip("-")
-        inform(f"{label}: {len(files):,} file{'s' * (len(files) > 1)} read from {path}, {n:,} left out ({counted(left_out)})")
+        inform(
+            f"{label}: {len(files):,} file{'s' * (len(files) > 1)} read from {path}, {n:,} left out "
+            f"({counted(left_out)})"
+        )
     return files
 
 

@@ -1,4 +1,5 @@
-"""What may be in a checkpoint file: checks made before and after it is opened, so that none runs code or fills the memory."""
+"""What may be in a checkpoint file: checks made before and after it is opened, so that none runs code or
+fills the memory."""
 
 import pickletools
 import zipfile
@@ -10,14 +11,32 @@ import torch
 
 from support.messages import printable
 
-# What a file that torch.save wrote of our checkpoints names. torch.load(weights_only=True) lets more pass, and some of
-# that can be made to fill the memory: bytearray(10**11), a tensor out of nested lists.
-SAFE_NAMES = {"collections OrderedDict", "torch Size", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"} | {
-    f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+# What a file that torch.save wrote of our checkpoints names. torch.load(weights_only=True) lets more pass,
+# and some of that can be made to fill the memory: bytearray(10**11), a tensor out of nested lists.
+SAFE_NAMES = {
+    "collections OrderedDict",
+    "torch Size",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+} | {
+    f"torch {kind}Storage"
+    for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 }
-GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # pickle's instructions that change the value they find
-UNDER_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}  # those that take all values back to a mark, and how many under it
-MAX_SIZE = 10**8  # of a description, in characters and values, everything that stands in it twice counted twice
+GROWS = {
+    "APPEND",
+    "APPENDS",
+    "SETITEM",
+    "SETITEMS",
+    "BUILD",
+}  # pickle's instructions that change the value they find
+UNDER_MARK = {
+    "TUPLE": 0,
+    "APPENDS": 1,
+    "SETITEMS": 1,
+}  # those that take all values back to a mark, and how many under it
+MAX_SIZE = (
+    10**8
+)  # of a description, in characters and values, everything that stands in it twice counted twice
 MAX_DEPTH = 100
 LEGACY_VERSION = 1001  # a number in each file from before 1.6, however short
 
@@ -27,10 +46,11 @@ class Damage(ValueError):
 
 
 def check_archive(path: Path) -> None:
-    """Raise Damage, in words, for a file that asks for more than it holds, or would call what no checkpoint needs.
+    """Raise Damage, in words, for a file that asks for more than it holds, or would call what no checkpoint
+    needs.
 
-    torch.load believes what an archive says of itself: a few kilobytes can unfold into gigabytes. What torch.save
-    writes is plain: entries as they are, one behind the other. Nothing is unpickled here.
+    torch.load believes what an archive says of itself: a few kilobytes can unfold into gigabytes. What
+    torch.save writes is plain: entries as they are, one behind the other. Nothing is unpickled here.
     """
     with zipfile.ZipFile(path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -40,23 +60,29 @@ def check_archive(path: Path) -> None:
                 raise Damage("an entry of it is compressed")
             if entry.header_offset + entry.file_size > end:
                 raise Damage("its entries lie over each other")
-        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]  # torch ignores case
+        pickles = [
+            entry for entry in entries if entry.filename.lower().endswith("data.pkl")
+        ]  # torch ignores case
         if len(pickles) != 1 or entries[0].header_offset or pickles[0].file_size > MAX_SIZE:
             raise Damage("truncated or damaged")
         check_pickle(archive.read(pickles[0]))
 
 
 def check_legacy(path: Path) -> None:
-    """Raise Damage for a file as torch.save wrote it before version 1.6, by the same rules: five pickles, one behind the other
-    (a magic number, a version, the machine, the content, the order of the storages), and then the numbers.
+    """Raise Damage for a file as torch.save wrote it before version 1.6, by the same rules: five pickles, one
+    behind the other (a magic number, a version, the machine, the content, the order of the storages), and
+    then the numbers.
 
-    What the content says of a storage's length is believed before the storage is read, so none may be longer than the file.
+    What the content says of a storage's length is believed before the storage is read, so none may be longer
+    than the file.
     """
     with open(path, "rb") as file:
         for _ in range(5):
             start = file.tell()
             for _, value, _ in pickletools.genops(file):
-                if file.tell() - start > MAX_SIZE or (type(value) is int and start and value > max(path.stat().st_size, LEGACY_VERSION)):
+                if file.tell() - start > MAX_SIZE or (
+                    type(value) is int and start and value > max(path.stat().st_size, LEGACY_VERSION)
+                ):
                     raise Damage("truncated or damaged")
             end = file.tell()
             file.seek(start)
@@ -66,8 +92,8 @@ def check_legacy(path: Path) -> None:
 def check_pickle(data: bytes) -> None:
     """Raise Damage for a pickle that names anything but SAFE_NAMES, or of which more than MAX_SIZE comes.
 
-    A tuple of ten times a tuple of ten times ... is a few bytes to write, and hours to hash. So each value's size is
-    kept on a stack in place of the value: one cell, which grows as its list or dict does.
+    A tuple of ten times a tuple of ten times ... is a few bytes to write, and hours to hash. So each value's
+    size is kept on a stack in place of the value: one cell, which grows as its list or dict does.
     """
     stack, marks, memo = [], [], {}
     for opcode, value, _ in pickletools.genops(data):
@@ -83,7 +109,11 @@ def check_pickle(data: bytes) -> None:
         elif not opcode.stack_before:
             stack.append([len(value) + 1 if type(value) is str else 1])
         else:
-            start = marks.pop() - UNDER_MARK[name] if name in UNDER_MARK else len(stack) - len(opcode.stack_before)
+            start = (
+                marks.pop() - UNDER_MARK[name]
+                if name in UNDER_MARK
+                else len(stack) - len(opcode.stack_before)
+            )
             taken = stack[start:]
             del stack[start:]
             cell = taken.pop(0) if name in GROWS else [1]
@@ -94,7 +124,8 @@ def check_pickle(data: bytes) -> None:
 
 
 def check_plain(tree: Any) -> None:
-    """Raise Damage unless `tree` is plain dicts, lists, text and numbers, that end: no list that holds itself."""
+    """Raise Damage unless `tree` is plain dicts, lists, text and numbers, that end: no list that holds
+    itself."""
     todo, size = [(tree, 0)], 0
     while todo:
         value, depth = todo.pop()
@@ -102,13 +133,18 @@ def check_plain(tree: Any) -> None:
         if size > MAX_SIZE or depth > MAX_DEPTH:
             raise Damage("its description of itself is nested without end")
         if type(value) in (dict, list, tuple):
-            todo += [(inner, depth + 1) for inner in (*value, *value.values())] if type(value) is dict else [(inner, depth + 1) for inner in value]
+            todo += (
+                [(inner, depth + 1) for inner in (*value, *value.values())]
+                if type(value) is dict
+                else [(inner, depth + 1) for inner in value]
+            )
         elif value is not None and type(value) not in (str, int, float, bool):
             raise Damage(f"its description of itself holds a {type(value).__name__}")
 
 
 def check_tensors(tree: Any) -> None:
-    """Raise Damage for a tensor of more elements than the file holds of it: one number can pose as a terabyte."""
+    """Raise Damage for a tensor of more elements than the file holds of it: one number can pose as a
+    terabyte."""
     for name, tensor in named_tensors(tree):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise Damage(f"{printable(name)[:100]} claims more elements than the file holds")
@@ -124,5 +160,7 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             inner = dict.items(value) if isinstance(value, dict) else enumerate(value)
-            above = f"{name[:300]}." if name else ""  # a million lists in each other have no name of a million parts
+            above = (
+                f"{name[:300]}." if name else ""
+            )  # a million lists in each other have no name of a million parts
             todo += [(f"{above}{key}", item) for key, item in reversed(list(inner))]

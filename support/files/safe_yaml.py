@@ -1,4 +1,5 @@
-"""YAML and JSON of users: read safely, with bounds on what a file may unfold to. Configs and case files come through here."""
+"""YAML and JSON of users: read safely, with bounds on what a file may unfold to. Configs and case files
+come through here."""
 
 import json
 import re
@@ -9,7 +10,11 @@ import yaml
 
 from support.messages import UserError
 
-MAX_BYTES, MAX_VALUES, MAX_DIGITS = 2**20, 50_000, 100  # of a file, values with aliases written out, digits of a number
+MAX_BYTES, MAX_VALUES, MAX_DIGITS = (
+    2**20,
+    50_000,
+    100,
+)  # of a file, values with aliases written out, digits of a number
 TOO_MANY = f"more than {MAX_VALUES} values, each alias counted in full"
 TOO_LONG = f"a number of more than {MAX_DIGITS} digits"
 HALF = "half of a surrogate pair, which is no character"
@@ -19,13 +24,13 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Plain(str):
-    """A value as it is written, without quotes around it: `007`, `on`, `3e-4`. Whether that is a text, a number or a switch
-    depends on its key, see `support.config.values`; plain YAML would guess."""
+    """A value as it is written, without quotes around it: `007`, `on`, `3e-4`. Whether that is a text, a
+    number or a switch depends on its key, see `support.config.values`; plain YAML would guess."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, less two surprises: what is written without quotes stays as written, and a key given twice is an error, as
-    are ten aliases of ten of ten of ten ..."""
+    """Safe YAML, less two surprises: what is written without quotes stays as written, and a key given
+    twice is an error, as are ten aliases of ten of ten of ten ..."""
 
     def resolve(self, kind: type, value: str | None, implicit: Any) -> str:
         tag = super().resolve(kind, value, implicit)
@@ -39,7 +44,9 @@ class _Loader(yaml.SafeLoader):
             node, count = todo.pop(), count + 1
             problem = TOO_MANY if count > MAX_VALUES else None
             if isinstance(node, yaml.CollectionNode):
-                todo += [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+                todo += [
+                    part for item in node.value for part in (item if isinstance(item, tuple) else (item,))
+                ]
             elif len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float")):
                 problem = TOO_LONG
             elif SURROGATE.search(node.value):
@@ -53,7 +60,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -68,21 +77,36 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
-        raise UserError(f"{where}: {' '.join(str(getattr(error, 'problem', None) or error).split())[:200]}; fix the YAML there") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # an impossible tag, a list as key, ...
-        raise UserError(f"{source}: no value of a config can be made of this ({error}); fix the YAML there") from None
+        raise UserError(
+            f"{where}: {' '.join(str(getattr(error, 'problem', None) or error).split())[:200]}; fix the "
+            "YAML there"
+        ) from None
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # an impossible tag, a list as key, ...
+        raise UserError(
+            f"{source}: no value of a config can be made of this ({error}); fix the YAML there"
+        ) from None
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes each text that any reader of YAML could take for something else, such as 8e42519 or 007."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        """Line ends of all kinds are written as escapes: PyYAML writes some, such as U+0085, so that it reads a blank."""
+        """Line ends of all kinds are written as escapes: PyYAML writes some, such as U+0085, so that it
+        reads a blank."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+.]?[0-9][-+.:_0-9a-zA-Z]*$"), list("-+.0123456789"))
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+.]?[0-9][-+.:_0-9a-zA-Z]*$"), list("-+.0123456789")
+)
 
 
 def dump_yaml(tree: dict) -> str:
@@ -125,7 +149,8 @@ def _place(text: str, at: int) -> str:
 
 
 def odd_json(text: str) -> tuple[int, str] | None:
-    """Where the text has something that Python's reader of JSON lets pass and no config can hold, and what; else None."""
+    """Where the text has something that Python's reader of JSON lets pass and no config can hold, and
+    what; else None."""
     count, keys_of = 0, []  # for each object around the token its keys so far, for each list an empty set
     for token in JSON_TOKEN.finditer(text):
         word, problem = token[0], None
@@ -150,7 +175,8 @@ def odd_json(text: str) -> tuple[int, str] | None:
 
 
 def _json_text(word: str) -> str:
-    """The text that a quoted word of JSON means; the word itself where it is not valid, which `json.loads` then says."""
+    """The text that a quoted word of JSON means; the word itself where it is not valid, which `json.loads`
+    then says."""
     try:
         return json.loads(word)
     except json.JSONDecodeError:
@@ -161,13 +187,16 @@ def _json_text(word: str) -> str:
 
 
 def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> dict:
-    """The mapping in a file: JSON where its name ends in .json, else YAML. Raises UserError where there is none: `what` names
-    the kind of file, `instead` says what to try where it is missing, `expected` where to read about its keys."""
+    """The mapping in a file: JSON where its name ends in .json, else YAML. Raises UserError where there is
+    none: `what` names the kind of file, `instead` says what to try where it is missing, `expected` where
+    to read about its keys."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist; {instead}")
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise UserError(f"{what} {path} has {size:,} bytes, and {MAX_BYTES:,} at most are read; is it another file?")
+        raise UserError(
+            f"{what} {path} has {size:,} bytes, and {MAX_BYTES:,} at most are read; is it another file?"
+        )
     try:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # the mark that Windows puts first
     except UnicodeDecodeError as error:
@@ -177,5 +206,7 @@ def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> di
     else:
         tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{what} {path} {'is empty' if tree in (None, '') else 'is not a mapping of keys'}; {expected}")
+        raise UserError(
+            f"{what} {path} {'is empty' if tree in (None, '') else 'is not a mapping of keys'}; {expected}"
+        )
     return tree

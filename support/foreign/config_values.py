@@ -1,7 +1,7 @@
 """Keys of other projects that mean something else than any of ours: how their value becomes ours.
 
-A conversion takes the value and `at`, which tells the value that one of our keys has beside it (None: not known), and
-returns our keys with their values, or the answer in words, or None where it cannot be computed.
+A conversion takes the value and `at`, which tells the value that one of our keys has beside it (None: not
+known), and returns our keys with their values, or the answer in words, or None where it cannot be computed.
 """
 
 import math
@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 from support.foreign.config_keys import answer_to, is_key, leaf_of, nearest_key, normalised
 
 Answer = dict[str, Any] | str | None
-At = Callable[[str], Any]  # of `theirs.NAME` what the config calls NAME in some section, of `given.KEY` whether it gives KEY
+At = Callable[
+    [str], Any
+]  # of `theirs.NAME` what the config calls NAME in some section, of `given.KEY` whether it gives KEY
 
-PRECISIONS = {"bf16-mixed": "bf16 bfloat16 torch.bfloat16 mixed bf16_mixed", "32-true": "32 fp32 float32 float torch.float32 32_true no full"}
+PRECISIONS = {
+    "bf16-mixed": "bf16 bfloat16 torch.bfloat16 mixed bf16_mixed",
+    "32-true": "32 fp32 float32 float torch.float32 32_true no full",
+}
 HALF = "leave it out: 16-bit floats overflow without loss scaling; hardware.precision: bf16-mixed, or 32-true"
 DEVICES = {"cuda": "gpu cuda:0 nvidia", "cpu": "cpu", "mps": "mps metal apple", "auto": "auto"}
 WORDS = {  # words for the values of our keys, in one table: ours, then others'
@@ -23,8 +28,16 @@ WORDS = {  # words for the values of our keys, in one table: ours, then others'
     "model.norm": {"rmsnorm": "rms rms_norm", "layernorm": "layer layer_norm ln"},
     "model.position": {"rope": "rotary", "learned": "absolute learnable", "sinusoidal": "sinusoid sin fixed"},
     "training.optimizer": {"adamw": "adam adamw_torch adamw_torch_fused adam_w fused_adamw"},
-    "training.schedule": {"cosine": "cosine_annealing cosineannealinglr cosine_with_warmup cos", "constant": "none constant_with_warmup"},
-    "tokenizer.kind": {"gpt2": "gpt-2 tiktoken", "char": "character characters", "byte": "bytes", "bpe": "subword"},
+    "training.schedule": {
+        "cosine": "cosine_annealing cosineannealinglr cosine_with_warmup cos",
+        "constant": "none constant_with_warmup",
+    },
+    "tokenizer.kind": {
+        "gpt2": "gpt-2 tiktoken",
+        "char": "character characters",
+        "byte": "bytes",
+        "bpe": "subword",
+    },
 }
 DATASETS = {  # names that others give to texts for which a config is here
     "configs/tinystories.yaml": "tinystories tiny_stories",
@@ -36,7 +49,8 @@ DATASETS = {  # names that others give to texts for which a config is here
 
 
 def our_word(key: str, value: Any) -> Any:
-    """The word that our key has for a value of other projects: float32 is 32-true. The value itself where there is none."""
+    """The word that our key has for a value of other projects: float32 is 32-true. The value itself where
+    there is none."""
     said = str(value).lower()
     for ours, theirs in WORDS.get(key, {}).items():
         if said == ours or said in theirs.split():
@@ -45,20 +59,29 @@ def our_word(key: str, value: Any) -> Any:
 
 
 def known_dataset(name: Any) -> str | None:
-    """What to say of a text that another project calls `tinystories`; None for a name that has no config here."""
+    """What to say of a text that another project calls `tinystories`; None for a name that has no config
+    here."""
     plain = normalised(str(name))
     if plain == "local":
         return "leave it out: data.path names a local file or folder"
-    return next((f"in --config {config}" for config, names in DATASETS.items() if plain in names.split()), None)
+    return next(
+        (f"in --config {config}" for config, names in DATASETS.items() if plain in names.split()), None
+    )
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        value
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def _per_step(at: At, unit: str) -> int | None:
     """Sequences, or tokens, of one micro-batch on every device."""
-    keys = ["training.micro_batch_size", "hardware.devices", "hardware.num_nodes"] + (["seq_len"] if unit == "tokens" else [])
+    keys = ["training.micro_batch_size", "hardware.devices", "hardware.num_nodes"] + (
+        ["seq_len"] if unit == "tokens" else []
+    )
     counts = [_number(at(key)) for key in keys]
     return None if None in counts else int(math.prod(counts))
 
@@ -85,12 +108,20 @@ def _percent(value: Any, at: At) -> Answer:
 
 def _batches(value: Any, at: At) -> Answer:
     tokens, batch = _number(value), [_number(at(key)) for key in ("training.micro_batch_size", "seq_len")]
-    return {"training.val_batches": max(1, math.ceil(tokens / math.prod(batch)))} if tokens and tokens >= 1 and None not in batch else None
+    return (
+        {"training.val_batches": max(1, math.ceil(tokens / math.prod(batch)))}
+        if tokens and tokens >= 1 and None not in batch
+        else None
+    )
 
 
 def _steps(value: Any, at: At) -> Answer:
     micro, accumulated = _per_step(at, "tokens"), _number(at("training.grad_accum_steps"))
-    return {"training.max_steps": math.ceil(value / (micro * accumulated))} if _number(value) and micro and accumulated else None
+    return (
+        {"training.max_steps": math.ceil(value / (micro * accumulated))}
+        if _number(value) and micro and accumulated
+        else None
+    )
 
 
 def _accumulation(unit: str) -> Callable:
@@ -112,7 +143,8 @@ def _betas(place: int) -> Callable:
 
 
 def _context(value: Any, at: At) -> Answer:
-    """nanoGPT's block_size is the model's context and the length it trains on; ours trains on the whole context by default."""
+    """nanoGPT's block_size is the model's context and the length it trains on; ours trains on the whole
+    context by default."""
     if _number(value) is None:
         return None
     return {"training.seq_len": value} if at("given.model.max_seq_len") else {"model.max_seq_len": value}
@@ -138,7 +170,10 @@ def _samples(value: Any, at: At) -> Answer:
     if not _number(value):
         return "leave it out: nothing is sampled without training.sample_every" if value == 0 else None
     every = at("training.val_every") or 100
-    return f"training.sample_every: {every} with training.sample_prompts, a list of {value:g} text{'s' * (value != 1)} to continue"
+    return (
+        f"training.sample_every: {every} with training.sample_prompts, a list of {value:g} "
+        f"text{'s' * (value != 1)} to continue"
+    )
 
 
 def _start(value: Any, at: At) -> Answer:
@@ -147,7 +182,10 @@ def _start(value: Any, at: At) -> Answer:
     if str(value) == "resume":
         return "leave it out: a run is continued by --resume on the command line"
     if str(value).startswith("gpt2"):
-        return f"base_ckpt of finetune.py, made by python3 convert.py --from {value} --output checkpoints/{value}.ckpt"
+        return (
+            f"base_ckpt of finetune.py, made by python3 convert.py --from {value} --output "
+            f"checkpoints/{value}.ckpt"
+        )
     return None
 
 
@@ -166,16 +204,22 @@ class Rule(NamedTuple):
 
 TOKENS_OF_A_STEP = "micro_batch_size x grad_accum_steps x seq_len"
 RULES = {
-    "train_frac train_ratio train_fraction train_split train_size": Rule("data.val_fraction", _rest, "it is 1 less {name}"),
+    "train_frac train_ratio train_fraction train_split train_size": Rule(
+        "data.val_fraction", _rest, "it is 1 less {name}"
+    ),
     "val_percent val_pct": Rule("data.val_fraction", _percent, "it is a hundredth of {name}"),
     "mlp_ratio mlp_expansion ffn_mult expansion_factor ffn_ratio": Rule(
         "model.d_ff", _ratio_of("model.d_ff", "model.d_model", round), "it is {name} times model.d_model"
     ),
     "warmup_ratio warmup_frac warmup_fraction": Rule(
-        "training.warmup_steps", _ratio_of("training.warmup_steps", "training.max_steps", round), "it is {name} times the steps of the run"
+        "training.warmup_steps",
+        _ratio_of("training.warmup_steps", "training.max_steps", round),
+        "it is {name} times the steps of the run",
     ),
     "min_lr_ratio min_lr_frac lr_min_ratio": Rule(
-        "training.min_lr", _ratio_of("training.min_lr", "training.lr", float), "it is {name} times training.lr"
+        "training.min_lr",
+        _ratio_of("training.min_lr", "training.lr", float),
+        "it is {name} times training.lr",
     ),
     "eval_subset eval_subset_tokens eval_tokens val_tokens": Rule(
         "training.val_batches", _batches, "it counts micro-batches, of micro_batch_size x seq_len tokens"
@@ -184,21 +228,37 @@ RULES = {
         "training.max_steps", _steps, f"a step has {TOKENS_OF_A_STEP} tokens"
     ),
     "global_batch_size train_batch_size effective_batch_size": Rule(
-        "training.grad_accum_steps", _accumulation("sequences"), "it is {name} divided by training.micro_batch_size"
+        "training.grad_accum_steps",
+        _accumulation("sequences"),
+        "it is {name} divided by training.micro_batch_size",
     ),
-    "total_batch_size": Rule("training.grad_accum_steps", _accumulation("tokens"), "it is {name} divided by micro_batch_size x seq_len"),
+    "total_batch_size": Rule(
+        "training.grad_accum_steps",
+        _accumulation("tokens"),
+        "it is {name} divided by micro_batch_size x seq_len",
+    ),
     "beta1 adam_beta1 b1": Rule("training.betas", _betas(0), "a list of both"),
     "beta2 adam_beta2 b2": Rule("training.betas", _betas(1), "a list of both"),
     "block_size": Rule("model.max_seq_len", _context, "training.seq_len, where training sees less than that"),
     "dtype amp_dtype torch_dtype mixed_precision precision": Rule("hardware.precision", _precision),
-    "amp use_amp bf16 autocast": Rule("hardware.precision", _switch({"hardware.precision": "bf16-mixed"}, {"hardware.precision": "32-true"})),
+    "amp use_amp bf16 autocast": Rule(
+        "hardware.precision", _switch({"hardware.precision": "bf16-mixed"}, {"hardware.precision": "32-true"})
+    ),
     "fp16 half": Rule("hardware.precision", _switch(HALF, {"hardware.precision": "32-true"})),
     "device accelerator": Rule("hardware.accelerator", _device),
-    "cuda gpu use_cuda use_gpu": Rule("hardware.accelerator", _switch({"hardware.accelerator": "cuda"}, {"hardware.accelerator": "cpu"})),
-    "no_cuda": Rule("hardware.accelerator", _switch({"hardware.accelerator": "cpu"}, {"hardware.accelerator": "auto"})),
-    "decay_lr": Rule("training.schedule", _switch({"training.schedule": "cosine"}, {"training.schedule": "constant"})),
+    "cuda gpu use_cuda use_gpu": Rule(
+        "hardware.accelerator", _switch({"hardware.accelerator": "cuda"}, {"hardware.accelerator": "cpu"})
+    ),
+    "no_cuda": Rule(
+        "hardware.accelerator", _switch({"hardware.accelerator": "cpu"}, {"hardware.accelerator": "auto"})
+    ),
+    "decay_lr": Rule(
+        "training.schedule", _switch({"training.schedule": "cosine"}, {"training.schedule": "constant"})
+    ),
     "train_on_inputs train_on_input": Rule(
-        "data.mask_prompt", _switch({"data.mask_prompt": False}, {"data.mask_prompt": True}), "it is the opposite of {name}"
+        "data.mask_prompt",
+        _switch({"data.mask_prompt": False}, {"data.mask_prompt": True}),
+        "it is the opposite of {name}",
     ),
     "sample_n num_samples": Rule("training.sample_every and training.sample_prompts", _samples),
     "init_from": Rule("base_ckpt", _start),
@@ -216,7 +276,11 @@ def shown(value: Any) -> str:
     """A value as a config file has it."""
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def answer_and_keys(key: str, value: Any, at: At) -> tuple[str, dict[str, Any]]:
@@ -227,7 +291,10 @@ def answer_and_keys(key: str, value: Any, at: At) -> tuple[str, dict[str, Any]]:
     if is_key(ours) and our_word(ours, value) != value:
         found = {ours: our_word(ours, value)}
     if isinstance(found, dict):
-        return f"{name}: {shown(value)} is {' and '.join(f'{ours}: {shown(v)}' for ours, v in found.items())}", found
+        return (
+            f"{name}: {shown(value)} is {' and '.join(f'{ours}: {shown(v)}' for ours, v in found.items())}",
+            found,
+        )
     if found is not None:
         return found if found.startswith("leave") else f"{name}: {shown(value)} is {found}", {}
     if rule:
@@ -236,4 +303,6 @@ def answer_and_keys(key: str, value: Any, at: At) -> tuple[str, dict[str, Any]]:
         return f"did you mean {nearest}?", {}
     if ours is None:
         return "see docs/CONFIG_REFERENCE.md", {}
-    return ours if ours.startswith("leave") else f"did you mean {ours}?", {ours: value} if is_key(ours) else {}
+    return ours if ours.startswith("leave") else f"did you mean {ours}?", {ours: value} if is_key(
+        ours
+    ) else {}

@@ -1,6 +1,8 @@
-"""Models of other programs: what a file or folder is, by its first bytes or its file names, and the command that reads it.
+"""Models of other programs: what a file or folder is, by its first bytes or its file names, and the command
+that reads it.
 
-Nothing is opened by a library here, and nothing is unpickled: an archive is listed, a pickle's words are read.
+Nothing is opened by a library here, and nothing is unpickled: an archive is listed, a pickle's words are
+read.
 """
 
 import json
@@ -13,18 +15,29 @@ from pathlib import Path
 from support.messages import printable
 
 FAMILIES = ("llama", "mistral", "qwen3", "gpt2")  # of config.json, whose models convert.py reads
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before version 1.6
 WORDS = 2**22  # bytes of a pickle whose words are read
 
-AS_FOLDER = "convert.py reads a model as a folder: config.json, model.safetensors and tokenizer.json (docs/CONVERTING.md)"
+AS_FOLDER = (
+    "convert.py reads a model as a folder: config.json, model.safetensors and tokenizer.json "
+    "(docs/CONVERTING.md)"
+)
 UNPACK = "unpack it, and name the folder that comes out"
 HEADS = {  # first bytes: what it is, and what to do
     b"GGUF": ("a GGUF file of llama.cpp", f"convert.py writes GGUF and does not read it; {AS_FOLDER}"),
     b"lmgg": ("an old file of llama.cpp", AS_FOLDER),
     b"tjgg": ("an old file of llama.cpp", AS_FOLDER),
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file (Keras, TensorFlow)", AS_FOLDER),
-    b"version https://git-lfs": ("a pointer of Git LFS and not the file itself", "fetch the file: git lfs pull"),
+    b"version https://git-lfs": (
+        "a pointer of Git LFS and not the file itself",
+        "fetch the file: git lfs pull",
+    ),
     b"\x93NUMPY": ("a NumPy array", AS_FOLDER),
     b"PAR1": ("a parquet file, which holds data and no model", "name it by data.path"),
     b"\x1f\x8b": ("a gzip archive", UNPACK),
@@ -49,11 +62,15 @@ SUFFIXES = {  # formats that begin with nothing of their own
 }
 SCRIPT_OF_TORCH = ("a TorchScript program", f"it holds code, which is never run here; {AS_FOLDER}")
 TORCH = "a PyTorch file"  # which our reader opens, and may know more of
-PICKLE = ("a Python pickle, which could run any code when it is opened", f"it is not opened here; {AS_FOLDER}")
+PICKLE = (
+    "a Python pickle, which could run any code when it is opened",
+    f"it is not opened here; {AS_FOLDER}",
+)
 
 
 def what_is(path: Path) -> str | None:
-    """What a file or folder is that is no checkpoint of ours, and the next step, as one phrase; None if it may be ours, or cannot be told.
+    """What a file or folder is that is no checkpoint of ours, and the next step, as one phrase; None if it
+    may be ours, or cannot be told.
 
     >>> what_is(Path("model.gguf"))                                             # doctest: +SKIP
     'a GGUF file of llama.cpp; convert.py writes GGUF and does not read it; ...'
@@ -65,14 +82,20 @@ def what_is(path: Path) -> str | None:
 def own_checkpoint(path: Path) -> Path | None:
     """A checkpoint of ours: this file, or one in this folder; None if there is none."""
     if path.is_dir():
-        files = [path / f"{name}.ckpt" for name in ("final", "last", "best")] + sorted(path.glob("[!.]*.ckpt"), reverse=True)
+        files = [path / f"{name}.ckpt" for name in ("final", "last", "best")] + sorted(
+            path.glob("[!.]*.ckpt"), reverse=True
+        )
         return next((file for file in files if file.is_file() and own_checkpoint(file)), None)
     return path if zipfile.is_zipfile(path) and "tiny_transformer" in words_of_archive(path) else None
 
 
 def unfit(model_type: object) -> str:
     """Why a model of this type cannot be read."""
-    why = "; its q, k and v have biases and its other matrices none, for which our model has no switch" if model_type == "qwen2" else ""
+    why = (
+        "; its q, k and v have biases and its other matrices none, for which our model has no switch"
+        if model_type == "qwen2"
+        else ""
+    )
     return f"model_type {repr(model_type)[:50]} cannot be read{why}; these can: {', '.join(FAMILIES)}"
 
 
@@ -91,7 +114,10 @@ def folder_kind(folder: Path) -> tuple[str, str] | None:
     if snapshot := next(iter(sorted(folder.glob("snapshots/*/config.json"))), None):
         return "a folder of the Hugging Face cache", read_by(snapshot.parent)
     if inner := sorted(folder.glob("checkpoint-*/config.json"), key=lambda path: path.stat().st_mtime):
-        return "a run of transformers' Trainer", f"its newest checkpoint is a model folder: {read_by(inner[-1].parent)}"
+        return (
+            "a run of transformers' Trainer",
+            f"its newest checkpoint is a model folder: {read_by(inner[-1].parent)}",
+        )
     if "params.json" in names and any(name.startswith("consolidated.") for name in names):
         return "a model in Meta's own layout", f"take the same model in Hugging Face's layout; {AS_FOLDER}"
     if ".metadata" in names or ".distcp" in ends:
@@ -99,7 +125,10 @@ def folder_kind(folder: Path) -> tuple[str, str] | None:
     if "saved_model.pb" in names:
         return "a SavedModel of TensorFlow", AS_FOLDER
     if "train.bin" in names:
-        return "a folder of token files, which are data and no model", "train on them by data.source=tokens and data.path"
+        return (
+            "a folder of token files, which are data and no model",
+            "train on them by data.source=tokens and data.path",
+        )
     if ends & {".safetensors", ".bin", ".pt", ".pth"}:
         return "a folder of weights without their config.json", AS_FOLDER
     if odd := sorted(ends & {".gguf", ".onnx", ".h5", ".msgpack"}):
@@ -107,23 +136,36 @@ def folder_kind(folder: Path) -> tuple[str, str] | None:
         what, then = file_kind(folder / name) or ("a file of another program", AS_FOLDER)
         return f"a folder with {name}, {what}", then
     if next(folder.glob("[!.]*/[!.]*.ckpt"), None):
-        return "a folder of runs", f"name a checkpoint in it; python3 list.py {shlex.quote(str(folder))} shows them"
+        return (
+            "a folder of runs",
+            f"name a checkpoint in it; python3 list.py {shlex.quote(str(folder))} shows them",
+        )
     return None
 
 
 def model_folder_kind(folder: Path, names: set[str]) -> tuple[str, str]:
     if not names & set(WEIGHT_FILES):
-        others = sorted(name for name in names if name.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".bin", ".safetensors")))
+        others = sorted(
+            name
+            for name in names
+            if name.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".bin", ".safetensors"))
+        )
         instead = f" (only {', '.join(others[:3])})" if others else ""
-        return f"a model folder without weights{instead}", f"it should hold {WEIGHT_FILES[0]}, its parts with an index, or {WEIGHT_FILES[2]}"
+        return (
+            f"a model folder without weights{instead}",
+            f"it should hold {WEIGHT_FILES[0]}, its parts with an index, or {WEIGHT_FILES[2]}",
+        )
     kind = entry_of(folder / "config.json", "model_type")
-    return f"a Hugging Face model folder ({str(kind)[:50]})", read_by(folder) if kind in FAMILIES else unfit(kind)
+    return f"a Hugging Face model folder ({str(kind)[:50]})", read_by(folder) if kind in FAMILIES else unfit(
+        kind
+    )
 
 
 def adapter_kind(folder: Path) -> tuple[str, str]:
     base = entry_of(folder / "adapter_config.json", "base_model_name_or_path")
     return f"a folder of adapters (PEFT) for {str(base or 'another model')[:100]}", (
-        "merge them into that model first (merge_and_unload, then save_pretrained, in PEFT), and give the merged folder to convert.py --from"
+        "merge them into that model first (merge_and_unload, then save_pretrained, in PEFT), and give the "
+        "merged folder to convert.py --from"
     )
 
 
@@ -136,7 +178,8 @@ def entry_of(path: Path, key: str) -> object:
 
 
 def read_from_hub(name: str) -> str:
-    """The command that fetches a model, to add to the answer for a file that is not there; nothing if the name cannot be one of the hub."""
+    """The command that fetches a model, to add to the answer for a file that is not there; nothing if the
+    name cannot be one of the hub."""
     if name.endswith(".ckpt") or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         return ""
     output = f"checkpoints/{name.rpartition('/')[2]}.ckpt"
@@ -146,7 +189,10 @@ def read_from_hub(name: str) -> str:
 def read_by(folder: Path) -> str:
     """The command that makes a checkpoint of a model folder."""
     output = f"checkpoints/{folder.resolve().name}.ckpt"
-    return f"make a checkpoint of it: python3 convert.py --from {shlex.quote(str(folder))} --output {shlex.quote(output)}"
+    return (
+        f"make a checkpoint of it: python3 convert.py --from {shlex.quote(str(folder))} --output "
+        f"{shlex.quote(output)}"
+    )
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -176,7 +222,9 @@ def file_kind(path: Path) -> tuple[str, str] | None:
 
 
 def text_kind(path: Path) -> tuple[str, str] | None:
-    if path.name in (*WEIGHT_FILES, "config.json", "tokenizer.json", "adapter_config.json") and (kind := folder_kind(path.parent)):
+    if path.name in (*WEIGHT_FILES, "config.json", "tokenizer.json", "adapter_config.json") and (
+        kind := folder_kind(path.parent)
+    ):
         return f"a file in {kind[0]}", kind[1]
     return "a text file", "python3 list.py shows the checkpoints there are"
 
@@ -188,7 +236,8 @@ def weights_kind(path: Path, what: str) -> tuple[str, str]:
         return f"{what} in {kind[0]}", kind[1]
     target = WEIGHT_FILES[0] if path.suffix == ".safetensors" else WEIGHT_FILES[2]
     return what, (
-        f"by itself it does not say what model it is: put it as {target} beside the model's config.json and tokenizer.json, and give that "
+        f"by itself it does not say what model it is: put it as {target} beside the model's config.json "
+        "and tokenizer.json, and give that "
         "folder to convert.py --from"
     )
 
@@ -211,7 +260,8 @@ def archive_kind(path: Path) -> tuple[str, str] | None:
         return None
     if {"model_args", "iter_num"} <= words:
         return "a checkpoint of nanoGPT", (
-            "nothing here reads it; the same kind of model trains here by python3 train.py --config configs/shakespeare_char.yaml"
+            "nothing here reads it; the same kind of model trains here by python3 train.py --config "
+            "configs/shakespeare_char.yaml"
         )
     if "pytorch-lightning_version" in words:
         return "a Lightning checkpoint of another program", f"let that program save its model; {AS_FOLDER}"
@@ -221,7 +271,8 @@ def archive_kind(path: Path) -> tuple[str, str] | None:
 
 
 def words_of_archive(path: Path) -> set[str]:
-    """The texts in the pickle of a file that torch.save wrote; nothing is unpickled, and of a long one only the beginning is read."""
+    """The texts in the pickle of a file that torch.save wrote; nothing is unpickled, and of a long one
+    only the beginning is read."""
     words: set[str] = set()
     try:
         with zipfile.ZipFile(path) as archive:
@@ -230,6 +281,14 @@ def words_of_archive(path: Path) -> set[str]:
                 with archive.open(entry) as file:
                     for _, value, _ in pickletools.genops(file.read(WORDS)):
                         words |= {value} if isinstance(value, str) else set()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError, KeyError, IndexError):
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        UnicodeDecodeError,
+        KeyError,
+        IndexError,
+    ):
         pass  # damaged, or longer than what was read: what has been found is what there is
     return words

@@ -1,4 +1,5 @@
-"""`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and time. Writes nothing."""
+"""`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and
+time. Writes nothing."""
 
 import contextlib
 import itertools
@@ -48,7 +49,8 @@ def tiny_copy(config: GPTConfig) -> GPTConfig:
 
 @torch.no_grad()
 def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
-    """Change the last token: how far do the logits of earlier positions move? Anything but 0 means the model sees the future."""
+    """Change the last token: how far do the logits of earlier positions move? Anything but 0 means the
+    model sees the future."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(length, device=device)[None] % model.config.vocab_size
     changed = ids.clone()
@@ -58,7 +60,8 @@ def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
 
 @torch.no_grad()
 def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
-    """The largest difference between logits computed at once, and through the cache in two pieces and single tokens."""
+    """The largest difference between logits computed at once, and through the cache in two pieces and
+    single tokens."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(1, length + 1, device=device)[None] % model.config.vocab_size
     cache = KVCache(model.config, 1, device, model.embed_tokens.weight.dtype)
@@ -98,7 +101,8 @@ def prepare(args: Any) -> Plan:
 
 
 def run_checks(args: Any) -> int:
-    """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config, but for compiling."""
+    """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config, but
+    for compiling."""
     failed = 0
     checks: Iterator[tuple[str, Callable[[], str]]] = checklist(args)
     for name, check in checks:
@@ -119,31 +123,60 @@ def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
 
     def plan_it() -> str:
         found["plan"] = plan_run(args)
-        return f"{args.config or args.resume} is valid; {device_label(found['plan'].device)}, {found['plan'].precision}"
+        return (
+            f"{args.config or args.resume} is valid; {device_label(found['plan'].device)}, "
+            f"{found['plan'].precision}"
+        )
 
     yield "config, text and device", plan_it
     plan: Plan = found["plan"]
     config, model_config = plan.config, plan.model_config
     for line in plan.data.describe():
         yield "text", lambda line=line: line
-    yield "blocks", lambda: f"seq_len {config.seq_len} of max_seq_len {model_config.max_seq_len}, stride {config.stride}"
+    yield (
+        "blocks",
+        lambda: f"seq_len {config.seq_len} of max_seq_len {model_config.max_seq_len}, stride {config.stride}",
+    )
     yield "tokenizer", lambda: check_tokenizer(plan)
     with torch.device("meta"):
         n_params = GPTMini(model_config).n_params()
     small = n_params > LARGE
-    yield "model", lambda: f"{n_params:,} parameters, head of {model_config.vocab_size:,} rows fits the tokenizer"
+    yield (
+        "model",
+        lambda: f"{n_params:,} parameters, head of {model_config.vocab_size:,} rows fits the tokenizer",
+    )
     torch.manual_seed(config.seed)
-    probe = GPTMini(tiny_copy(model_config) if small else model_config.model_copy(update={"dropout": 0.0, "zero_init": False})).to(plan.device).eval()
+    probe = (
+        GPTMini(
+            tiny_copy(model_config)
+            if small
+            else model_config.model_copy(update={"dropout": 0.0, "zero_init": False})
+        )
+        .to(plan.device)
+        .eval()
+    )
     which = " (on a small copy)" if small else ""
     yield (
         "no leak from the future",
-        lambda: bounded(leak_probe(probe, plan.device), 1e-6, f"earlier logits move by{{}}{which} when the last token changes"),
+        lambda: bounded(
+            leak_probe(probe, plan.device),
+            1e-6,
+            f"earlier logits move by{{}}{which} when the last token changes",
+        ),
     )
-    yield "cache", lambda: bounded(cache_probe(probe, plan.device), 1e-4, f"cached and uncached logits differ by{{}}{which} at most")
+    yield (
+        "cache",
+        lambda: bounded(
+            cache_probe(probe, plan.device), 1e-4, f"cached and uncached logits differ by{{}}{which} at most"
+        ),
+    )
     yield "learns one batch by heart", lambda: check_overfit(plan)
     yield "optimizer", lambda: check_optimizer(plan, probe)
     if config.training.compile:
-        yield "compile", lambda: check_compile(plan, tiny_copy(model_config) if small else model_config) + which
+        yield (
+            "compile",
+            lambda: check_compile(plan, tiny_copy(model_config) if small else model_config) + which,
+        )
     yield "memory", lambda: check_memory(plan)
     yield "time", lambda: check_time(plan, probe)
     yield "checkpoint folder", lambda: check_folder(plan, args)
@@ -152,7 +185,10 @@ def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
 def bounded(value: float, limit: float, text: str) -> str:
     text = text.format(f" {value:.1e}")
     if not value <= limit:
-        raise UserError(f"{text}, more than {limit:.0e}; this device or PyTorch version computes attention wrongly: try --device cpu")
+        raise UserError(
+            f"{text}, more than {limit:.0e}; this device or PyTorch version computes attention wrongly: "
+            "try --device cpu"
+        )
     return text
 
 
@@ -161,21 +197,33 @@ def check_tokenizer(plan: Plan) -> str:
     text = plan.data.sample_text
     ids = tokenizer.encode(text)
     if tokenizer.decode(ids) != text:
-        raise UserError(f"{tokenizer.kind} does not give back the text it was given; its tokenizer.json changes the text")
+        raise UserError(
+            f"{tokenizer.kind} does not give back the text it was given; its tokenizer.json changes the text"
+        )
     if max(ids) >= tokenizer.vocab_size:
         raise UserError(f"token id {max(ids)} is outside the vocabulary of {tokenizer.vocab_size}")
-    return f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, gives text back unchanged; {len(text.encode()) / max(1, len(ids)):.2f} bytes a token"
+    return (
+        f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, gives text back unchanged; "
+        f"{len(text.encode()) / max(1, len(ids)):.2f} bytes a token"
+    )
 
 
 def small_batch(plan: Plan, length: int) -> Batch:
     """Two rows of the first step, of at most `length` tokens, on the plan's device."""
-    batch = {name: tensor for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items() if name != "stream_state"}
-    end = int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1  # of a row with a long prompt, the end is what is learned
+    batch = {
+        name: tensor
+        for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items()
+        if name != "stream_state"
+    }
+    end = (
+        int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1
+    )  # of a row with a long prompt, the end is what is learned
     return {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
 
 
 def check_compile(plan: Plan, model_config: GPTConfig) -> str:
-    """One compiled step against one eager one, with the adapters and the frozen parameters of the run, without dropout."""
+    """One compiled step against one eager one, with the adapters and the frozen parameters of the run,
+    without dropout."""
     try_compiler(plan.device)
 
     def build() -> GPTMini:
@@ -205,20 +253,34 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
         return f"{training.optimizer}; max_steps is 0, so nothing will be trained"
     last = plan.n_steps - 1
     rates = [
-        training.lr * lr_factor(step, training.schedule, training.warmup_steps, training.schedule_steps, training.min_lr / training.lr)
+        training.lr
+        * lr_factor(
+            step,
+            training.schedule,
+            training.warmup_steps,
+            training.schedule_steps,
+            training.min_lr / training.lr,
+        )
         for step in (0, min(training.warmup_steps, last), last)  # after the warmup no schedule rises
     ]
     return (
-        f"{training.optimizer}, {len(groups)} groups; learning rate starts at {rates[0]:.1e}, peaks at {max(rates):.1e}, ends at {rates[-1]:.1e} "
+        f"{training.optimizer}, {len(groups)} groups; learning rate starts at {rates[0]:.1e}, peaks at "
+        f"{max(rates):.1e}, ends at {rates[-1]:.1e} "
         f"({training.schedule})"
     )
 
 
 def check_memory(plan: Plan) -> str:
     parts, total = memory_of(plan), memory_total(plan.device)
-    text = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in parts.items()) + f"; the machine has {total / 2**20:,.0f} MB"
+    text = (
+        ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in parts.items())
+        + f"; the machine has {total / 2**20:,.0f} MB"
+    )
     if parts["total"] > total:
-        raise UserError(f"{text}; lower training.micro_batch_size (and raise grad_accum_steps), or set model.gradient_checkpointing=true")
+        raise UserError(
+            f"{text}; lower training.micro_batch_size (and raise grad_accum_steps), or set "
+            "model.gradient_checkpointing=true"
+        )
     return text
 
 
@@ -226,7 +288,8 @@ def check_time(plan: Plan, probe: GPTMini) -> str:
     per_step, flops_per_sec = estimate_step_time(plan, probe)
     total = int(per_step * plan.n_steps)
     return (
-        f"about {per_step:.2g} s a step, {total // 3600}:{total // 60 % 60:02}:{total % 60:02} for {plan.n_steps:,} steps "
+        f"about {per_step:.2g} s a step, {total // 3600}:{total // 60 % 60:02}:{total % 60:02} for "
+        f"{plan.n_steps:,} steps "
         f"(from a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; validation comes on top)"
     )
 
@@ -237,7 +300,9 @@ def check_folder(plan: Plan, args: Any) -> str:
         refuse_unfinished(folder)
     parent = refuse_unwritable(folder)
     free, need = shutil.disk_usage(parent).free, 4 * memory_of(plan)["parameters"] * 3
-    text = f"{folder} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
+    text = (
+        f"{folder} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
+    )
     if free < need:
         raise UserError(f"{text}; free some, or lower checkpoint.keep_last")
     if reason := why_no_lock(parent):

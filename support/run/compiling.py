@@ -1,7 +1,8 @@
-"""What training.compile needs: that this machine can compile at all, and that compiled gradients are the eager ones.
+"""What training.compile needs: that this machine can compile at all, and that compiled gradients are the
+eager ones.
 
-torch.compile translates the network into C++ (on a CPU) or Triton (on a GPU) when it is first called. What is missing for
-that, or wrong in a PyTorch version, would otherwise show in the first step of a run, or in none.
+torch.compile translates the network into C++ (on a CPU) or Triton (on a GPU) when it is first called. What is
+missing for that, or wrong in a PyTorch version, would otherwise show in the first step of a run, or in none.
 """
 
 import contextlib
@@ -16,11 +17,21 @@ from model import GPTMini
 from support.messages import UserError
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._C._dynamo", "triton")
-TOLERANCE = {"32-true": 1e-2, "bf16-mixed": 0.1, "bf16-true": 0.1}  # a wrong gradient is off by about 1, rounding by far less
+TOLERANCE = {
+    "32-true": 1e-2,
+    "bf16-mixed": 0.1,
+    "bf16-true": 0.1,
+}  # a wrong gradient is off by about 1, rounding by far less
 MISSING = {  # a piece of the compiler's own message: (what is missing, how to get it)
-    "Python.h": ("Python's header files (Python.h)", "install them (Debian, Ubuntu: apt-get install python3-dev)"),
+    "Python.h": (
+        "Python's header files (Python.h)",
+        "install them (Debian, Ubuntu: apt-get install python3-dev)",
+    ),
     "triton installation": ("Triton, the compiler for GPUs,", "pip install triton"),
-    "C++ compiler": ("a C++ compiler", "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"),
+    "C++ compiler": (
+        "a C++ compiler",
+        "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)",
+    ),
     "C compiler": ("a C compiler", "install one (Debian, Ubuntu: apt-get install gcc)"),
     "Compiler: cl": ("a C++ compiler", "install the Visual Studio build tools"),
 }
@@ -46,7 +57,10 @@ def advice_on_compiling(error: BaseException) -> str:
         if piece in text:
             return f"training.compile=true needs {missing}, and none is found here; {remedy}, {WITHOUT}"
     said = f"{type(error).__name__}: {text[:200]}"
-    return f"training.compile=true failed ({said})\n       try another version of PyTorch (this is {torch.__version__}), {WITHOUT}"
+    return (
+        f"training.compile=true failed ({said})\n       try another version of PyTorch (this is "
+        f"{torch.__version__}), {WITHOUT}"
+    )
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
@@ -54,8 +68,9 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def try_compiler(device: str) -> None:
-    """Compile the smallest thing that has a gradient, an embedding table, and run it. Raises UserError if that fails, for
-    whatever reason, or gives another gradient: PyTorch 2.5 loses a part of it for a token that occurs several times."""
+    """Compile the smallest thing that has a gradient, an embedding table, and run it. Raises UserError if
+    that fails, for whatever reason, or gives another gradient: PyTorch 2.5 loses a part of it for a token
+    that occurs several times."""
     ids = torch.arange(4 * 64, device=device).view(4, 64) % 7
     gradients = []
     try:
@@ -66,22 +81,33 @@ def try_compiler(device: str) -> None:
     except Exception as error:  # compilers raise many kinds
         raise UserError(advice_on_compiling(error)) from None
     if not torch.allclose(*gradients):
-        raise UserError(f"PyTorch {torch.__version__} compiles the gradient of an embedding table wrongly here; install a newer one, {WITHOUT}")
+        raise UserError(
+            f"PyTorch {torch.__version__} compiles the gradient of an embedding table wrongly here; "
+            f"install a newer one, {WITHOUT}"
+        )
 
 
 def gradients_of(net: GPTMini, batch: Batch, precision: str, device: str) -> dict[str, Tensor]:
     """Name and float32 gradient of each parameter that is trained, for the mean loss over the batch."""
-    autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    autocast = (
+        torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    )
     with autocast:
         loss_sum, n_targets = net(**batch)
     (loss_sum / n_targets.clamp(min=1)).backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.float() for name, p in net.named_parameters() if p.requires_grad}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.float()
+        for name, p in net.named_parameters()
+        if p.requires_grad
+    }
 
 
 def compare_gradients(build: Callable[[], GPTMini], batch: Batch, precision: str, device: str) -> str:
-    """The same network and batch, eager and compiled: how far the gradients differ. Raises UserError beyond rounding.
+    """The same network and batch, eager and compiled: how far the gradients differ. Raises UserError beyond
+    rounding.
 
-    Each parameter's difference is relative to its own norm, or to a hundredth of the whole gradient's, if that is larger.
+    Each parameter's difference is relative to its own norm, or to a hundredth of the whole gradient's, if
+    that is larger.
     """
     eager = gradients_of(build(), batch, precision, device)
     net = build()
@@ -91,9 +117,16 @@ def compare_gradients(build: Callable[[], GPTMini], batch: Batch, precision: str
     except Exception as error:
         raise UserError(advice_on_compiling(error)) from None
     least = torch.stack([gradient.norm() for gradient in eager.values()]).norm() / 100
-    off = {name: ((compiled[name] - eager[name]).norm() / eager[name].norm().clamp(min=least)).item() for name in eager}
+    off = {
+        name: ((compiled[name] - eager[name]).norm() / eager[name].norm().clamp(min=least)).item()
+        for name in eager
+    }
     worst = max(off, key=off.get)
-    text = f"compiled gradients differ from eager ones by {off[worst]:.1e} at most (of {worst}, in proportion)"
+    text = (
+        f"compiled gradients differ from eager ones by {off[worst]:.1e} at most (of {worst}, in proportion)"
+    )
     if not off[worst] <= TOLERANCE[precision]:
-        raise UserError(f"{text}: PyTorch {torch.__version__} compiles this model wrongly; use another version, {WITHOUT}")
+        raise UserError(
+            f"{text}: PyTorch {torch.__version__} compiles this model wrongly; use another version, {WITHOUT}"
+        )
     return text

@@ -1,4 +1,5 @@
-"""A run's folder on disk: which files are a run's, whether a new run may write there, and moving an earlier run aside."""
+"""A run's folder on disk: which files are a run's, whether a new run may write there, and moving an
+earlier run aside."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,17 @@ from support.files.atomic import atomic_write
 from support.files.safe_yaml import dump_yaml
 from support.messages import UserError
 
-RUN_FILES = ("step-*.ckpt", "last.ckpt", "best.ckpt", "metrics.jsonl", "samples.jsonl", "loss.svg", "loss.png", "tensorboard", "wandb")
+RUN_FILES = (
+    "step-*.ckpt",
+    "last.ckpt",
+    "best.ckpt",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "loss.svg",
+    "loss.png",
+    "tensorboard",
+    "wandb",
+)
 RUN_FILES += ("wandb_id.txt", "run_config.yaml", "final.ckpt")
 
 
@@ -35,7 +46,10 @@ def refuse_unwritable(folder: Path) -> Path:
     if not nearest.is_dir():
         raise UserError(f"checkpoint.dir={folder}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK):
-        raise UserError(f"checkpoint.dir={folder}: {nearest} cannot be written; choose another by --override checkpoint.dir=PATH")
+        raise UserError(
+            f"checkpoint.dir={folder}: {nearest} cannot be written; choose another by --override "
+            "checkpoint.dir=PATH"
+        )
     return nearest
 
 
@@ -50,7 +64,8 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Move an earlier run's files to the first free `old-<n>` in the same folder; returns that, or None if there are none."""
+    """Move an earlier run's files to the first free `old-<n>` in the same folder; returns that, or None if
+    there are none."""
     files = run_files(folder)
     if not any(path.suffix == ".ckpt" for path in files):
         return None
@@ -80,13 +95,19 @@ def run_record() -> dict[str, Any]:
         commit = answer.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    return {"versions": versions, "git_commit": commit, "command": shlex.join(sys.argv), "threads": torch.get_num_threads()}
+    return {
+        "versions": versions,
+        "git_commit": commit,
+        "command": shlex.join(sys.argv),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def write_run_config(folder: Path, config: Config, record: dict[str, Any]) -> None:
     """run_config.yaml: the whole config as it was understood, with the run's record as comments on top."""
     header = [
-        f"# {key}: {value}".replace("\n", " ") for key, value in (record["versions"] | {k: record[k] for k in ("git_commit", "command")}).items()
+        f"# {key}: {value}".replace("\n", " ")
+        for key, value in (record["versions"] | {k: record[k] for k in ("git_commit", "command")}).items()
     ]
     with atomic_write(folder / "run_config.yaml") as file:
         file.write(("\n".join(header) + "\n" + dump_yaml(config.to_dict())).encode())

@@ -31,12 +31,18 @@ def perplexity(loss: float) -> float:
 class Metrics(pl.Callback):
     """One row for step 1 and every `log_every` steps, one for each validation; each goes to every sink.
 
-    step_ms and what follows from it cover the steps since the row before, without data loading, validation and saving.
+    step_ms and what follows from it cover the steps since the row before, without data loading, validation
+    and saving.
     """
 
     def __init__(self, sinks: list[Any], log_every: int, n_steps: int, sequences_per_step: int, device: str):
         self.sinks = [(sink, Extra(sink.name)) for sink in sinks]
-        self.log_every, self.n_steps, self.sequences_per_step, self.device = log_every, n_steps, sequences_per_step, device
+        self.log_every, self.n_steps, self.sequences_per_step, self.device = (
+            log_every,
+            n_steps,
+            sequences_per_step,
+            device,
+        )
         self.measuring = Extra("measuring memory and speed")
         self.seconds, self.steps, self.tokens_before = 0.0, 0, None
         self.began = 0.0
@@ -46,7 +52,9 @@ class Metrics(pl.Callback):
             with extra:
                 sink.write(row)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.tokens_before is None:
             self.tokens_before = pl_module.tokens_seen
         self.began = time.perf_counter()
@@ -70,7 +78,9 @@ class Metrics(pl.Callback):
         with self.measuring:
             row["memory_mb"] = round(memory_used_mb(self.device), 1)
             if peak := bf16_peak_flops(self.device):
-                row["mfu"] = round(pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size), 4)
+                row["mfu"] = round(
+                    pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size), 4
+                )
         self.seconds, self.steps, self.tokens_before = 0.0, 0, pl_module.tokens_seen
         self.write(row)
 
@@ -87,8 +97,9 @@ class Metrics(pl.Callback):
 
 
 class JsonlFile:
-    """metrics.jsonl or samples.jsonl, written through row by row. On resume, rows of steps that will be run again are dropped
-    first (`dropped` holds them). Rows that a full disk does not take are kept and written with a later one."""
+    """metrics.jsonl or samples.jsonl, written through row by row. On resume, rows of steps that will be
+    run again are dropped first (`dropped` holds them). Rows that a full disk does not take are kept and
+    written with a later one."""
 
     def __init__(self, path: Path, resume_step: int):
         self.name, self.dropped = path.name, []
@@ -125,8 +136,9 @@ class JsonlFile:
 
 
 class LoggerSink:
-    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases), but for those it has had before, from a run that was
-    killed and is resumed. One that fails `TRIES` times in a row, each of which may have waited for a network, is given up."""
+    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases), but for those it has had before,
+    from a run that was killed and is resumed. One that fails `TRIES` times in a row, each of which may
+    have waited for a network, is given up."""
 
     TRIES = 3
 
@@ -147,17 +159,21 @@ class LoggerSink:
 
 
 def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any]:
-    """Where the rows of metrics go besides the console: metrics.jsonl, and the loggers that the config asks for.
+    """Where the rows of metrics go besides the console: metrics.jsonl, and the loggers that the config asks
+    for.
 
-    A resumed run begins at `start_step`; each logger has each step once all the same. TensorBoard hides the steps that are
-    run again, and Weights & Biases, which goes on with the run whose id is kept in the folder, is not given them again.
+    A resumed run begins at `start_step`; each logger has each step once all the same. TensorBoard hides the
+    steps that are run again, and Weights & Biases, which goes on with the run whose id is kept in the folder,
+    is not given them again.
     """
     file = JsonlFile(folder / "metrics.jsonl", start_step)
     sinks = [file]
     if config.tensorboard:
         with Extra("TensorBoard"):
             purge = {"purge_step": start_step + 1} if start_step else {}
-            sinks.append(LoggerSink(pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge)))
+            sinks.append(
+                LoggerSink(pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge))
+            )
     if config.wandb:
         with Extra("Weights & Biases"):
             id_file = folder / "wandb_id.txt"
@@ -165,7 +181,9 @@ def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any
                 with atomic_write(id_file) as new:
                     new.write(uuid.uuid4().hex[:8].encode())
             same_run = {"id": id_file.read_text("ascii").strip(), "resume": "allow"}
-            logger = pl.loggers.WandbLogger(project="tiny-transformer", name=folder.name, save_dir=folder, **same_run)
+            logger = pl.loggers.WandbLogger(
+                project="tiny-transformer", name=folder.name, save_dir=folder, **same_run
+            )
             sinks.append(LoggerSink(logger, file.dropped))
     return sinks
 
@@ -177,7 +195,9 @@ class Console:
 
     def __init__(self, n_steps: int, start_step: int):
         self.n_steps, self.bar = n_steps, None
-        self.first: tuple[int, float] | None = None  # step and time of the first row, from which the rest is estimated
+        self.first: tuple[int, float] | None = (
+            None  # step and time of the first row, from which the rest is estimated
+        )
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -205,8 +225,15 @@ class Console:
     def write(self, row: dict[str, Any]) -> None:
         step = row["step"]
         if "val_loss" in row:
-            more = "".join(f"  {name} {value:.4f}" for name, value in row.items() if name not in ("step", "tokens", "val_loss", "perplexity"))
-            self.print(f"step {step:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity {row['perplexity']:,.1f}{more}")
+            more = "".join(
+                f"  {name} {value:.4f}"
+                for name, value in row.items()
+                if name not in ("step", "tokens", "val_loss", "perplexity")
+            )
+            self.print(
+                f"step {step:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity "
+                f"{row['perplexity']:,.1f}{more}"
+            )
             return
         numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_sec']:,.0f} tok/s"
         if self.bar:
@@ -215,7 +242,10 @@ class Console:
         now = time.monotonic()
         self.first = self.first or (step, now)
         eta = int((now - self.first[1]) / max(1, step - self.first[0]) * (self.n_steps - step))
-        self.print(f"step {step:>6}/{self.n_steps}  {numbers}  eta {f'{eta // 60}:{eta % 60:02}' if step > self.first[0] else '-'}")
+        self.print(
+            f"step {step:>6}/{self.n_steps}  {numbers}  eta "
+            f"{f'{eta // 60}:{eta % 60:02}' if step > self.first[0] else '-'}"
+        )
 
     def close(self) -> None:
         if self.bar:
@@ -224,16 +254,33 @@ class Console:
 
 
 class TextSamples(pl.Callback):
-    """Every `every` steps, what the model makes of the prompts; drawn with a generator of its own, so that looking does
-    not change the run."""
+    """Every `every` steps, what the model makes of the prompts; drawn with a generator of its own, so that
+    looking does not change the run."""
 
     NEW_TOKENS = 64
 
     def __init__(
-        self, tokenizer: Any, prompts: list[str], every: int, temperature: float, seed: int, console: Console | None, rows: JsonlFile | None
+        self,
+        tokenizer: Any,
+        prompts: list[str],
+        every: int,
+        temperature: float,
+        seed: int,
+        console: Console | None,
+        rows: JsonlFile | None,
     ):
-        self.tokenizer, self.prompts, self.every, self.seed, self.console = tokenizer, prompts, every, seed, console
-        self.sampling, self.rows, self.extra = SamplingConfig(temperature=temperature), rows, Extra("a text sample")
+        self.tokenizer, self.prompts, self.every, self.seed, self.console = (
+            tokenizer,
+            prompts,
+            every,
+            seed,
+            console,
+        )
+        self.sampling, self.rows, self.extra = (
+            SamplingConfig(temperature=temperature),
+            rows,
+            Extra("a text sample"),
+        )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every:

@@ -1,4 +1,5 @@
-"""What a run needs before its first step: config, tokenizer, data, device, folder and, to resume, the checkpoint.
+"""What a run needs before its first step: config, tokenizer, data, device, folder and, to resume, the
+checkpoint.
 
 No Lightning here. `plan_run` finds every mistake a user can make before the slow import of it begins.
 """
@@ -64,7 +65,8 @@ class Plan:
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of every training row, where they differ (instructions that are not packed); else the one length of all."""
+        """Tokens of every training row, where they differ (instructions that are not packed); else the one
+        length of all."""
         if self.config.data.source == "instructions" and not self.config.data.packing:
             return [len(example) for example in self.data.train.examples]
         return [self.config.seq_len]
@@ -76,7 +78,8 @@ class Plan:
 
 
 def plan_run(args: Any) -> Plan:
-    """Check the command line (`--config --override --seed --device --resume --fresh`) against files, data and hardware.
+    """Check the command line (`--config --override --seed --device --resume --fresh`) against files, data and
+    hardware.
 
     `args.finetuning` says whether `finetune.py` asks. Raises UserError; writes nothing.
     """
@@ -86,7 +89,9 @@ def plan_run(args: Any) -> Plan:
         metadata = read_run(resume_from)
     if args.config is None and metadata is None:
         example = "config_finetune.yaml" if args.finetuning else "config_smoke.yaml"
-        raise UserError(f"no config given; try --config {example}, or --resume CHECKPOINT to go on with a run's own")
+        raise UserError(
+            f"no config given; try --config {example}, or --resume CHECKPOINT to go on with a run's own"
+        )
     tree = config_tree(args.config, flag_overrides(args), base=metadata and metadata["config"])
     check_task(tree, args.finetuning)
     if args.config:  # a checkpoint's own config has everything, so its base may be gone
@@ -109,9 +114,12 @@ def plan_run(args: Any) -> Plan:
             refuse_unfinished(folder)
     if metadata:
         compare_configs(metadata["config"], config, resume_from)
-    elif config.base_ckpt and Path(config.base_ckpt).resolve() in [file.resolve() for file in run_files(folder)]:
+    elif config.base_ckpt and Path(config.base_ckpt).resolve() in [
+        file.resolve() for file in run_files(folder)
+    ]:
         raise UserError(
-            f"base_ckpt={config.base_ckpt} lies in checkpoint.dir, whose run this one would move aside; write elsewhere by "
+            f"base_ckpt={config.base_ckpt} lies in checkpoint.dir, whose run this one would move aside; "
+            "write elsewhere by "
             f"--override checkpoint.dir={folder}-2"
         )
 
@@ -141,21 +149,33 @@ def check_samples(tree: dict[str, Any], config: Config) -> None:
     """Say that prompts alone sample nothing; who writes `sample_every: null` knows."""
     if config.training.sample_prompts and "sample_every" not in tree["training"]:
         every = config.training.val_every
-        warn(f"nothing is sampled from training.sample_prompts: add --override training.sample_every={every} to do so every {every} steps")
+        warn(
+            "nothing is sampled from training.sample_prompts: add --override "
+            f"training.sample_every={every} to do so every {every} steps"
+        )
 
 
 def check_task(tree: dict[str, Any], finetuning: bool) -> None:
     """Raise UserError for a config of the other script."""
     data = tree.get("data")
-    if not finetuning and (tree.get("base_ckpt") or (isinstance(data, dict) and data.get("source") == "instructions")):
-        raise UserError("this config (base_ckpt, data.source=instructions) is for fine-tuning; run it by python3 finetune.py")
+    if not finetuning and (
+        tree.get("base_ckpt") or (isinstance(data, dict) and data.get("source") == "instructions")
+    ):
+        raise UserError(
+            "this config (base_ckpt, data.source=instructions) is for fine-tuning; run it by python3 "
+            "finetune.py"
+        )
     for key in ("lora", "template"):
         if not finetuning and tree.get(key):
             raise UserError(
-                f"{key} belongs to fine-tuning, where there is a model to adapt; leave it out, or run python3 finetune.py with a base_ckpt"
+                f"{key} belongs to fine-tuning, where there is a model to adapt; leave it out, or run "
+                "python3 finetune.py with a base_ckpt"
             )
     if finetuning and not tree.get("base_ckpt"):
-        raise UserError("no checkpoint to start from; set base_ckpt, e.g. --override base_ckpt=checkpoints/final.ckpt (train.py makes one)")
+        raise UserError(
+            "no checkpoint to start from; set base_ckpt, e.g. --override base_ckpt=checkpoints/final.ckpt "
+            "(train.py makes one)"
+        )
 
 
 def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
@@ -166,18 +186,22 @@ def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, P
         return load_token_files(config, tokenizer)
     corpus, spec = load_corpus(config), config.tokenizer
     if tokenizer is None:
-        tokenizer = build_tokenizer(spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path)
+        tokenizer = build_tokenizer(
+            spec.kind, tokenizer_documents(corpus, spec.kind), spec.vocab_size, spec.path
+        )
     return tokenizer, pack_corpus(corpus, tokenizer, config)
 
 
 def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
-    """Token files, with the tokenizer given, or else their own, or else (where no meta.json names it) the config's. Raises UserError."""
+    """Token files, with the tokenizer given, or else their own, or else (where no meta.json names it) the
+    config's. Raises UserError."""
     data, spec = config.data, config.tokenizer
     files = open_token_files(data.path, data.val_path, data.dtype, data.val_fraction)
     tokenizer = tokenizer or files.tokenizer
     if tokenizer is None and spec.kind in ("bpe", "char"):
         raise UserError(
-            f"data.path={data.path} has no meta.json that tells its tokenizer, and {spec.kind} would have to be trained on a text; set "
+            f"data.path={data.path} has no meta.json that tells its tokenizer, and {spec.kind} would have "
+            "to be trained on a text; set "
             "tokenizer.kind=gpt2, or kind=file with tokenizer.path, whichever made it"
         )
     tokenizer = tokenizer or build_tokenizer(spec.kind, [], path=spec.path)
@@ -200,21 +224,28 @@ def check_strategy(config: Config) -> None:
         from torch.distributed import fsdp
 
         if not hasattr(fsdp, "fully_shard"):
-            raise UserError(f"hardware.strategy=fsdp needs PyTorch 2.6 or newer (this is {torch.__version__}); use ddp, or upgrade")
+            raise UserError(
+                f"hardware.strategy=fsdp needs PyTorch 2.6 or newer (this is {torch.__version__}); use "
+                "ddp, or upgrade"
+            )
 
 
 def check_processes(config: Config, device: str) -> None:
-    """Raise UserError if the machine lacks the devices, or a launcher (torchrun) has started another number of processes."""
+    """Raise UserError if the machine lacks the devices, or a launcher (torchrun) has started another
+    number of processes."""
     hardware, started = config.hardware, os.environ.get("WORLD_SIZE", "")
     present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, hardware.devices)
     if hardware.devices > present:
         raise UserError(
-            f"hardware.devices={hardware.devices}, and this machine has {present} ({device}); lower it, and raise grad_accum_steps instead"
+            f"hardware.devices={hardware.devices}, and this machine has {present} ({device}); lower it, "
+            "and raise grad_accum_steps instead"
         )
     if "LOCAL_RANK" in os.environ and started.isdecimal() and int(started) != hardware.world:
         raise UserError(
-            f"{started} processes have been started, and the config asks for {hardware.world} (hardware.devices={hardware.devices} x "
-            f"hardware.num_nodes={hardware.num_nodes});\n       torchrun's --nproc-per-node is hardware.devices, its --nnodes hardware.num_nodes"
+            f"{started} processes have been started, and the config asks for {hardware.world} "
+            f"(hardware.devices={hardware.devices} x "
+            f"hardware.num_nodes={hardware.num_nodes});\n       torchrun's --nproc-per-node is "
+            "hardware.devices, its --nnodes hardware.num_nodes"
         )
 
 
@@ -226,19 +257,31 @@ def check_loggers(config: Config) -> None:
 
 
 def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> int:
-    """The number of steps of the run; also fixes the schedule's length in the config, at first to the run's, on resume
-    to what it was."""
+    """The number of steps of the run; also fixes the schedule's length in the config, at first to the
+    run's, on resume to what it was."""
     training = config.training
     n_steps = training.max_steps
     if n_steps is None:
-        n_steps = math.ceil(training.epochs * len(data.train) / step_shape(config, world=config.hardware.world).blocks)
+        n_steps = math.ceil(
+            training.epochs * len(data.train) / step_shape(config, world=config.hardware.world).blocks
+        )
     if training.schedule_steps is None:
-        training.schedule_steps = metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
+        training.schedule_steps = (
+            metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
+        )
     if n_steps and training.warmup_steps > training.schedule_steps:
-        raise UserError(f"training.warmup_steps={training.warmup_steps} is longer than the schedule of {training.schedule_steps} steps; lower it")
-    if training.schedule in ("cosine", "linear", "wsd") and training.min_lr == 0 and training.schedule_steps < n_steps:
         raise UserError(
-            f"the schedule ends at step {training.schedule_steps} with min_lr=0, so the steps after it, up to {n_steps}, would change nothing; "
+            f"training.warmup_steps={training.warmup_steps} is longer than the schedule of "
+            f"{training.schedule_steps} steps; lower it"
+        )
+    if (
+        training.schedule in ("cosine", "linear", "wsd")
+        and training.min_lr == 0
+        and training.schedule_steps < n_steps
+    ):
+        raise UserError(
+            f"the schedule ends at step {training.schedule_steps} with min_lr=0, so the steps after it, up "
+            f"to {n_steps}, would change nothing; "
             f"set training.schedule_steps={n_steps}, or a training.min_lr"
         )
     return n_steps

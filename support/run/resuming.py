@@ -8,8 +8,8 @@ from support.config.read import validate_config
 from support.config.schema import Config
 from support.messages import UserError
 
-# What may differ between a run and its resumption: how long it goes on, what it shows, and where it runs. The size of
-# the whole step is compared besides, and so is the text.
+# What may differ between a run and its resumption: how long it goes on, what it shows, and where it runs. The
+# size of the whole step is compared besides, and so is the text.
 RESUMABLE = (
     "training.max_steps",
     "training.epochs",
@@ -40,13 +40,15 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Our fields of a checkpoint that a run can go on from. Raises UserError if it does not hold the run's config."""
+    """Our fields of a checkpoint that a run can go on from. Raises UserError if it does not hold the run's
+    config."""
     metadata = read_metadata(path)
     missing = {"config", "sequences_per_step", "data_fingerprint", "run"} - metadata.keys()
     if missing or not isinstance(metadata["config"], dict):
         what = ", ".join(sorted(missing)) or "config"
         raise UserError(
-            f"checkpoint {path} holds a model but no run to go on with ({what} missing); it can be the base of a new one: python3 finetune.py "
+            f"checkpoint {path} holds a model but no run to go on with ({what} missing); it can be the "
+            "base of a new one: python3 finetune.py "
             f"--config config_finetune.yaml --override base_ckpt={path}"
         )
     return metadata
@@ -63,15 +65,22 @@ def compare_configs(saved: dict, config: Config, source: Path) -> None:
     changed = [key for key in now if now[key] != before.get(key) and not key.startswith(RESUMABLE)]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed[:5])
-        raise UserError(f"cannot resume {source} under another config: {listed}; change it back, or start a new run with --fresh")
+        raise UserError(
+            f"cannot resume {source} under another config: {listed}; change it back, or start a new run "
+            "with --fresh"
+        )
 
 
 def compare_data(metadata: dict, sequences_per_step: int, fingerprint: str | None) -> None:
     """Refuse to resume with another text, or with steps of another size."""
     if metadata["sequences_per_step"] != sequences_per_step:
         raise UserError(
-            f"cannot resume: a step had {metadata['sequences_per_step']} sequences and would now have {sequences_per_step} "
+            f"cannot resume: a step had {metadata['sequences_per_step']} sequences and would now have "
+            f"{sequences_per_step} "
             "(micro_batch_size x grad_accum_steps x devices x num_nodes); keep the product"
         )
     if metadata["data_fingerprint"] != fingerprint:
-        raise UserError("cannot resume: the training text has changed since this run began; restore it, or start a new run with --fresh")
+        raise UserError(
+            "cannot resume: the training text has changed since this run began; restore it, or start a new "
+            "run with --fresh"
+        )

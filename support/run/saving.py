@@ -1,8 +1,8 @@
 """What happens around a training step: rows of metrics, the console, checkpoints, signals, text samples.
 
-Lightning's own counterparts have traps for exact resume (best replaced by a worse one, metrics deleted, saves in the
-middle of a step); these few are small and do one thing each. A step's row is written before its checkpoint, so a run
-that is killed in between and resumed loses neither.
+Lightning's own counterparts have traps for exact resume (best replaced by a worse one, metrics deleted, saves
+in the middle of a step); these few are small and do one thing each. A step's row is written before its
+checkpoint, so a run that is killed in between and resumed loses neither.
 """
 
 import contextlib
@@ -15,7 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from support.checkpoint import first_not_finite, read_checkpoint, read_metadata, save_archive, step_files, write_merged
+from support.checkpoint import (
+    first_not_finite,
+    read_checkpoint,
+    read_metadata,
+    save_archive,
+    step_files,
+    write_merged,
+)
 from support.files.atomic import link_or_copy, temporary_folder
 from support.messages import Extra, UserError, is_main_process, warn
 
@@ -23,12 +30,15 @@ from support.messages import Extra, UserError, is_main_process, warn
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's hook for files: whole or not at all, and opened by weights_only alone.
 
-    A file that cannot be written raises nothing here, where only one of several processes is; `failure` says why.
+    A file that cannot be written raises nothing here, where only one of several processes is; `failure` says
+    why.
     """
 
     failure: str | None = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         self.failure = None
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +46,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             self.failure = error.strerror or str(error)
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, mmap=False)
-        if bad := first_not_finite({"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}):
-            raise UserError(f"{path}: {bad} holds a NaN or an infinity; go on from an earlier one by --resume CKPT")
+        if bad := first_not_finite(
+            {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
+        ):
+            raise UserError(
+                f"{path}: {bad} holds a NaN or an infinity; go on from an earlier one by --resume CKPT"
+            )
         return checkpoint
 
 
@@ -48,9 +64,9 @@ class StopRun(SystemExit):
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C, SIGTERM and a closed terminal let the step finish and be saved (CheckpointSaver looks at `leaving`); the
-    run ends before the next step begins. A second signal, or one before the first step, ends it at once. Used as
-    `with stop: trainer.fit(...)`.
+    """Ctrl-C, SIGTERM and a closed terminal let the step finish and be saved (CheckpointSaver looks at
+    `leaving`); the run ends before the next step begins. A second signal, or one before the first step, ends
+    it at once. Used as `with stop: trainer.fit(...)`.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -62,13 +78,15 @@ class StopOnSignal(pl.Callback):
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
-        heard = [signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP: so do we
+        heard = [
+            signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN
+        ]  # nohup ignores SIGHUP: so do we
         self.before = {signum: signal.signal(signum, self._answer) for signum in heard}
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Of several processes, and of data workers in their first moments, one may fall to the signal before the step is
-        done: what the others then raise is the same end."""
+        """Of several processes, and of data workers in their first moments, one may fall to the signal
+        before the step is done: what the others then raise is the same end."""
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
         if self.signum is not None and isinstance(error, RuntimeError):
@@ -90,17 +108,22 @@ class StopOnSignal(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         told = self.signum is not None  # any process that has been told stops all, behind the same step
-        self.leaving = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+        self.leaving = (
+            trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+        )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.stepping = True
         if self.leaving:
             raise StopRun(128 + (self.signum or signal.SIGTERM))
 
 
 def name_checkpoint(path: Path, best: bool, final: bool) -> None:
-    """Let `last.ckpt`, and `best.ckpt` and `final.ckpt` where asked, be further names of a step file. Of one with adapters,
-    `final.ckpt` is a file of its own: the plain model that they make, for whoever wants nothing but to use it."""
+    """Let `last.ckpt`, and `best.ckpt` and `final.ckpt` where asked, be further names of a step file. Of
+    one with adapters, `final.ckpt` is a file of its own: the plain model that they make, for whoever wants
+    nothing but to use it."""
     for name, wanted in (("last", True), ("best", best), ("final", final)):
         try:
             if wanted and name == "final" and read_metadata(path).get("lora"):
@@ -112,28 +135,42 @@ def name_checkpoint(path: Path, best: bool, final: bool) -> None:
 
 
 class CheckpointSaver(pl.Callback):
-    """step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the end; `last`,
-    `best` and `final` are further names of such files. A step that validates is saved after its validation."""
+    """step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the end;
+    `last`, `best` and `final` are further names of such files. A step that validates is saved after its
+    validation."""
 
     def __init__(self, plan: Any, stop: StopOnSignal):
         training, checkpoint = plan.config.training, plan.config.checkpoint
-        self.folder, self.save_every, self.keep_last = plan.folder, checkpoint.save_every, checkpoint.keep_last
+        self.folder, self.save_every, self.keep_last = (
+            plan.folder,
+            checkpoint.save_every,
+            checkpoint.keep_last,
+        )
         self.val_every, self.n_steps, self.stop = training.val_every, plan.n_steps, stop
         self.goes_on_from = plan.resume_from if plan.goes_on else None
         self.tidying = Extra("removing older checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Going on in a folder: its names as they should be, also where a kill came between a file and its names, and
-        best.ckpt as the one to beat, also if the run goes on from an older file than that."""
+        """Going on in a folder: its names as they should be, also where a kill came between a file and its
+        names, and best.ckpt as the one to beat, also if the run goes on from an older file than that."""
         if trainer.is_global_zero and self.goes_on_from:
-            (self.folder / "final.ckpt").unlink(missing_ok=True)  # a run that is extended is not finished any more
+            (self.folder / "final.ckpt").unlink(
+                missing_ok=True
+            )  # a run that is extended is not finished any more
             with contextlib.suppress(UserError):  # there may be none yet, or a damaged one
                 metrics = read_metadata(self.folder / "best.ckpt")["metrics"]
-                if metrics["best_val_loss"] is not None and metrics["best_val_loss"] < pl_module.best_val_loss:
+                if (
+                    metrics["best_val_loss"] is not None
+                    and metrics["best_val_loss"] < pl_module.best_val_loss
+                ):
                     pl_module.best_val_loss, pl_module.best_step = metrics["best_val_loss"], metrics["step"]
             if self.goes_on_from.name.startswith("step-"):
-                name_checkpoint(self.goes_on_from, best=pl_module.best_step == trainer.global_step, final=False)
-        pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast((pl_module.best_val_loss, pl_module.best_step))
+                name_checkpoint(
+                    self.goes_on_from, best=pl_module.best_step == trainer.global_step, final=False
+                )
+        pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast(
+            (pl_module.best_val_loss, pl_module.best_step)
+        )
 
     def _due(self, trainer: pl.Trainer) -> bool:
         return trainer.global_step % self.save_every == 0 or self._last_chance(trainer)
@@ -159,8 +196,9 @@ class CheckpointSaver(pl.Callback):
             pl_module.best_val_loss, pl_module.best_step = before  # best.ckpt is still the one before
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, best: bool = False) -> bool:
-        """Write the step's file and its names; False if the disk refuses. Called in every process: each has its part of
-        the state. Raises UserError where the state must not be saved (NaN), or cannot be and the run is at its end."""
+        """Write the step's file and its names; False if the disk refuses. Called in every process: each
+        has its part of the state. Raises UserError where the state must not be saved (NaN), or cannot be
+        and the run is at its end."""
         pl_module.refuse_bad_weights()
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         failure = self._write(trainer, path)
@@ -168,7 +206,10 @@ class CheckpointSaver(pl.Callback):
             raise self._rescue(trainer, path.name, failure)
         if failure or not trainer.is_global_zero:
             if trainer.is_global_zero:
-                warn(f"{path} could not be written ({failure}); older checkpoints are untouched, and training goes on to the next save")
+                warn(
+                    f"{path} could not be written ({failure}); older checkpoints are untouched, and "
+                    "training goes on to the next save"
+                )
             return not failure
         name_checkpoint(path, best, final=trainer.global_step == self.n_steps)
         older = [p for p in step_files(self.folder) if p != path]
@@ -188,10 +229,12 @@ class CheckpointSaver(pl.Callback):
         path = Path(trainer.strategy.broadcast(str(temporary_folder()))) / name
         if (again := self._write(trainer, path)) is None:
             return UserError(
-                f"{self.folder} cannot be written ({failure}); the state at step {trainer.global_step} has been saved to {path}\n"
+                f"{self.folder} cannot be written ({failure}); the state at step {trainer.global_step} has "
+                f"been saved to {path}\n"
                 f"       make room, move that file to {self.folder}, and go on with --resume"
             )
         return UserError(
-            f"{self.folder} cannot be written ({failure}), nor can {path.parent} ({again}); the steps since the last checkpoint are lost\n"
+            f"{self.folder} cannot be written ({failure}), nor can {path.parent} ({again}); the steps "
+            "since the last checkpoint are lost\n"
             "       make room, and go on with --resume"
         )

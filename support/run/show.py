@@ -16,9 +16,14 @@ from support.text.mid_document import text_after
 def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]:
     """The micro-batches of one step, 0, 1, ...; `training` changes keys of that section."""
     config = plan.config.model_copy(
-        update={"hardware": plan.config.hardware.model_copy(update={"num_workers": 0}), "training": plan.config.training.model_copy(update=training)}
+        update={
+            "hardware": plan.config.hardware.model_copy(update={"num_workers": 0}),
+            "training": plan.config.training.model_copy(update=training),
+        }
     )
-    train, _ = make_dataloaders(config, plan.data, plan.tokenizer, max(plan.n_steps, start_step + 1), start_step)
+    train, _ = make_dataloaders(
+        config, plan.data, plan.tokenizer, max(plan.n_steps, start_step + 1), start_step
+    )
     steps = iter(train)
     for _ in range(start_step if plan.data.streaming else 0):
         next(steps)
@@ -33,7 +38,10 @@ def show_step(plan: Plan, step: int) -> str:
     for micro, batch in enumerate(batches_of_step(plan, step - 1), 1):
         for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True), 1):
             used = int((labels != IGNORE).nonzero().max()) + 1  # behind it stands padding
-            lines += [f"--- step {step}, micro-batch {micro}, row {row} ---", plan.tokenizer.decode(ids[: used + 1].tolist())]
+            lines += [
+                f"--- step {step}, micro-batch {micro}, row {row} ---",
+                plan.tokenizer.decode(ids[: used + 1].tolist()),
+            ]
     return "\n".join(lines)
 
 
@@ -43,31 +51,44 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
     n_trained = count_trained(net)
     trained = f" of which {n_trained:,} are trained," if n_trained < net.n_params() else ""
     print(
-        f"model: {net.n_params():,} parameters,{trained} {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} query and "
+        f"model: {net.n_params():,} parameters,{trained} {c.n_layers} layers, d_model {c.d_model}, "
+        f"{c.n_heads} query and "
         f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size:,} ({plan.tokenizer.kind})"
     )
     print("\n".join(plan.data.describe()))
     up_to = "up to " if plan.config.data.source == "instructions" else ""
-    per_epoch = "" if plan.data.streaming else f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
+    per_epoch = (
+        ""
+        if plan.data.streaming
+        else f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
+    )
     processes = f" x {plan.world} processes" if plan.world > 1 else ""
     print(
-        f"steps: {n:,} of {up_to}{plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x {training.grad_accum_steps} "
-        f"micro-batches{processes} x {max(plan.row_lengths)}), {up_to}{n * plan.tokens_per_step:,} in all{per_epoch}"
+        f"steps: {n:,} of {up_to}{plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x "
+        f"{training.grad_accum_steps} "
+        f"micro-batches{processes} x {max(plan.row_lengths)}), {up_to}{n * plan.tokens_per_step:,} in "
+        f"all{per_epoch}"
     )
     need = memory_of(plan)["total"]
     has = memory_total(plan.device)
-    print(f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB needed of {has / 2**20:,.0f} MB")
+    print(
+        f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB "
+        f"needed of {has / 2**20:,.0f} MB"
+    )
     if start_step:
         print(f"resuming {plan.resume_from} behind step {start_step}")
     elif plan.config.base_ckpt:
         print(f"starting from {plan.config.base_ckpt}; at step 0 it is validated as it is")
     else:
-        print(f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its logarithm): the first loss should be near it")
+        print(
+            f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its "
+            "logarithm): the first loss should be near it"
+        )
 
 
 def show_mask(plan: Plan, n: int) -> None:
-    """Print the first `n` training pairs: what is trained on in colour on a terminal, elsewhere between >>> and <<<.
-    Raises UserError where there are no pairs."""
+    """Print the first `n` training pairs: what is trained on in colour on a terminal, elsewhere between
+    >>> and <<<. Raises UserError where there are no pairs."""
     from rich.console import Console
     from rich.text import Text
 
@@ -76,10 +97,17 @@ def show_mask(plan: Plan, n: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     data = plan.data.train
     for number, example in enumerate(data.examples[:n], 1):
-        trained = [False, *(example.labels(data.mask_prompt) != IGNORE).tolist()]  # of each id; the first is never a label
-        console.print(f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold")
+        trained = [
+            False,
+            *(example.labels(data.mask_prompt) != IGNORE).tolist(),
+        ]  # of each id; the first is never a label
+        console.print(
+            f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold"
+        )
         text, before = Text(), []
-        for is_trained, group in itertools.groupby(zip(example.ids.tolist(), trained, strict=True), key=lambda pair: pair[1]):
+        for is_trained, group in itertools.groupby(
+            zip(example.ids.tolist(), trained, strict=True), key=lambda pair: pair[1]
+        ):
             ids = [id for id, _ in group]
             part, before = printable_lines(text_after(plan.tokenizer, before, ids)), ids
             marked = f">>>{part}<<<" if is_trained and not console.is_terminal else part

@@ -11,10 +11,11 @@ def _round_keys(key: tuple[int, ...]) -> list[int]:
 
 
 def permuted(position: int, n: int, key: tuple[int, ...]) -> int:
-    """Where the permutation of 0 ... n - 1 that `key` names takes `position`: computed, where a stored order would fill the memory.
+    """Where the permutation of 0 ... n - 1 that `key` names takes `position`: computed, where a stored order
+    would fill the memory.
 
-    A Feistel network of six rounds permutes all numbers of an even number of bits; whoever lands at n or beyond walks on
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    A Feistel network of six rounds permutes all numbers of an even number of bits; whoever lands at n or
+    beyond walks on (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half = (n.bit_length() + 1) // 2
     mask = (1 << half) - 1

@@ -1,9 +1,11 @@
-"""A corpus of any size to token files: shards of ids by several processes, then one row of them for training and one for validation.
+"""A corpus of any size to token files: shards of ids by several processes, then one row of them for training
+and one for validation.
 
-    text -> pieces -> shards of --shard-chars characters -> .shards/train-000000.npy, ... -> train.npy, val.npy, meta.json
+    text -> pieces -> shards of --shard-chars characters -> .shards/train-000000.npy, ... -> train.npy,
+    val.npy, meta.json
 
-A shard is on disk whole or not at all, with the sha256 of its text: whoever starts again after a kill encodes only what is
-missing, and a text that has changed since is noticed. No torch here.
+A shard is on disk whole or not at all, with the sha256 of its text: whoever starts again after a kill encodes
+only what is missing, and a text that has changed since is noticed. No torch here.
 """
 
 import contextlib
@@ -55,14 +57,20 @@ class Source:
         return None if packed else sum(file.stat().st_size for file in self.files)
 
     def parts(self, position: dict | None = None) -> Iterator[Piece]:
-        """The documents in parts. A stream goes on from `position`; files are read from their start, since that costs little."""
+        """The documents in parts. A stream goes on from `position`; files are read from their start, since
+        that costs little."""
         if self.dataset is None:
             for file in self.files:
                 yield from read_parts(file, self.text_field, self.errors)
             return
         if self.stream is None:
             where = self.dataset, self.config, self.split, None, self.revision
-            rows = open_dataset(*where, streaming=True, flag="--dataset ", instead="read local files: --input my_book.txt in place of --dataset")
+            rows = open_dataset(
+                *where,
+                streaming=True,
+                flag="--dataset ",
+                instead="read local files: --input my_book.txt in place of --dataset",
+            )
             self.stream = DocumentStream(rows, self.text_field)
         self.stream.seek(position)
         while documents := self.stream.take(1):
@@ -76,8 +84,11 @@ class Source:
 # ---- shards -------------------------------------------------------------------------------------------------------
 
 
-def cut_shards(parts: Iterable[Piece], tokenizer: Tokenizer, shard_chars: int) -> Iterator[tuple[list[Piece], bool]]:
-    """(pieces, whether the first begins a document), about `shard_chars` characters at a time, whoever encodes them."""
+def cut_shards(
+    parts: Iterable[Piece], tokenizer: Tokenizer, shard_chars: int
+) -> Iterator[tuple[list[Piece], bool]]:
+    """(pieces, whether the first begins a document), about `shard_chars` characters at a time, whoever
+    encodes them."""
     pieces, n_chars, begins = [], 0, True
     for piece, ends in join_pieces(parts, tokenizer):
         pieces.append((piece, ends))
@@ -98,7 +109,8 @@ def pieces_sha256(pieces: list[Piece]) -> str:
 
 
 def start_worker(state: dict, parent: int) -> None:
-    """What a worker process does first: it makes its tokenizer, leaves Ctrl-C to the main process, and ends when that is gone."""
+    """What a worker process does first: it makes its tokenizer, leaves Ctrl-C to the main process, and
+    ends when that is gone."""
     global WORKER_TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(grace=0.0, parent=parent)
@@ -108,11 +120,18 @@ def start_worker(state: dict, parent: int) -> None:
 
 def task(pieces: list[Piece]) -> tuple[bytes, list[int], list[bool]]:
     """Pieces as `encode_shard` takes them: one text crosses to another process ten times as fast as many."""
-    return "".join(piece for piece, _ in pieces).encode(), [len(piece) for piece, _ in pieces], [ends for _, ends in pieces]
+    return (
+        "".join(piece for piece, _ in pieces).encode(),
+        [len(piece) for piece, _ in pieces],
+        [ends for _, ends in pieces],
+    )
 
 
-def encode_shard(path: Path, text: bytes, lengths: list[int], ends: list[bool], begins: bool, position: dict | None) -> dict[str, Any]:
-    """In a worker: write path.npy, and then path.json, which says that it is there. Returns what path.json holds."""
+def encode_shard(
+    path: Path, text: bytes, lengths: list[int], ends: list[bool], begins: bool, position: dict | None
+) -> dict[str, Any]:
+    """In a worker: write path.npy, and then path.json, which says that it is there. Returns what path.json
+    holds."""
     whole, cuts = text.decode(), accumulate(lengths, initial=0)
     pieces = [(whole[a:b], is_end) for (a, b), is_end in zip(pairwise(cuts), ends, strict=True)]
     ids = encode_pieces(pieces, WORKER_TOKENIZER, begins)
@@ -154,7 +173,8 @@ def read_infos(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def read_already(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The same of the first shards, up to the last behind which a stream can go on: those are not read again. Of files, none."""
+    """The same of the first shards, up to the last behind which a stream can go on: those are not read
+    again. Of files, none."""
     infos = []
     while (path := folder / f"{name}-{len(infos):06}.json").exists():
         infos.append(json.loads(path.read_text()))
@@ -164,9 +184,17 @@ def read_already(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def write_shards(
-    folder: Path, name: str, source: Source, tokenizer: Tokenizer, shard_chars: int, pool: Executor, n_workers: int, advance: Callable
+    folder: Path,
+    name: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    shard_chars: int,
+    pool: Executor,
+    n_workers: int,
+    advance: Callable,
 ) -> None:
-    """Encode what is not there yet, a few shards ahead of the slowest worker. Raises UserError where the text has changed."""
+    """Encode what is not there yet, a few shards ahead of the slowest worker. Raises UserError where the
+    text has changed."""
     already = read_already(folder, name)
     advance(sum(info["bytes"] for info in already))
     waiting: set[Future] = set()
@@ -193,20 +221,27 @@ def write_shards(
                 collect(n_workers)
         collect(0)
     except BrokenExecutor:
-        raise UserError("a worker process has ended, killed for want of memory perhaps; try a lower --num-proc, the same command goes on") from None
+        raise UserError(
+            "a worker process has ended, killed for want of memory perhaps; try a lower --num-proc, the "
+            "same command goes on"
+        ) from None
     if (folder / f"{name}-{number:06}.json").exists():
         raise changed(folder.parent)
 
 
 def changed(output: Path) -> UserError:
-    return UserError(f"the text has changed since the token files in {output} were begun; begin anew by --fresh, or name another --output")
+    return UserError(
+        f"the text has changed since the token files in {output} were begun; begin anew by --fresh, or "
+        "name another --output"
+    )
 
 
 # ---- one row ------------------------------------------------------------------------------------------------------
 
 
 def draws(first: int, n: int, seed: int) -> np.ndarray:
-    """A random number in [0, 1) for each of the documents first, first + 1, ...: the same ones however shards are cut."""
+    """A random number in [0, 1) for each of the documents first, first + 1, ...: the same ones however
+    shards are cut."""
     blocks = range(first // DRAWS, (first + n - 1) // DRAWS + 1)
     drawn = [np.random.default_rng((seed, block)).random(DRAWS) for block in blocks]
     return np.concatenate([*drawn, []])[first - blocks.start * DRAWS :][:n]
@@ -226,7 +261,8 @@ def document_lengths(row: np.ndarray, eos_id: int) -> np.ndarray:
 
 @dataclass
 class Cut:
-    """What is held out: whole the documents that drew less than `limit`, of each (start, stop) in tokens its last `fraction`."""
+    """What is held out: whole the documents that drew less than `limit`, of each (start, stop) in tokens
+    its last `fraction`."""
 
     limit: float
     large: list[tuple[int, int]]
@@ -234,8 +270,8 @@ class Cut:
 
 
 def choose_cut(folder: Path, n_documents: int, n_tokens: int, fraction: float, seed: int, eos_id: int) -> Cut:
-    """As `hold_out` does with lists. Tokens are counted by what their document drew, so nothing need be remembered of each; those
-    too large to be held out whole are few."""
+    """As `hold_out` does with lists. Tokens are counted by what their document drew, so nothing need be
+    remembered of each; those too large to be held out whole are few."""
     limits = n_tokens, n_documents, fraction
     tokens_by_draw, highest, large, first, begun, position = np.zeros(BINS), 0.0, [], 0, 0, 0
     for row in shard_rows(folder, "train"):
@@ -258,8 +294,8 @@ def choose_cut(folder: Path, n_documents: int, n_tokens: int, fraction: float, s
 
 
 def divided(folder: Path, cut: Cut, seed: int, tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
-    """[tokens to train on, tokens to validate on], a shard at a time. A document that is cut, not within a character, ends with
-    EOS on both sides."""
+    """[tokens to train on, tokens to validate on], a shard at a time. A document that is cut, not within a
+    character, ends with EOS on both sides."""
     first_document, first_token = 0, 0
     for row in shard_rows(folder, "train"):
         lengths = document_lengths(row, tokenizer.eos_id)
@@ -269,7 +305,9 @@ def divided(folder: Path, cut: Cut, seed: int, tokenizer: Tokenizer) -> Iterator
         for start, stop in cut.large:
             at = min(start + int((stop - start) * (1 - cut.fraction)), stop - 1) - first_token
             if 0 <= at < len(row):
-                while at < len(row) and tokenizer.decode(row[max(0, at - 8) : at].tolist()).endswith("\ufffd"):
+                while at < len(row) and tokenizer.decode(row[max(0, at - 8) : at].tolist()).endswith(
+                    "\ufffd"
+                ):
                     at += 1
                 joints.append(at)
             for_val[max(0, start - first_token) : max(0, stop - first_token)] = False
@@ -282,9 +320,12 @@ def divided(folder: Path, cut: Cut, seed: int, tokenizer: Tokenizer) -> Iterator
         yield [row[~for_val], row[for_val]]
 
 
-def write_rows(output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dtype: type, vocab_size: int) -> tuple[dict[str, Any], np.ndarray]:
-    """train.npy and val.npy from rows of [train, val], in the memory of one; (their sizes and sums, how often each id occurs).
-    The rows are gone through twice, since the head of a file says how many they are."""
+def write_rows(
+    output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dtype: type, vocab_size: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """train.npy and val.npy from rows of [train, val], in the memory of one; (their sizes and sums, how
+    often each id occurs). The rows are gone through twice, since the head of a file says how many they
+    are."""
     counts = np.zeros((2, vocab_size), np.int64)
     for pair in rows():
         for count, row in zip(counts, pair, strict=True):
@@ -292,7 +333,9 @@ def write_rows(output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dty
     on_disk, digests = np.dtype(dtype).newbyteorder("<"), [hashlib.sha256(), hashlib.sha256()]
     with atomic_write(output / "val.npy") as val, atomic_write(output / "train.npy") as train:
         for file, count in zip((train, val), counts, strict=True):
-            np.lib.format.write_array_header_1_0(file, {"descr": on_disk.str, "fortran_order": False, "shape": (int(count.sum()),)})
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": on_disk.str, "fortran_order": False, "shape": (int(count.sum()),)}
+            )
         for pair in rows():
             for file, digest, row in zip((train, val), digests, pair, strict=True):
                 content = row.astype(on_disk, copy=False).tobytes()
@@ -305,14 +348,21 @@ def write_rows(output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dty
     return sizes, counts
 
 
-def join_shards(folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool, fraction: float | None, seed: int) -> dict[str, Any]:
+def join_shards(
+    folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool, fraction: float | None, seed: int
+) -> dict[str, Any]:
     """Write train.npy and val.npy; returns what meta.json says of them. Raises UserError if there is no text."""
     infos = {name: read_infos(folder, name) for name in ("train", "val")}
     for name in ("train", "val") if own_val else ("train",):
         if not sum(info["documents"] for info in infos[name]):
-            raise UserError(f"there is no text to {'train' if name == 'train' else 'validate'} on; check the files, and --text-field")
+            raise UserError(
+                f"there is no text to {'train' if name == 'train' else 'validate'} on; check the files, "
+                "and --text-field"
+            )
     both = infos["train"] + infos["val"]
-    n_tokens, n_documents, n_bytes = (sum(info[key] for info in both) for key in ("tokens", "documents", "bytes"))
+    n_tokens, n_documents, n_bytes = (
+        sum(info[key] for info in both) for key in ("tokens", "documents", "bytes")
+    )
     dtype, none = id_type(tokenizer.vocab_size), np.array([], id_type(tokenizer.vocab_size))
 
     fraction = fraction or min(VAL_FRACTION, VAL_TOKENS / n_tokens)
@@ -328,7 +378,9 @@ def join_shards(folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool,
     (output / "meta.json").unlink(missing_ok=True)  # from here on the folder is not finished
     meta, counts = write_rows(output, rows, dtype, tokenizer.vocab_size)
     if cut is not None:
-        check_share(meta["val"]["tokens"], n_tokens, fraction, "tokens", "name a text of its own by --val-input")
+        check_share(
+            meta["val"]["tokens"], n_tokens, fraction, "tokens", "name a text of its own by --val-input"
+        )
     for name, count in zip(("train", "val"), counts, strict=True):
         meta[name]["documents"] = int(count[tokenizer.eos_id])
     counts = counts.sum(axis=0)
@@ -338,7 +390,10 @@ def join_shards(folder: Path, output: Path, tokenizer: Tokenizer, own_val: bool,
         "bytes_per_token": round(n_bytes / n_tokens, 4),
         "tokens_in_use": int((counts > 0).sum()),
         "unknown": 0 if tokenizer.unknown_id is None else int(counts[tokenizer.unknown_id]),
-        "longest_tokens": [[id, text, int(counts[id])] for id, text in longest_tokens(np.flatnonzero(counts).tolist(), tokenizer)],
+        "longest_tokens": [
+            [id, text, int(counts[id])]
+            for id, text in longest_tokens(np.flatnonzero(counts).tolist(), tokenizer)
+        ],
         "source_sha256": source_sha256(info["sha256"] for info in both),
     }
 

@@ -1,8 +1,10 @@
-"""What is held out for validation: one rule for texts in memory, token files, data sets and rows of instructions.
+"""What is held out for validation: one rule for texts in memory, token files, data sets and rows of
+instructions.
 
-Whole documents are drawn until they hold the share asked for, so that validation is of the same kind as training. One that
-is much larger than that share is never held out whole: a book beside two notes would leave only the notes to train on. Its own
-end is held out instead, as of a corpus of a single document; a row of instructions, which cannot be cut, is trained on.
+Whole documents are drawn until they hold the share asked for, so that validation is of the same kind as
+training. One that is much larger than that share is never held out whole: a book beside two notes would leave
+only the notes to train on. Its own end is held out instead, as of a corpus of a single document; a row of
+instructions, which cannot be cut, is trained on.
 """
 
 from collections.abc import Sequence
@@ -11,18 +13,21 @@ from support.messages import warn
 
 
 def largest_whole(total: int, n: int, fraction: float) -> float:
-    """The size from which one of `n` documents is not held out whole. Of a few documents each may hold more than the share,
-    and of many similar ones some are three times as long as most: neither is too large."""
+    """The size from which one of `n` documents is not held out whole. Of a few documents each may hold
+    more than the share, and of many similar ones some are three times as long as most: neither is too
+    large."""
     return total * min(0.5, max(1.5 * fraction, min(0.05, 3 / max(1, n))))
 
 
 def most_held(total: int, n: int, fraction: float) -> float:
-    """What validation may hold: a document that would bring it beyond is trained on. Half of the share is then held at least."""
+    """What validation may hold: a document that would bring it beyond is trained on. Half of the share is
+    then held at least."""
     return max(largest_whole(total, n, fraction) + total * fraction / 2, total * fraction * 1.5)
 
 
 def hold_out(sizes: Sequence[int], order: Sequence[int], fraction: float) -> tuple[set[int], set[int]]:
-    """(documents held out whole, drawn in this order; documents whose last `fraction` is held out), by their numbers."""
+    """(documents held out whole, drawn in this order; documents whose last `fraction` is held out), by
+    their numbers."""
     total = sum(sizes)
     large, most = (limit(total, len(sizes), fraction) for limit in (largest_whole, most_held))
     cut, whole = {i for i, size in enumerate(sizes) if size > large}, set()
@@ -47,6 +52,10 @@ def hold_out_rows(sizes: Sequence[int], order: Sequence[int], n_held: int) -> se
 
 
 def check_share(held: int, total: int, fraction: float, unit: str, advice: str) -> None:
-    """Warn where validation holds far more, or far less, than the share that was asked for. A few words have no shares."""
+    """Warn where validation holds far more, or far less, than the share that was asked for. A few words
+    have no shares."""
     if total >= 1000 and not fraction / 2 <= held / total <= 2 * fraction + 0.05:
-        warn(f"validation holds {held:,} {unit} and training {total - held:,}, where {fraction:.3g} of the text was to be held out; {advice}")
+        warn(
+            f"validation holds {held:,} {unit} and training {total - held:,}, where {fraction:.3g} of the "
+            f"text was to be held out; {advice}"
+        )

@@ -1,4 +1,5 @@
-"""What a step trains on: every token once, the same for every worker, rank and resume, in memory and from a stream."""
+"""What a step trains on: every token once, the same for every worker, rank and resume, in memory and from
+a stream."""
 
 import itertools
 import json
@@ -43,8 +44,12 @@ def flat(batches: list[dict], name: str = "labels") -> list[int]:
 
 
 def same(one: list[dict], other: list[dict]) -> bool:
-    """Whether two lists of micro-batches hold equal tensors; where a stream stands may be written down in several ways."""
-    one, other = ([{k: v.tolist() for k, v in batch.items() if k != "stream_state"} for batch in batches] for batches in (one, other))
+    """Whether two lists of micro-batches hold equal tensors; where a stream stands may be written down in
+    several ways."""
+    one, other = (
+        [{k: v.tolist() for k, v in batch.items() if k != "stream_state"} for batch in batches]
+        for batches in (one, other)
+    )
     return one == other
 
 
@@ -56,14 +61,25 @@ def same_steps(one: list[list[dict]], other: list[list[dict]]) -> bool:
 
 
 def test_eos_stands_behind_every_document_and_nowhere_else():
-    assert tokenize(["ab", "c", "<|endoftext|>"], BYTE).tolist() == [97, 98, 256, 99, 256, *b"<|endoftext|>", 256]
+    assert tokenize(["ab", "c", "<|endoftext|>"], BYTE).tolist() == [
+        97,
+        98,
+        256,
+        99,
+        256,
+        *b"<|endoftext|>",
+        256,
+    ]
 
 
 def test_validation_documents_that_are_trained_on_are_told(tmp_path, capsys):
     texts = [f"text number {i} is told here\n<|endoftext|>\n" for i in range(9)]
     (tmp_path / "all.txt").write_text("".join(texts))
     (tmp_path / "other.txt").write_text("".join(texts[:2]) + "another text\n<|endoftext|>\n")
-    tree = {"data": {"path": str(tmp_path / "all.txt"), "val_path": str(tmp_path / "other.txt")}, "training": {"max_steps": 1}}
+    tree = {
+        "data": {"path": str(tmp_path / "all.txt"), "val_path": str(tmp_path / "other.txt")},
+        "training": {"max_steps": 1},
+    }
     data_module.load_corpus(validate_config(tree))
     assert "2 of 3 validation documents are trained on too" in capsys.readouterr().err
     (tmp_path / "other.txt").write_text("another text")
@@ -79,7 +95,9 @@ def test_many_documents_are_tokenized_as_one_by_one():
     assert tokenize(iter(documents), tokenizer).tolist() == expected
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(257, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)]
+)
 def test_tokens_take_two_bytes_where_the_vocabulary_allows(vocab_size, dtype):
     class Wide(ByteTokenizer):
         eos_id = vocab_size - 1
@@ -110,7 +128,9 @@ def test_a_text_shorter_than_a_block_gives_none(n):
 
 @pytest.mark.parametrize("pad_last", [False, True])
 def test_labels_are_the_input_shifted_by_one(pad_last):
-    for item in PackedLMDataset(positions(95), SEQ_LEN, stride=3, pad_last=pad_last).batch([0, 4, 9, 28]).items():
+    for item in (
+        PackedLMDataset(positions(95), SEQ_LEN, stride=3, pad_last=pad_last).batch([0, 4, 9, 28]).items()
+    ):
         assert item[0] in ("input_ids", "labels")
     batch = PackedLMDataset(positions(95), SEQ_LEN, stride=3, pad_last=pad_last).batch([0, 4, 9, 28])
     assert batch["input_ids"].shape == batch["labels"].shape == (4, SEQ_LEN)
@@ -123,7 +143,9 @@ def test_labels_are_the_input_shifted_by_one(pad_last):
 def test_blocks_start_every_stride_tokens_and_overlap_by_the_rest(n, stride):
     blocks = PackedLMDataset(positions(n), SEQ_LEN, stride)
     starts = [start for start in range(0, n, stride) if start + SEQ_LEN + 1 <= n]
-    assert [blocks[i]["input_ids"].tolist() for i in range(len(blocks))] == [list(range(s, s + SEQ_LEN)) for s in starts]
+    assert [blocks[i]["input_ids"].tolist() for i in range(len(blocks))] == [
+        list(range(s, s + SEQ_LEN)) for s in starts
+    ]
     assert blocks.n_dropped == n - (starts[-1] + SEQ_LEN + 1)
 
 
@@ -158,7 +180,8 @@ def test_a_batch_is_its_blocks_stacked():
 
 
 def test_a_segment_ends_with_its_eos():
-    """By hand: the EOS belongs to the document it closes; E E is an empty document; a block may begin with EOS."""
+    """By hand: the EOS belongs to the document it closes; E E is an empty document; a block may begin with
+    EOS."""
     a, b, E = 97, 98, 256
     rows = np.array([[a, E, b, b, E, a, a], [a, a, a, a, a, a, E], [E, E, a, E, E, E, b]])
     assert document_segments(rows, E).tolist() == [[0, 0, 1, 1, 1, 2, 2], [0] * 7, [0, 1, 2, 2, 3, 4, 5]]
@@ -166,7 +189,10 @@ def test_a_segment_ends_with_its_eos():
 
 @pytest.mark.parametrize("document_mask", [True, False])
 def test_segments_come_with_the_batch_when_asked_for(tmp_path, document_mask):
-    config, packed = text_config(tmp_path, document_mask=document_mask), text_data(tmp_path, document_mask=document_mask)
+    config, packed = (
+        text_config(tmp_path, document_mask=document_mask),
+        text_data(tmp_path, document_mask=document_mask),
+    )
     train, val = make_dataloaders(config, packed, BYTE, 2)
     for batch in [*next(iter(train)), next(iter(val))]:
         assert ("segments" in batch) == document_mask
@@ -181,7 +207,13 @@ def test_segments_come_with_the_batch_when_asked_for(tmp_path, document_mask):
 SHAPE = StepShape(micro_batch_size=2, grad_accum_steps=3)
 
 
-def indexed(shape: StepShape = SHAPE, n_tokens: int = 7 * 25 + 1, seed: int = 42, shuffle: bool = True, n_steps: int = 20) -> IndexedSteps:
+def indexed(
+    shape: StepShape = SHAPE,
+    n_tokens: int = 7 * 25 + 1,
+    seed: int = 42,
+    shuffle: bool = True,
+    n_steps: int = 20,
+) -> IndexedSteps:
     """25 blocks of 7, so a step of 6 blocks never divides an epoch."""
     return IndexedSteps(PackedLMDataset(positions(n_tokens), SEQ_LEN), shape, seed, shuffle, n_steps)
 
@@ -226,26 +258,36 @@ def test_the_sampler_begins_at_the_step_and_counts_the_whole_run(start):
 
 @pytest.mark.parametrize(("world", "accum"), [(2, 1), (2, 3), (3, 2)])
 def test_processes_together_see_what_one_process_accumulates(world, accum):
-    """Micro-batch m of rank r is micro-batch m * world + r of the one process, number for number (dropout hangs on it)."""
+    """Micro-batch m of rank r is micro-batch m * world + r of the one process, number for number (dropout
+    hangs on it)."""
     alone = indexed(StepShape(2, accum * world))
     ranks = [indexed(StepShape(2, accum, rank, world)) for rank in range(world)]
     for step in range(20):
         together = [ranks[rank][step][micro] for micro in range(accum) for rank in range(world)]
         assert same(together, alone[step])
-        numbers = [ranks[rank].shape.micro_index(step, micro) for micro in range(accum) for rank in range(world)]
+        numbers = [
+            ranks[rank].shape.micro_index(step, micro) for micro in range(accum) for rank in range(world)
+        ]
         assert numbers == [alone.shape.micro_index(step, micro) for micro in range(accum * world)]
     assert StepShape(2, accum, 0, world).blocks == alone.shape.blocks
 
 
 def test_no_two_micro_batches_of_a_run_share_a_number():
-    numbers = [StepShape(2, 3, rank, 4).micro_index(step, micro) for step in range(10) for micro in range(3) for rank in range(4)]
+    numbers = [
+        StepShape(2, 3, rank, 4).micro_index(step, micro)
+        for step in range(10)
+        for micro in range(3)
+        for rank in range(4)
+    ]
     assert sorted(numbers) == list(range(120))
 
 
 # ---- loaders of text in memory ------------------------------------------------------------------------------------
 
 
-def text_config(folder: Path, workers: int = 0, max_seq_len: int = SEQ_LEN, val_batches: int | None = None, **data) -> Config:
+def text_config(
+    folder: Path, workers: int = 0, max_seq_len: int = SEQ_LEN, val_batches: int | None = None, **data
+) -> Config:
     path = folder / "corpus.txt"
     if not path.exists():
         path.write_text("\n<|endoftext|>\n".join(f"document {i} " + "xyz" * (i % 5) for i in range(20)))
@@ -254,7 +296,12 @@ def text_config(folder: Path, workers: int = 0, max_seq_len: int = SEQ_LEN, val_
             "tokenizer": {"kind": "byte"},
             "model": {"max_seq_len": max_seq_len, "d_model": 8, "n_heads": 2},
             "data": {"path": str(path), **data},
-            "training": {"max_steps": 20, "micro_batch_size": 3, "grad_accum_steps": 2, "val_batches": val_batches},
+            "training": {
+                "max_steps": 20,
+                "micro_batch_size": 3,
+                "grad_accum_steps": 2,
+                "val_batches": val_batches,
+            },
             "hardware": {"num_workers": workers},
         }
     )
@@ -269,7 +316,9 @@ def test_any_number_of_workers_gives_the_same_steps(tmp_path):
     packed = text_data(tmp_path)
     alone = list(make_dataloaders(text_config(tmp_path), packed, BYTE, 20)[0])
     assert len(alone) == 20
-    assert all(len(step) == 2 and batch["input_ids"].shape == (3, SEQ_LEN) for step in alone for batch in step)
+    assert all(
+        len(step) == 2 and batch["input_ids"].shape == (3, SEQ_LEN) for step in alone for batch in step
+    )
     for workers in (1, 2):
         train, _ = make_dataloaders(text_config(tmp_path, workers=workers), packed, BYTE, 20)
         assert same_steps(list(train), alone)
@@ -293,15 +342,20 @@ def test_ranks_and_workers_together_see_every_block_of_an_epoch_once(tmp_path, w
     packed = text_data(tmp_path)
     packed.train = PackedLMDataset(positions(7 * 25 + 1), SEQ_LEN)
     config = text_config(tmp_path, workers=workers)
-    ranks = [list(make_dataloaders(config, packed, BYTE, 9, rank=rank, world=world)[0]) for rank in range(world)]
+    ranks = [
+        list(make_dataloaders(config, packed, BYTE, 9, rank=rank, world=world)[0]) for rank in range(world)
+    ]
     assert [len(steps) for steps in ranks] == [9] * world
-    seen = blocks_of([[ranks[rank][step][micro]] for step in range(9) for micro in range(2) for rank in range(world)])
+    seen = blocks_of(
+        [[ranks[rank][step][micro]] for step in range(9) for micro in range(2) for rank in range(world)]
+    )
     for start in range(0, len(seen) - 25, 25):
         assert sorted(seen[start : start + 25]) == list(range(25))
 
 
 def test_making_loaders_leaves_the_global_random_state_alone(tmp_path):
-    """Dropout draws from it, seeded by the step: a loader that drew from it would make runs depend on their workers."""
+    """Dropout draws from it, seeded by the step: a loader that drew from it would make runs depend on
+    their workers."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -320,7 +374,9 @@ def test_the_stride_of_the_config_makes_training_blocks_overlap_but_not_validati
 
 def test_training_and_validation_share_no_document(tmp_path):
     packed = text_data(tmp_path, val_fraction=0.3)
-    train, val = (BYTE.decode(part.tokens.tolist()).split("<|endoftext|>")[:-1] for part in (packed.train, packed.val))
+    train, val = (
+        BYTE.decode(part.tokens.tolist()).split("<|endoftext|>")[:-1] for part in (packed.train, packed.val)
+    )
     assert not set(train) & set(val)
     assert len(set(train)) + len(set(val)) == 20
     assert (packed.n_train_docs, packed.n_val_docs) == (len(train), len(val))
@@ -329,9 +385,18 @@ def test_training_and_validation_share_no_document(tmp_path):
 def test_sizes_are_described(tmp_path):
     packed = text_data(tmp_path)
     train, val = packed.describe()
-    assert f"{packed.n_train_docs} documents, {len(packed.train.tokens)} tokens, {len(packed.train)} blocks of 7" in train
-    assert f"({packed.train.n_dropped} tokens behind the last full block are left out)" in train or packed.train.n_dropped == 0
-    assert f"{packed.n_val_docs} documents, {len(packed.val.tokens)} tokens, {len(packed.val)} blocks of 7" in val
+    assert (
+        f"{packed.n_train_docs} documents, {len(packed.train.tokens)} tokens, {len(packed.train)} blocks of 7"
+        in train
+    )
+    assert (
+        f"({packed.train.n_dropped} tokens behind the last full block are left out)" in train
+        or packed.train.n_dropped == 0
+    )
+    assert (
+        f"{packed.n_val_docs} documents, {len(packed.val.tokens)} tokens, {len(packed.val)} blocks of 7"
+        in val
+    )
 
 
 @pytest.mark.parametrize("seq_len", [40, 400])
@@ -377,7 +442,9 @@ def test_every_validation_token_counts_once_over_all_ranks(world, n_tokens):
     assert len({len(rank) for rank in ranks}) == 1, "equally many, or one would wait for another"
     labels = [label for rank in ranks for i in range(len(rank)) for label in flat([rank[i]]) if label != -100]
     assert sorted(labels) == list(range(1, n_tokens))
-    assert all(rank[i]["input_ids"].numel() for rank in ranks for i in range(len(rank))), "no batch without rows"
+    assert all(rank[i]["input_ids"].numel() for rank in ranks for i in range(len(rank))), (
+        "no batch without rows"
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -410,14 +477,21 @@ def library(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("library")
     for n, part in enumerate((STORIES[:20], STORIES[20:])):
-        (folder / f"{n}.jsonl").write_text("".join(json.dumps({"text": story, "id": i}) + "\n" for i, story in enumerate(part)))
-        pyarrow.parquet.write_table(pyarrow.table({"text": part, "id": list(range(len(part)))}), folder / f"{n}.parquet", row_group_size=6)
+        (folder / f"{n}.jsonl").write_text(
+            "".join(json.dumps({"text": story, "id": i}) + "\n" for i, story in enumerate(part))
+        )
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": part, "id": list(range(len(part)))}),
+            folder / f"{n}.parquet",
+            row_group_size=6,
+        )
     return folder
 
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch, tmp_path):
-    """Groups of 8 documents, so that an epoch has several; and no cache of datasets outside the test's folder."""
+    """Groups of 8 documents, so that an epoch has several; and no cache of datasets outside the test's
+    folder."""
     import datasets
 
     monkeypatch.setattr(data_module, "SHUFFLE_GROUP", 8)
@@ -439,7 +513,9 @@ def stream_config(library: Path, kind: str = "json", workers: int = 0, accum: in
     )
 
 
-def stream_steps(library: Path, n: int, state: str | None = None, rank: int = 0, world: int = 1, **options) -> list[list[dict]]:
+def stream_steps(
+    library: Path, n: int, state: str | None = None, rank: int = 0, world: int = 1, **options
+) -> list[list[dict]]:
     """The first n steps of a stream opened anew, as a resumed process would."""
     config = stream_config(library, **options)
     packed = pack_corpus(load_corpus(config), BYTE, config)
@@ -471,7 +547,10 @@ def steps_of_epochs(epochs: float) -> int:
 def test_a_stream_in_order_equals_packing_in_memory(library, kind, stride):
     witness = PackedLMDataset(tokenize(STORIES[N_VAL:], BYTE), SEQ_LEN, stride)
     steps = stream_steps(library, len(witness) // 6, kind=kind, shuffle=False, stride=stride)
-    in_memory = [[witness.batch(range(6 * s + 3 * m, 6 * s + 3 * m + 3)) for m in range(2)] for s in range(len(witness) // 6)]
+    in_memory = [
+        [witness.batch(range(6 * s + 3 * m, 6 * s + 3 * m + 3)) for m in range(2)]
+        for s in range(len(witness) // 6)
+    ]
     assert len(in_memory) > 10
     assert same_steps(steps, in_memory)
 
@@ -479,7 +558,9 @@ def test_a_stream_in_order_equals_packing_in_memory(library, kind, stride):
 def test_a_stream_has_segments_like_text_in_memory(library):
     steps = stream_steps(library, 5, document_mask=True)
     for batch in (batch for step in steps for batch in step):
-        assert torch.equal(batch["segments"], torch.from_numpy(document_segments(batch["input_ids"].numpy(), BYTE.eos_id)))
+        assert torch.equal(
+            batch["segments"], torch.from_numpy(document_segments(batch["input_ids"].numpy(), BYTE.eos_id))
+        )
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -501,14 +582,18 @@ def test_a_stream_is_shuffled_by_the_seed_within_its_groups(library):
     for start in range(0, len(train) - 8, 8):
         assert sorted(read[start : start + 8]) == sorted(train[start : start + 8])
         assert read[start : start + 8] != train[start : start + 8]
-    orders = {tuple(train.index(story) - start for story in read[start : start + 8]) for start in range(0, len(train) - 8, 8)}
+    orders = {
+        tuple(train.index(story) - start for story in read[start : start + 8])
+        for start in range(0, len(train) - 8, 8)
+    }
     assert len(orders) > 1, "each group has an order of its own"
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_stream_resumes_from_every_step(library, kind, shuffle):
-    """A document half used, a group's end, a file's end, an epoch's end: the state behind each step continues alike."""
+    """A document half used, a group's end, a file's end, an epoch's end: the state behind each step
+    continues alike."""
     whole = stream_steps(library, steps_of_epochs(2.5), kind=kind, shuffle=shuffle)
     for at in range(0, len(whole) - 1, 1 if kind == "json" else 3):
         resumed = stream_steps(library, 4, states(whole)[at], kind=kind, shuffle=shuffle)
@@ -539,8 +624,12 @@ def test_a_stream_read_by_a_worker_is_the_same_and_so_is_its_state(library, kind
     by_worker = stream_steps(library, len(whole), kind=kind, workers=2)
     assert same_steps(by_worker, whole)
     at = steps_of_epochs(0.9)
-    assert same_steps(stream_steps(library, len(whole) - at - 1, states(whole)[at], kind=kind, workers=1), whole[at + 1 :]), "0 then 1"
-    assert same_steps(stream_steps(library, len(whole) - at - 1, states(by_worker)[at], kind=kind), whole[at + 1 :]), "1 then 0"
+    assert same_steps(
+        stream_steps(library, len(whole) - at - 1, states(whole)[at], kind=kind, workers=1), whole[at + 1 :]
+    ), "0 then 1"
+    assert same_steps(
+        stream_steps(library, len(whole) - at - 1, states(by_worker)[at], kind=kind), whole[at + 1 :]
+    ), "1 then 0"
 
 
 def test_two_ranks_share_the_blocks_of_a_stream(library):
@@ -558,7 +647,8 @@ def test_two_ranks_share_the_blocks_of_a_stream(library):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_and_workers_share_a_stream_of_uneven_files(tmp_path, world, workers):
-    """Files of 5, 2, 29 and 11 documents: each is read once an epoch by all ranks together, and none runs dry before the others."""
+    """Files of 5, 2, 29 and 11 documents: each is read once an epoch by all ranks together, and none runs
+    dry before the others."""
     rest = iter(STORIES)
     for n, size in enumerate((5, 2, 29, 11)):
         rows = itertools.islice(rest, size)
@@ -566,7 +656,9 @@ def test_ranks_and_workers_share_a_stream_of_uneven_files(tmp_path, world, worke
     n = steps_of_epochs(2.4) // world
     ranks = [stream_steps(tmp_path, n, rank=rank, world=world, workers=workers) for rank in range(world)]
     assert [len(steps) for steps in ranks] == [n] * world
-    together = [[ranks[rank][step][micro] for micro in range(2) for rank in range(world)] for step in range(n)]
+    together = [
+        [ranks[rank][step][micro] for micro in range(2) for rank in range(world)] for step in range(n)
+    ]
     read = documents_of(together)
     assert len(read) >= 2 * (N_DOCS - N_VAL)
     for start in (0, N_DOCS - N_VAL):
@@ -620,7 +712,10 @@ def test_a_null_row_is_left_out_and_counted(tmp_path, capsys, streaming):
     corpus = load_corpus(stream_config(tmp_path, val_docs=2, streaming=streaming))
     train = corpus.train.take(100) if streaming else corpus.train
     assert sorted(train + corpus.val) == sorted(row["text"] for row in rows if row["text"])
-    assert capsys.readouterr().err.splitlines()[-1] == "warning: 2 rows without text left out; the first: row 8 has no text"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "warning: 2 rows without text left out; the first: row 8 has no text"
+    )
     if streaming:
         corpus.train.seek(None)
         assert corpus.train.take(100) == train
@@ -653,7 +748,11 @@ def test_a_row_of_another_type_does_not_end_a_stream(capsys):
     rows = [{"text": "one"}, *ODD, {"text": "two"}]
     assert DocumentStream(Rows(rows), "text").take(9) == ["one", "two"]
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "warning: 1 row without text left out; the first: row 2 has no text in field 'text' (fields: text), it holds 5"
+    assert (
+        said[0]
+        == "warning: 1 row without text left out; the first: row 2 has no text in field 'text' (fields: "
+        "text), it holds 5"
+    )
     assert said[-1].startswith("warning: 6 rows without text left out; the first: row 2")
 
 
@@ -662,7 +761,11 @@ def test_a_stream_resumes_exactly_between_rows_without_text():
 
     def steps(n: int, state: str | None = None) -> list:
         stream = DocumentStream(Rows(rows), "text")
-        return list(itertools.islice(StreamingPackedLMDataset(stream, BYTE, SEQ_LEN, SEQ_LEN, StepShape(2, 1), 42, state=state), n))
+        return list(
+            itertools.islice(
+                StreamingPackedLMDataset(stream, BYTE, SEQ_LEN, SEQ_LEN, StepShape(2, 1), 42, state=state), n
+            )
+        )
 
     whole = steps(60)
     assert json.loads(whole[-1][0]["stream_state"])["epoch"] > 0
@@ -671,7 +774,11 @@ def test_a_stream_resumes_exactly_between_rows_without_text():
 
 
 def test_a_stream_whose_first_row_has_no_such_field_is_refused():
-    with pytest.raises(UserError, match=r"row 1 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set data\.text_field"):
+    with pytest.raises(
+        UserError,
+        match=r"row 1 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set "
+        r"data\.text_field",
+    ):
         DocumentStream(Rows([{"text": 5}, {"text": "one"}]), "text").take(1)
 
 
@@ -679,7 +786,10 @@ def test_a_stream_that_is_mostly_held_out_is_told_with_both_sizes(tmp_path, caps
     """By default its first 200 rows validate, however few follow."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:07}..."}) + "\n" for i in range(230)))
     corpus = load_corpus(stream_config(tmp_path, val_docs=None))
-    assert "the first 200 rows of the stream are held out for validation (2,000 characters), and 300 characters are left" in capsys.readouterr().err
+    assert (
+        "the first 200 rows of the stream are held out for validation (2,000 characters), and 300 "
+        "characters are left" in capsys.readouterr().err
+    )
     assert corpus.train.take(1) == ["0000200..."], "reading has not moved"
     load_corpus(stream_config(tmp_path, val_docs=20))
     assert capsys.readouterr().err == ""
@@ -691,7 +801,9 @@ def test_a_document_that_is_most_of_a_dataset_is_trained_on(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for seed in range(20):
         for limit in (None, 5):
-            train, val = hf_documents(stream_config(tmp_path, streaming=False, val_docs=9, train_docs=limit).data, seed)
+            train, val = hf_documents(
+                stream_config(tmp_path, streaming=False, val_docs=9, train_docs=limit).data, seed
+            )
             assert texts[7] not in val
             assert len(train) == (limit or 31) and (limit or len(val) == 9)
             assert not set(train) & set(val)
@@ -699,7 +811,9 @@ def test_a_document_that_is_most_of_a_dataset_is_trained_on(tmp_path):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_missing_text_field_lists_the_fields_there_are(library, streaming):
-    with pytest.raises(UserError, match=r"row 1 has no text in field 'story' \(fields: text, id\); set data\.text_field"):
+    with pytest.raises(
+        UserError, match=r"row 1 has no text in field 'story' \(fields: text, id\); set data\.text_field"
+    ):
         load_corpus(stream_config(library, text_field="story", streaming=streaming))
 
 
@@ -719,7 +833,10 @@ def test_local_files_that_are_not_there_are_named(tmp_path, path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize(("kind", "content"), [("json", b'{"text": "a"}\n{"text": \n'), ("json", b"\xff\xfe\x00"), ("parquet", b"PAR1 not really")])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [("json", b'{"text": "a"}\n{"text": \n'), ("json", b"\xff\xfe\x00"), ("parquet", b"PAR1 not really")],
+)
 def test_local_files_that_are_damaged_are_refused(tmp_path, kind, content, streaming):
     (tmp_path / f"a.{'jsonl' if kind == 'json' else kind}").write_bytes(content)
     with pytest.raises(UserError):
@@ -729,12 +846,19 @@ def test_local_files_that_are_damaged_are_refused(tmp_path, kind, content, strea
 def test_a_validation_split_of_local_files_is_refused():
     """The files have no splits: every name would open the same documents, for training and for validation."""
     with pytest.raises(UserError, match="val_split"):
-        validate_config({"data": {"source": "hf", "dataset": "json", "path": "a.jsonl", "val_split": "validation"}, "training": {"max_steps": 1}})
+        validate_config(
+            {
+                "data": {"source": "hf", "dataset": "json", "path": "a.jsonl", "val_split": "validation"},
+                "training": {"max_steps": 1},
+            }
+        )
 
 
 def test_validating_on_the_training_split_is_refused():
     with pytest.raises(UserError, match="val_split"):
-        validate_config({"data": {"source": "hf", "dataset": "a/b", "val_split": "train"}, "training": {"max_steps": 1}})
+        validate_config(
+            {"data": {"source": "hf", "dataset": "a/b", "val_split": "train"}, "training": {"max_steps": 1}}
+        )
 
 
 # ---- datasets in memory -------------------------------------------------------------------------------------------

@@ -53,16 +53,23 @@ def wrong(name: str, change: Callable) -> tuple:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        wrong("softmax", lambda right: lambda x, dim=-1: x.exp() / x.exp().sum(dim=dim, keepdim=True)),  # overflows
+        wrong(
+            "softmax", lambda right: lambda x, dim=-1: x.exp() / x.exp().sum(dim=dim, keepdim=True)
+        ),  # overflows
         wrong("cross_entropy", lambda right: lambda logits, targets: -softmax_then_log(logits, targets)),
         wrong("silu", lambda right: lambda x: torch.relu(x)),
         wrong("rope_halves", lambda right: lambda x, theta=10000.0: right(x, theta=1000.0)),
         wrong("to_neighbours", lambda right: lambda x: x),
-        wrong("attention", lambda right: lambda q, k, v, mask=None: right(q * q.shape[-1] ** 0.5, k, v, mask)),
+        wrong(
+            "attention", lambda right: lambda q, k, v, mask=None: right(q * q.shape[-1] ** 0.5, k, v, mask)
+        ),
         wrong("orthogonalize", lambda right: lambda G: right(G, steps=1)),
         wrong("clip_gradients", lambda right: lambda parameters, limit: right(parameters, limit * 2)),
         wrong("learning_rate", lambda right: lambda step, *rest: right(step + 1, *rest)),
-        wrong("sampling_probabilities", lambda right: lambda logits, temperature=1.0, top_k=None, top_p=1.0: right(logits, temperature)),
+        wrong(
+            "sampling_probabilities",
+            lambda right: lambda logits, temperature=1.0, top_k=None, top_p=1.0: right(logits, temperature),
+        ),
         wrong("last_place", lambda right: lambda pattern, text, start, end: end // 2),
     ],
 )
@@ -139,7 +146,11 @@ def test_training_finds_the_merges_of_a_naive_count(seed):
 def test_special_tokens_are_one_token_and_merge_with_nothing():
     bpe = BPE.train([f"one{EOS_TEXT}one two<|x|>two " * 20], 300, ["<|x|>", EOS_TEXT, "<|x|>y"])
     ids = bpe.encode(f"one{EOS_TEXT} two<|x|>y<|x|>")
-    assert [id for id in ids if id >= bpe.vocab_size - 3] == [bpe.specials[EOS_TEXT], bpe.specials["<|x|>y"], bpe.specials["<|x|>"]]
+    assert [id for id in ids if id >= bpe.vocab_size - 3] == [
+        bpe.specials[EOS_TEXT],
+        bpe.specials["<|x|>y"],
+        bpe.specials["<|x|>"],
+    ]
     assert bpe.decode(ids) == f"one{EOS_TEXT} two<|x|>y<|x|>"
     assert not any(b"<|" in token for token in bpe.bytes_of[256:])
     with pytest.raises(UserError, match="special token 'a b' has blanks"):
@@ -149,7 +160,9 @@ def test_special_tokens_are_one_token_and_merge_with_nothing():
 def test_lines_are_encoded_as_the_whole_text_is():
     data = gpt2_files()
     bpe = BPE.from_files(data / "encoder.json", data / "vocab.bpe")
-    assert list(bpe.encode_iterable(CORPUS.splitlines(keepends=True))) == GPT2Tokenizer().backend.encode(CORPUS, allowed_special="all")
+    assert list(bpe.encode_iterable(CORPUS.splitlines(keepends=True))) == GPT2Tokenizer().backend.encode(
+        CORPUS, allowed_special="all"
+    )
     text = " \n\n\n  x\n\n \ty  \n" * 3 + EOS_TEXT + "\n\n" + "z" * 50
     for lines in (text.splitlines(keepends=True), list(text), [text]):
         assert list(bpe.encode_iterable(lines)) == bpe.encode(text)
@@ -172,10 +185,14 @@ def test_lines_are_not_gathered():
 
 
 def test_a_text_of_ever_new_words_does_not_fill_the_memory(monkeypatch):
-    """The cache of words is bounded, in words and in characters, and what it forgets is encoded again to the same ids."""
+    """The cache of words is bounded, in words and in characters, and what it forgets is encoded again to
+    the same ids."""
     monkeypatch.setattr(from_scratch, "CACHED_WORDS", 300)
     bpe, dice = BPE.train([CORPUS], 400), random.Random(3)
-    lines = [" ".join(["".join(dice.choices("etaoin", k=9)), "x" * dice.choice((3, 99)), "attention"]) + "\n" for _ in range(3000)]
+    lines = [
+        " ".join(["".join(dice.choices("etaoin", k=9)), "x" * dice.choice((3, 99)), "attention"]) + "\n"
+        for _ in range(3000)
+    ]
     tracemalloc.start()
     most = 0
     for _ in bpe.encode_iterable(iter(lines)):
@@ -202,10 +219,18 @@ def test_files_are_read_and_wrong_ones_refused(tmp_path):
     written = ["".join(chars[byte] for byte in token) for token in bpe.bytes_of]
     vocab = {text: id for id, text in enumerate([*written, EOS_TEXT])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{written[a]} {written[b]}\n" for a, b in bpe.merges))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{written[a]} {written[b]}\n" for a, b in bpe.merges)
+    )
     again = BPE.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
     assert again.encode(CORPUS) == bpe.encode(CORPUS) and again.vocab_size == bpe.vocab_size == 400
-    for broken in ("[]", "{", json.dumps({**vocab, written[300]: 301}), json.dumps({**vocab, EOS_TEXT: 5}), json.dumps({"\u6771": 0})):
+    for broken in (
+        "[]",
+        "{",
+        json.dumps({**vocab, written[300]: 301}),
+        json.dumps({**vocab, EOS_TEXT: 5}),
+        json.dumps({"\u6771": 0}),
+    ):
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(UserError, match="do not belong together"):
             BPE.from_files(tmp_path / "broken.json", tmp_path / "merges.txt")

@@ -1,4 +1,5 @@
-"""Low-rank adapters: nothing changes at the start, only they are trained, and merging them changes nothing but their form."""
+"""Low-rank adapters: nothing changes at the start, only they are trained, and merging them changes nothing
+but their form."""
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from lora import LoRALinear, add_adapters, merge_adapters
 from model import GPTConfig, GPTMini
 from support.messages import UserError
 
-SIZES = {"vocab_size": 37, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 40, "max_seq_len": 16}
+SIZES = {
+    "vocab_size": 37,
+    "d_model": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 40,
+    "max_seq_len": 16,
+}
 RANK, ALPHA = 3, 6.0
 
 
@@ -74,25 +83,43 @@ def test_only_adapters_are_trained_and_names_stay():
     assert {name for name, p in adapted.named_parameters() if p.requires_grad} == new
     assert all(name.endswith(("_proj.lora_A", "_proj.lora_B")) for name in new)
     D, F, K = SIZES["d_model"], SIZES["d_ff"], 12  # K: width of the key and value heads
-    each_block = 2 * (D + D) + 2 * (D + K) + 2 * (D + F) + (F + D)  # q, o; k, v; gate, up; down: inputs plus outputs
-    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == SIZES["n_layers"] * RANK * each_block
+    each_block = (
+        2 * (D + D) + 2 * (D + K) + 2 * (D + F) + (F + D)
+    )  # q, o; k, v; gate, up; down: inputs plus outputs
+    assert (
+        sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        == SIZES["n_layers"] * RANK * each_block
+    )
 
 
 def test_targets_choose_by_the_last_part_of_the_name():
     torch.manual_seed(5)
     model = GPTMini(GPTConfig(**SIZES))
     assert add_adapters(model, RANK, ALPHA, ["q_proj", "v_proj"]) == 2 * SIZES["n_layers"]
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "q_proj",
+        "v_proj",
+    }
 
 
-@pytest.mark.parametrize(("targets", "changes"), [(["c_attn"], {}), (["gate_proj"], {"mlp": "gelu"}), (["lm_head"], {"tie_embeddings": False})])
+@pytest.mark.parametrize(
+    ("targets", "changes"),
+    [(["c_attn"], {}), (["gate_proj"], {"mlp": "gelu"}), (["lm_head"], {"tie_embeddings": False})],
+)
 def test_a_target_no_block_has_is_refused(targets, changes):
     """The head too: its weight is read without the layer, so that an adapter of it would never be seen."""
     with pytest.raises(UserError, match=f"no block has a {targets[0]}; this model has .*q_proj"):
         build(targets=targets, **changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bias": True, "mlp": "gelu", "norm": "layernorm", "position": "learned"}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bias": True, "mlp": "gelu", "norm": "layernorm", "position": "learned"},
+        {"tie_embeddings": False},
+    ],
+)
 def test_merged_weights_make_a_plain_model_with_the_same_logits(ids, changes):
     adapted = build(**changes)
     move_adapters(adapted)
@@ -103,13 +130,20 @@ def test_merged_weights_make_a_plain_model_with_the_same_logits(ids, changes):
     plain.load_state_dict(merged, strict=True)
     torch.testing.assert_close(plain(ids), adapted(ids), rtol=1e-5, atol=1e-5)
     assert (base_logits - adapted(ids)).abs().max() > 0.01, "the adapters did nothing, so this shows nothing"
-    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items()), "merging changed what it was given"
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items()), (
+        "merging changed what it was given"
+    )
 
 
 def test_a_merge_in_bf16_is_rounded_once():
     weights = {"p.weight": torch.full((1, 1), 256.0, dtype=torch.bfloat16)}  # the next number up is 258
-    weights |= {"p.lora_A": torch.full((2, 1), 0.75, dtype=torch.bfloat16), "p.lora_B": torch.ones(1, 2, dtype=torch.bfloat16)}
-    merged = merge_adapters(weights, rank=2, alpha=2.0)  # 256 + 2 * 0.75 = 257.5; in bf16 steps of 0.75 it would stay at 256
+    weights |= {
+        "p.lora_A": torch.full((2, 1), 0.75, dtype=torch.bfloat16),
+        "p.lora_B": torch.ones(1, 2, dtype=torch.bfloat16),
+    }
+    merged = merge_adapters(
+        weights, rank=2, alpha=2.0
+    )  # 256 + 2 * 0.75 = 257.5; in bf16 steps of 0.75 it would stay at 256
     assert merged["p.weight"].dtype == torch.bfloat16 and merged["p.weight"].item() == 258.0
 
 

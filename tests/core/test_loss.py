@@ -14,7 +14,9 @@ from support.chunked_loss import ChunkedCrossEntropy, cross_entropy_sum
 
 B, T, D, V = 3, 7, 5, 13  # 21 rows
 ALL, NONE = [], list(range(B * T))
-FORMS = pytest.mark.parametrize("chunk_rows", [None, 4, 7, 1000], ids=["plain", "chunks-of-4", "chunks-of-7", "one-chunk"])
+FORMS = pytest.mark.parametrize(
+    "chunk_rows", [None, 4, 7, 1000], ids=["plain", "chunks-of-4", "chunks-of-7", "one-chunk"]
+)
 
 
 def use_form(monkeypatch, chunk_rows: int | None) -> None:
@@ -40,14 +42,20 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 
 @FORMS
-@pytest.mark.parametrize("ignored", [ALL, [0, 5, 20], [4, 5, 6, 7], list(range(20))], ids=["all-scored", "some", "a-whole-chunk", "all-but-one"])
+@pytest.mark.parametrize(
+    "ignored",
+    [ALL, [0, 5, 20], [4, 5, 6, 7], list(range(20))],
+    ids=["all-scored", "some", "a-whole-chunk", "all-but-one"],
+)
 def test_value_and_gradients_equal_torch_s(monkeypatch, chunk_rows, ignored):
     use_form(monkeypatch, chunk_rows)
     hidden, weight, labels = example(ignored)
     loss, n_targets = cross_entropy_sum(hidden, weight, labels)
     assert n_targets.item() == B * T - len(ignored)
     assert loss.dtype == torch.float32
-    gradients = torch.autograd.grad(3 * loss, (hidden, weight))  # 3: the gradient from above must be passed on
+    gradients = torch.autograd.grad(
+        3 * loss, (hidden, weight)
+    )  # 3: the gradient from above must be passed on
     value, *expected = reference(hidden, weight, labels)
     torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=1e-6)
     for gradient, exact in zip(gradients, expected, strict=True):
@@ -62,7 +70,9 @@ def test_no_target_at_all_gives_zero_and_zero_gradients(monkeypatch, chunk_rows)
     loss, n_targets = cross_entropy_sum(hidden, weight, labels)
     loss.backward()
     assert (loss.item(), n_targets.item()) == (0.0, 0)
-    assert torch.equal(hidden.grad, torch.zeros_like(hidden)) and torch.equal(weight.grad, torch.zeros_like(weight))
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden)) and torch.equal(
+        weight.grad, torch.zeros_like(weight)
+    )
 
 
 @FORMS
@@ -71,7 +81,9 @@ def test_gradients_pass_gradcheck(monkeypatch, chunk_rows):
     use_form(monkeypatch, chunk_rows)
     hidden, weight, labels = example([2, 11])
     inputs = (hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
-    assert torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, labels)[0], inputs, eps=1e-2, atol=5e-3, rtol=1e-2)
+    assert torch.autograd.gradcheck(
+        lambda h, w: cross_entropy_sum(h, w, labels)[0], inputs, eps=1e-2, atol=5e-3, rtol=1e-2
+    )
 
 
 @FORMS
@@ -100,7 +112,9 @@ def test_without_gradients_the_value_is_the_same(monkeypatch, chunk_rows):
 
 @FORMS
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["bf16-autocast", "bf16-model"])
-def test_in_bf16_the_sum_is_float32_and_gradients_have_their_tensor_s_dtype(monkeypatch, chunk_rows, model_dtype):
+def test_in_bf16_the_sum_is_float32_and_gradients_have_their_tensor_s_dtype(
+    monkeypatch, chunk_rows, model_dtype
+):
     """Witness: the same bf16 logits, summed in float64. A sum in bf16 would be off by 1e-3."""
     use_form(monkeypatch, chunk_rows)
     hidden, weight, labels = example([3, 9])
@@ -131,13 +145,16 @@ AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["float32", "a
 @pytest.mark.parametrize("chunk_rows", [None, 7], ids=["plain", "chunks"])
 @AUTOCAST
 def test_traced_by_the_compiler_the_gradients_are_the_same(monkeypatch, chunk_rows, autocast):
-    """What the compiler makes of the Python code, run without generating any. With PyTorch 2.11 all of them were zero."""
+    """What the compiler makes of the Python code, run without generating any. With PyTorch 2.11 all of
+    them were zero."""
     use_form(monkeypatch, chunk_rows)
     torch._dynamo.reset()
     compiled = gradients(torch.compile(cross_entropy_sum, backend="aot_eager"), autocast)
     for one, other in zip(compiled, gradients(cross_entropy_sum, autocast), strict=True):
         assert other.abs().max() > 0.01
-        torch.testing.assert_close(one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
+        torch.testing.assert_close(
+            one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6
+        )
 
 
 @pytest.mark.slow
@@ -166,10 +183,14 @@ def test_large_logits_do_not_overflow(monkeypatch):
         use_form(monkeypatch, chunk_rows)
         hidden, weight, labels = example(ALL)
         loss, _ = cross_entropy_sum(hidden * 1e3, weight, labels)
-        torch.testing.assert_close(loss.double(), reference(hidden * 1e3, weight, labels)[0], rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(
+            loss.double(), reference(hidden * 1e3, weight, labels)[0], rtol=1e-5, atol=1e-3
+        )
 
 
-@pytest.mark.parametrize("vocab_size", [support.chunked_loss.CHUNKED_FROM_VOCAB - 1, support.chunked_loss.CHUNKED_FROM_VOCAB])
+@pytest.mark.parametrize(
+    "vocab_size", [support.chunked_loss.CHUNKED_FROM_VOCAB - 1, support.chunked_loss.CHUNKED_FROM_VOCAB]
+)
 def test_a_large_vocabulary_takes_the_chunked_form(monkeypatch, vocab_size):
     chunked, apply = [], ChunkedCrossEntropy.apply
     monkeypatch.setattr(ChunkedCrossEntropy, "apply", lambda *args: chunked.append(True) or apply(*args))

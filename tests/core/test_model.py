@@ -1,7 +1,7 @@
 """The network does what its docstrings say.
 
-A `check_...` function takes the module under test, so that test_mutations.py can hand it a broken copy of model.py and
-show that the check would have noticed.
+A `check_...` function takes the module under test, so that test_mutations.py can hand it a broken copy of
+model.py and show that the check would have noticed.
 """
 
 import contextlib
@@ -18,15 +18,23 @@ from torch.overrides import TorchFunctionMode
 import model as real
 
 V, B, T, H, K = 11, 2, 7, 4, 2
-SMALL = {"vocab_size": V, "d_model": 24, "n_layers": 3, "n_heads": H, "n_kv_heads": K, "d_ff": 40, "max_seq_len": 16}
+SMALL = {
+    "vocab_size": V,
+    "d_model": 24,
+    "n_layers": 3,
+    "n_heads": H,
+    "n_kv_heads": K,
+    "d_ff": 40,
+    "max_seq_len": 16,
+}
 GPT2 = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True, "n_kv_heads": H}
 POSITIONS = ("rope", "learned", "sinusoidal")
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 
 
 def build(m: ModuleType, **switches) -> nn.Module:
-    """A small model in eval mode with large random weights: at its initial std of 0.02 attention is nearly uniform, and
-    many a mistake would hide below the tolerance."""
+    """A small model in eval mode with large random weights: at its initial std of 0.02 attention is nearly
+    uniform, and many a mistake would hide below the tolerance."""
     net = m.GPTMini(m.GPTConfig(**{**SMALL, **switches}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -48,15 +56,23 @@ def autocast(device: str, dtype: torch.dtype):
 # ---- the past does not see the future -----------------------------------------------------------------------------
 
 
-def check_causality(m: ModuleType, device: str = "cpu", dtype: torch.dtype = torch.float32, **switches) -> None:
+def check_causality(
+    m: ModuleType, device: str = "cpu", dtype: torch.dtype = torch.float32, **switches
+) -> None:
     net, ids = build(m, **switches).to(device), tokens(B, T).to(device)
     for cut in (1, 4, T - 1):
         other = ids.clone()
-        other[:, cut:] = (other[:, cut:] + 1 + tokens(B, T - cut, seed=cut).to(device) % (V - 1)) % V  # every later token changes
+        other[:, cut:] = (
+            other[:, cut:] + 1 + tokens(B, T - cut, seed=cut).to(device) % (V - 1)
+        ) % V  # every later token changes
         with torch.no_grad(), autocast(device, dtype):
             before, after = net(ids).float(), net(other).float()
-        torch.testing.assert_close(before[:, :cut], after[:, :cut], rtol=0, atol=1e-4, msg=f"positions before {cut} see later tokens")
-        assert (before[:, cut:] - after[:, cut:]).abs().amax(dim=(0, 2)).min() > 0.01, "the changed positions should change"
+        torch.testing.assert_close(
+            before[:, :cut], after[:, :cut], rtol=0, atol=1e-4, msg=f"positions before {cut} see later tokens"
+        )
+        assert (before[:, cut:] - after[:, cut:]).abs().amax(dim=(0, 2)).min() > 0.01, (
+            "the changed positions should change"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16-autocast"])
@@ -65,7 +81,11 @@ def test_changing_the_future_leaves_the_past_alone(device, dtype):
     check_causality(real, device, dtype)
 
 
-@pytest.mark.parametrize("switches", [GPT2, {"position": "sinusoidal", "n_kv_heads": H}, {"qk_norm": True, "n_kv_heads": 1}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [GPT2, {"position": "sinusoidal", "n_kv_heads": H}, {"qk_norm": True, "n_kv_heads": 1}],
+    ids=str,
+)
 def test_every_variant_is_causal(switches):
     check_causality(real, **switches)
 
@@ -82,7 +102,11 @@ def test_no_gradient_flows_from_a_position_to_a_later_token():
     net.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad_()) or out)
     logits = net(ids)
     for t in range(T):
-        grad = torch.autograd.grad(logits[0, t].square().sum(), seen[0], retain_graph=True)[0][0].abs().sum(dim=-1)  # (T,)
+        grad = (
+            torch.autograd.grad(logits[0, t].square().sum(), seen[0], retain_graph=True)[0][0]
+            .abs()
+            .sum(dim=-1)
+        )  # (T,)
         assert (grad[: t + 1] > 0).all()
         assert (grad[t + 1 :] == 0).all()
 
@@ -142,7 +166,10 @@ def naive_generate(net: nn.Module, ids: Tensor, n: int, sampling, seed: int) -> 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_cached_generation_equals_uncached_also_past_the_window(position, prompt_len):
     net, ids = build(real, max_seq_len=8, position=position), tokens(B, prompt_len)
-    for sampling in (real.SamplingConfig(temperature=0), real.SamplingConfig(temperature=1.5, top_k=9, repetition_penalty=1.2)):
+    for sampling in (
+        real.SamplingConfig(temperature=0),
+        real.SamplingConfig(temperature=1.5, top_k=9, repetition_penalty=1.2),
+    ):
         generated = net.generate(ids, 14, sampling, generator=torch.Generator().manual_seed(5))
         assert generated.tolist() == naive_generate(net, ids, 14, sampling, seed=5).tolist()
 
@@ -166,7 +193,8 @@ def test_generating_nothing_returns_the_prompt():
 
 
 def test_each_row_stops_at_its_own_eos_and_the_stream_when_all_have(monkeypatch):
-    """Row 0 ends with the first token, row 1 with the third; what is drawn for row 0 meanwhile does not count."""
+    """Row 0 ends with the first token, row 1 with the third; what is drawn for row 0 meanwhile does not
+    count."""
     eos, script = 9, iter([[9, 1], [2, 3], [4, 9], [5, 5]])
     monkeypatch.setattr(real, "sample_next", lambda *args: torch.tensor(next(script)))
     net, ids = build(real), tokens(B, 4)
@@ -193,7 +221,8 @@ def test_a_sequence_beyond_max_seq_len_is_refused_with_value_and_rule(cached):
 
 
 def naive_attention(attn: nn.Module, x: Tensor) -> Tensor:
-    """Attention without positions, one number at a time, in float64: query head h reads key/value head h // (H / K)."""
+    """Attention without positions, one number at a time, in float64: query head h reads key/value head h
+    // (H / K)."""
     x, hd = x.double(), attn.head_dim
     q, k, v = (x @ w.weight.double().T for w in (attn.q_proj, attn.k_proj, attn.v_proj))
     out = torch.zeros_like(q)
@@ -213,7 +242,9 @@ def check_gqa_equals_naive_attention(m: ModuleType, n_kv_heads: int = K) -> None
     attn = build(m, n_kv_heads=n_kv_heads).layers[0].self_attn
     x = torch.randn(B, T, SMALL["d_model"], generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        torch.testing.assert_close(attn(x, None, None, None).double(), naive_attention(attn, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            attn(x, None, None, None).double(), naive_attention(attn, x), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, K])
@@ -225,16 +256,22 @@ def test_as_many_kv_heads_as_query_heads_is_plain_attention():
     check_gqa_equals_naive_attention(real, H)
 
 
-@pytest.mark.parametrize(("n_keys", "masked"), [(T, False), (T, True), (10, True)], ids=["causal", "mask", "mask-behind-a-cache"])
+@pytest.mark.parametrize(
+    ("n_keys", "masked"), [(T, False), (T, True), (10, True)], ids=["causal", "mask", "mask-behind-a-cache"]
+)
 def test_fused_attention_equals_explicit_attention_in_values_and_gradients(n_keys, masked):
     mask = None
     if masked:
         mask = real.causal_mask(T, n_keys, torch.device("cpu"))
-        mask = torch.stack([mask, mask & (torch.arange(n_keys) >= n_keys - T)])[:, None]  # row 1 does not see the first ones
+        mask = torch.stack([mask, mask & (torch.arange(n_keys) >= n_keys - T)])[
+            :, None
+        ]  # row 1 does not see the first ones
     results = []
     for attend in (real.fused_attention, real.explicit_attention):
         generator = torch.Generator().manual_seed(3)
-        q, k, v = (torch.randn(B, H, n, 6, generator=generator, requires_grad=True) for n in (T, n_keys, n_keys))
+        q, k, v = (
+            torch.randn(B, H, n, 6, generator=generator, requires_grad=True) for n in (T, n_keys, n_keys)
+        )
         out = attend(q, k, v, mask, 0.0)
         weights = torch.randn(out.shape, generator=generator)
         results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
@@ -276,7 +313,9 @@ def rotated(m: ModuleType, x: Tensor, positions: list[int], theta: float = 100.0
 
 def check_rope_depends_on_distance_only(m: ModuleType) -> None:
     q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(4))
-    dots = [(rotated(m, q, [17 + shift]) * rotated(m, k, [13 + shift])).sum().item() for shift in (0, 1, 50, 1000)]
+    dots = [
+        (rotated(m, q, [17 + shift]) * rotated(m, k, [13 + shift])).sum().item() for shift in (0, 1, 50, 1000)
+    ]
     assert dots == pytest.approx([dots[0]] * 4, abs=1e-3)
     further = (rotated(m, q, [17]) * rotated(m, k, [10])).sum().item()
     assert abs(further - dots[0]) > 0.05, "another distance should give another product"
@@ -285,11 +324,19 @@ def check_rope_depends_on_distance_only(m: ModuleType) -> None:
 
 def check_rope_is_complex_rotation(m: ModuleType) -> None:
     """The witness: dimensions i and i + hd/2 are one complex number, turned by position * theta^(-2i/hd)."""
-    x, positions, theta = torch.randn(B, H, 4, 6, generator=torch.Generator().manual_seed(4)), [0, 1, 5, 40], 100.0
+    x, positions, theta = (
+        torch.randn(B, H, 4, 6, generator=torch.Generator().manual_seed(4)),
+        [0, 1, 5, 40],
+        100.0,
+    )
     numbers = torch.complex(x[..., :3].double(), x[..., 3:].double())
-    angles = torch.tensor([[p * theta ** (-2 * i / 6) for i in range(3)] for p in positions], dtype=torch.float64)
+    angles = torch.tensor(
+        [[p * theta ** (-2 * i / 6) for i in range(3)] for p in positions], dtype=torch.float64
+    )
     turned = numbers * torch.polar(torch.ones_like(angles), angles)
-    torch.testing.assert_close(rotated(m, x, positions).double(), torch.cat([turned.real, turned.imag], dim=-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        rotated(m, x, positions).double(), torch.cat([turned.real, turned.imag], dim=-1), rtol=0, atol=1e-4
+    )
 
 
 def check_order_matters(m: ModuleType, position: str = "rope") -> None:
@@ -315,7 +362,9 @@ def test_order_matters(position):
 
 def test_a_larger_rope_theta_turns_slower():
     (_, fast), (_, slow) = (real.rope_tables(torch.tensor([1]), 6, theta) for theta in (100.0, 10000.0))
-    assert fast[0, 3].item() == pytest.approx(slow[0, 3].item())  # the first pair turns by one radian a position whatever theta is
+    assert fast[0, 3].item() == pytest.approx(
+        slow[0, 3].item()
+    )  # the first pair turns by one radian a position whatever theta is
     assert (slow[0, 4:] < 0.5 * fast[0, 4:]).all()
 
 
@@ -324,8 +373,13 @@ def test_sinusoidal_positions_are_those_of_the_paper():
     expected = torch.zeros(4, 6)
     for row, pos in enumerate([0, 1, 2, 30]):
         for i in range(3):
-            expected[row, 2 * i], expected[row, 2 * i + 1] = math.sin(pos / 10000 ** (2 * i / 6)), math.cos(pos / 10000 ** (2 * i / 6))
-    torch.testing.assert_close(real.sinusoidal_table(torch.tensor([0, 1, 2, 30]), 6), expected, rtol=0, atol=1e-5)
+            expected[row, 2 * i], expected[row, 2 * i + 1] = (
+                math.sin(pos / 10000 ** (2 * i / 6)),
+                math.cos(pos / 10000 ** (2 * i / 6)),
+            )
+    torch.testing.assert_close(
+        real.sinusoidal_table(torch.tensor([0, 1, 2, 30]), 6), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_positions_keep_float32_precision_in_a_bf16_model():
@@ -348,7 +402,13 @@ def check_segments_isolate(m: ModuleType, position: str = "rope") -> None:
             for number in numbers.unique():
                 mine = numbers == number
                 alone = net(ids[row : row + 1, mine])[0]
-                torch.testing.assert_close(packed[row, mine], alone, rtol=1e-4, atol=1e-4, msg="a document in a row differs from the document alone")
+                torch.testing.assert_close(
+                    packed[row, mine],
+                    alone,
+                    rtol=1e-4,
+                    atol=1e-4,
+                    msg="a document in a row differs from the document alone",
+                )
         other = ids.clone()
         other[0, :3] = (other[0, :3] + 1) % V
         changed = net(other, segments=SEGMENTS)
@@ -372,7 +432,13 @@ def test_segment_mask_and_positions_by_hand():
     assert real.segment_positions(segments).tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
     mask = real.segment_mask(segments[:1])
     assert mask.shape == (1, 1, 5, 5)
-    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
 
 
 # ---- training: loss, checkpointing, initialization ----------------------------------------------------------------
@@ -384,7 +450,10 @@ def test_with_labels_forward_gives_the_summed_loss_and_the_number_of_targets():
     loss, n_targets = net(ids, labels)
     assert n_targets.item() == B * T - 3
     expected = -sum(
-        net(ids).double().log_softmax(dim=-1)[b, t, labels[b, t]].item() for b in range(B) for t in range(T) if labels[b, t] != -100
+        net(ids).double().log_softmax(dim=-1)[b, t, labels[b, t]].item()
+        for b in range(B)
+        for t in range(T)
+        if labels[b, t] != -100
     )  # labels are not shifted here: label t belongs to position t
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -399,14 +468,28 @@ def test_gradient_checkpointing_gives_identical_gradients(dropout):
         loss, _ = net(ids, labels)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in net.parameters())])
-    assert calls.count(False) == 1 and calls.count(True) == 2, "the checkpointed block should have run again in the backward pass"
+    assert calls.count(False) == 1 and calls.count(True) == 2, (
+        "the checkpointed block should have run again in the backward pass"
+    )
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 
 
 def check_initial_std(m: ModuleType, **switches) -> None:
     torch.manual_seed(0)
-    net = m.GPTMini(m.GPTConfig(**{**SMALL, "d_model": 96, "d_ff": 128, "vocab_size": 200, "tie_embeddings": False, "bias": True, **switches}))
+    net = m.GPTMini(
+        m.GPTConfig(
+            **{
+                **SMALL,
+                "d_model": 96,
+                "d_ff": 128,
+                "vocab_size": 200,
+                "tie_embeddings": False,
+                "bias": True,
+                **switches,
+            }
+        )
+    )
     n_layers, zero, seen = net.config.n_layers, switches.get("zero_init", False), set()
     for name, p in net.named_parameters():
         kind = name.split(".")[-2]
@@ -421,10 +504,22 @@ def check_initial_std(m: ModuleType, **switches) -> None:
         assert p.std().item() == pytest.approx(expected_std, rel=0.1), name
         assert p.mean().item() == pytest.approx(expected_mean, abs=1e-3), name
         seen.add(kind)
-    assert {"o_proj", "down_proj", "q_proj", "k_proj", "v_proj", "up_proj", "embed_tokens", "lm_head", "norm"} <= seen
+    assert {
+        "o_proj",
+        "down_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+        "embed_tokens",
+        "lm_head",
+        "norm",
+    } <= seen
 
 
-@pytest.mark.parametrize("switches", [{}, {"n_layers": 5}, {"mlp": "gelu", "position": "learned"}, {"zero_init": True}], ids=str)
+@pytest.mark.parametrize(
+    "switches", [{}, {"n_layers": 5}, {"mlp": "gelu", "position": "learned"}, {"zero_init": True}], ids=str
+)
 def test_initial_std_of_every_parameter_by_name(switches):
     check_initial_std(real, **switches)
 
@@ -448,16 +543,20 @@ def test_a_tied_head_is_one_tensor_and_counted_once():
 
 
 def test_embed_scale_multiplies_token_embeddings_by_the_root_of_d_model():
-    """Without it, an embedding table that is larger by that factor does the same; learned positions are not scaled."""
-    scaled, plain = (build(real, embed_scale=switch, tie_embeddings=False, position="learned") for switch in (True, False))
+    """Without it, an embedding table that is larger by that factor does the same; learned positions are
+    not scaled."""
+    scaled, plain = (
+        build(real, embed_scale=switch, tie_embeddings=False, position="learned") for switch in (True, False)
+    )
     with torch.no_grad():
         plain.embed_tokens.weight.mul_(24**0.5)
         torch.testing.assert_close(scaled(tokens(B, T)), plain(tokens(B, T)), rtol=1e-4, atol=1e-5)
 
 
 def test_flops_per_token_by_hand():
-    """2 for multiply and add, times 3 for forward and two backward products, for each weight. Causal attention: a query
-    meets seq_len / 2 keys on average, in two products (scores, values), over H heads of hd."""
+    """2 for multiply and add, times 3 for forward and two backward products, for each weight. Causal
+    attention: a query meets seq_len / 2 keys on average, in two products (scores, values), over H heads of
+    hd."""
     D, hd, d_ff, seq_len = 24, 6, 40, 16
     block = D * H * hd + 2 * D * K * hd + H * hd * D + 3 * D * d_ff
     attention = 2 * 3 * 2 * (seq_len // 2) * H * hd
@@ -481,21 +580,34 @@ def exact_norm(norm: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["bf16-autocast", "bf16-model"])
 def test_norms_are_computed_in_float32(kind, model_dtype):
-    """Every norm of a model at work against float64: what it returns is rounded once, at the end, to its input's dtype."""
+    """Every norm of a model at work against float64: what it returns is rounded once, at the end, to its
+    input's dtype."""
     net = build(real, norm=kind, bias=True, qk_norm=True).to(model_dtype)
     calls = []
     for name, module in net.named_modules():
         if isinstance(module, real.RMSNorm | real.LayerNorm):
-            module.register_forward_hook(lambda module, args, out, name=name: calls.append((name, module, args[0], out)))
+            module.register_forward_hook(
+                lambda module, args, out, name=name: calls.append((name, module, args[0], out))
+            )
     with torch.no_grad(), autocast("cpu", torch.bfloat16 if model_dtype == torch.float32 else torch.float32):
         net(tokens(B, T))
     assert len(calls) == 3 * 4 + 1
     for name, module, x, out in calls:
         assert out.dtype == x.dtype, name
-        assert x.dtype == (torch.bfloat16 if model_dtype == torch.bfloat16 or name.endswith(("q_norm", "k_norm")) else torch.float32), name
+        assert x.dtype == (
+            torch.bfloat16
+            if model_dtype == torch.bfloat16 or name.endswith(("q_norm", "k_norm"))
+            else torch.float32
+        ), name
         exact = exact_norm(module, x)
         one_rounding = 2**-8 if out.dtype == torch.bfloat16 else 2**-20
-        torch.testing.assert_close(out.double(), exact, rtol=one_rounding * 1.01, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            out.double(),
+            exact,
+            rtol=one_rounding * 1.01,
+            atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 class DtypesOf(TorchFunctionMode):
@@ -540,7 +652,12 @@ def test_loss_is_float32(model_dtype):
 def test_gpt2_switches_build_gpt2():
     net = build(real, **GPT2)
     names = {name for name, _ in net.named_parameters()}
-    assert {"embed_positions.weight", "layers.0.self_attn.q_proj.bias", "layers.0.mlp.down_proj.bias", "norm.bias"} <= names
+    assert {
+        "embed_positions.weight",
+        "layers.0.self_attn.q_proj.bias",
+        "layers.0.mlp.down_proj.bias",
+        "norm.bias",
+    } <= names
     assert not any("gate_proj" in name for name in names)
     assert "lm_head.bias" not in net.state_dict()
     assert net(tokens(B, T)).shape == (B, T, V)
@@ -567,8 +684,14 @@ def test_head_dim_may_differ_from_d_model_over_n_heads():
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        ({"d_model": 130, "n_heads": 4}, "d_model=130 is not a multiple of n_heads=4; try d_model=132, or set head_dim"),
-        ({"n_heads": 6, "d_model": 96, "n_kv_heads": 4}, "n_heads=6 is not a multiple of n_kv_heads=4; try n_kv_heads=3"),
+        (
+            {"d_model": 130, "n_heads": 4},
+            "d_model=130 is not a multiple of n_heads=4; try d_model=132, or set head_dim",
+        ),
+        (
+            {"n_heads": 6, "d_model": 96, "n_kv_heads": 4},
+            "n_heads=6 is not a multiple of n_kv_heads=4; try n_kv_heads=3",
+        ),
         ({"d_model": 12, "n_heads": 4}, "head_dim=3 is odd, but rotary positions turn pairs; try head_dim=4"),
         ({"d_model": 15, "head_dim": 4, "position": "sinusoidal"}, "d_model=15 is odd"),
         ({"d_modle": 16}, "d_modle"),

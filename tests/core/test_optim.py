@@ -13,8 +13,20 @@ from support.config.schema import TrainingConfig
 
 # Biases and a position table are there, so that every kind of parameter is.
 EVERYTHING = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True, "n_kv_heads": 4}
-SHAPES = {"vocab_size": 13, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 40, "max_seq_len": 16}
-MODELS = pytest.mark.parametrize("switches", [{}, {"qk_norm": True, "tie_embeddings": False}, EVERYTHING], ids=["default", "untied", "gpt2"])
+SHAPES = {
+    "vocab_size": 13,
+    "d_model": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 40,
+    "max_seq_len": 16,
+}
+MODELS = pytest.mark.parametrize(
+    "switches",
+    [{}, {"qk_norm": True, "tie_embeddings": False}, EVERYTHING],
+    ids=["default", "untied", "gpt2"],
+)
 
 
 def network(**switches) -> GPTMini:
@@ -50,15 +62,28 @@ def test_matrices_decay_vectors_do_not_and_each_parameter_is_in_one_group(switch
     assert sorted(members) == sorted(id(p) for p in net.parameters())  # a tied head is one parameter
     assert len(members) == len(set(members))
     for group in groups:
-        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.3) for p in group["params"]), names(net, group["params"])
+        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.3) for p in group["params"]), names(
+            net, group["params"]
+        )
         assert group["weight_decay"] in (0.0, 0.3)
 
 
 def test_the_decaying_parameters_by_name():
     net = network(**EVERYTHING)
-    decaying = [p for group in parameter_groups(net, training()) if group["weight_decay"] for p in group["params"]]
+    decaying = [
+        p for group in parameter_groups(net, training()) if group["weight_decay"] for p in group["params"]
+    ]
     decays = {name.split(".")[-2] for name in names(net, decaying)}
-    assert decays == {"embed_tokens", "embed_positions", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
+    assert decays == {
+        "embed_tokens",
+        "embed_positions",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 @MODELS
@@ -68,9 +93,14 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_nothing_else(switches):
     taken = [group for group in groups if group["muon"]]
     assert len(taken) == 1
     assert names(net, taken[0]["params"]) == {
-        name for name, p in net.named_parameters() if name.startswith("layers.") and name.endswith("proj.weight")
+        name
+        for name, p in net.named_parameters()
+        if name.startswith("layers.") and name.endswith("proj.weight")
     }
-    assert {(group["muon"], group["peak_lr"], group["lr"]) for group in groups} == {(True, 0.05, 0.05), (False, 0.01, 0.01)}
+    assert {(group["muon"], group["peak_lr"], group["lr"]) for group in groups} == {
+        (True, 0.05, 0.05),
+        (False, 0.01, 0.01),
+    }
 
 
 def test_adamw_alone_has_no_muon_group():
@@ -99,7 +129,10 @@ def test_adamw_is_torch_s_with_these_settings():
     mine = build_optimizer(ours, config)
     decay, rest = [[p for p in theirs.parameters() if (p.dim() >= 2) == matrix] for matrix in (True, False)]
     reference = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}], lr=0.02, betas=(0.8, 0.9), eps=1e-5
+        [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}],
+        lr=0.02,
+        betas=(0.8, 0.9),
+        eps=1e-5,
     )
     for step in range(5):
         factor = 1 - step / 5
@@ -124,14 +157,19 @@ def test_what_muon_leaves_to_adamw_is_stepped_as_adamw_does():
             q.grad = p.grad.clone()
         for optimizer in optimizers.values():
             optimizer.step()
-    equal = {name: torch.equal(p, q) for (name, p), q in zip(nets["adamw"].named_parameters(), nets["muon"].parameters(), strict=True)}
+    equal = {
+        name: torch.equal(p, q)
+        for (name, p), q in zip(nets["adamw"].named_parameters(), nets["muon"].parameters(), strict=True)
+    }
     assert equal == {name: not name.endswith("proj.weight") for name in equal}
 
 
 # ---- Muon ---------------------------------------------------------------------------------------------------------
 
 
-def with_singular_values(rows: int, columns: int, values: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def with_singular_values(
+    rows: int, columns: int, values: Tensor, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """(U S V^T, U, V) with random directions U, V and the given S."""
     n = min(rows, columns)
     generator = torch.Generator().manual_seed(seed)
@@ -140,13 +178,16 @@ def with_singular_values(rows: int, columns: int, values: Tensor, seed: int = 0)
     return U @ torch.diag(values) @ V.T, U, V
 
 
-SIZES = pytest.mark.parametrize(("rows", "columns"), [(12, 12), (20, 7), (7, 20)], ids=["square", "tall", "wide"])
+SIZES = pytest.mark.parametrize(
+    ("rows", "columns"), [(12, 12), (20, 7), (7, 20)], ids=["square", "tall", "wide"]
+)
 
 
 @SIZES
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_newton_schulz_pushes_singular_values_towards_one_and_keeps_their_directions(rows, columns, scale):
-    """In the basis of U and V the result is diagonal: the directions are the old ones, and the diagonal the new values."""
+    """In the basis of U and V the result is diagonal: the directions are the old ones, and the diagonal
+    the new values."""
     G, U, V = with_singular_values(rows, columns, scale * torch.linspace(0.05, 1.0, min(rows, columns)))
     inside = U.T @ newton_schulz(G[None])[0] @ V
     diagonal = inside.diagonal()
@@ -155,8 +196,13 @@ def test_newton_schulz_pushes_singular_values_towards_one_and_keeps_their_direct
 
 
 def test_newton_schulz_of_a_stack_is_that_of_each_matrix():
-    stack = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
-    torch.testing.assert_close(newton_schulz(stack), torch.cat([newton_schulz(G[None]) for G in stack]), rtol=1e-4, atol=1e-5)
+    stack = (
+        torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
+    )
+    torch.testing.assert_close(
+        newton_schulz(stack), torch.cat([newton_schulz(G[None]) for G in stack]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_newton_schulz_of_nothing_is_nothing():
@@ -184,17 +230,22 @@ def test_a_first_muon_step_by_hand():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon to compare with")
 @SIZES
 def test_muon_agrees_with_torch_s(rows, columns):
-    """The witness computes Newton-Schulz in bf16, so the two drift by percents; a wrong momentum, scale or transpose
-    would show at once. Weight decay acts beside it and is exact, so it is taken off first."""
+    """The witness computes Newton-Schulz in bf16, so the two drift by percents; a wrong momentum, scale or
+    transpose would show at once. Weight decay acts beside it and is exact, so it is taken off first."""
     generator = torch.Generator().manual_seed(5)
     mine = nn.Parameter(torch.randn(rows, columns, generator=generator))
     theirs = nn.Parameter(mine.detach().clone())
-    ours, reference = muon([mine], weight_decay=0.3), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True)
+    ours, reference = (
+        muon([mine], weight_decay=0.3),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True),
+    )
     for step in range(6):
         before = mine.detach().clone()
         with torch.no_grad():
             theirs.copy_(mine)
-        gradient = with_singular_values(rows, columns, torch.linspace(0.3, 1.0, min(rows, columns)), seed=step)[0]
+        gradient = with_singular_values(
+            rows, columns, torch.linspace(0.3, 1.0, min(rows, columns)), seed=step
+        )[0]
         updates = []
         for p, optimizer in ((mine, ours), (theirs, reference)):
             p.grad = gradient.clone()
@@ -238,7 +289,9 @@ def test_a_restored_optimizer_continues_identically(optimizer, tmp_path):
     resumed = None
     for step in range(6):
         if step == 3:
-            torch.save({"net": straight.state_dict(), "optimizer": stepper.state_dict()}, tmp_path / "state.pt")
+            torch.save(
+                {"net": straight.state_dict(), "optimizer": stepper.state_dict()}, tmp_path / "state.pt"
+            )
             saved = torch.load(tmp_path / "state.pt", weights_only=True)
             resumed = network()
             resumed.load_state_dict(saved["net"])
@@ -271,8 +324,13 @@ def test_the_loss_falls(optimizer):
 SCHEDULES = ("cosine", "linear", "wsd", "step", "constant")
 
 
-def factors(schedule: str, warmup_steps: int = 10, schedule_steps: int = 110, floor: float = 0.0, beyond: int = 5) -> list[float]:
-    return [lr_factor(step, schedule, warmup_steps, schedule_steps, floor) for step in range(schedule_steps + beyond)]
+def factors(
+    schedule: str, warmup_steps: int = 10, schedule_steps: int = 110, floor: float = 0.0, beyond: int = 5
+) -> list[float]:
+    return [
+        lr_factor(step, schedule, warmup_steps, schedule_steps, floor)
+        for step in range(schedule_steps + beyond)
+    ]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -296,7 +354,8 @@ def test_without_warmup_the_first_step_has_the_peak(schedule):
     ],
 )
 def test_each_schedule_by_hand(schedule, quarter, half, at_80, at_90, last, beyond):
-    """10 steps of warmup, then 100 of the schedule: step 35 is a quarter of the way, 109 the last, 110 and on behind it."""
+    """10 steps of warmup, then 100 of the schedule: step 35 is a quarter of the way, 109 the last, 110 and
+    on behind it."""
     at = factors(schedule)
     assert [at[35], at[60], at[90], at[100], at[109], at[110], at[114]] == pytest.approx(
         [quarter, half, at_80, at_90, last, beyond, beyond], rel=1e-5
@@ -328,12 +387,22 @@ def test_the_floor_is_where_the_decay_ends_not_where_it_is_cut_off():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "to_go"),  # what is left above the floor when a share of the steps after the warmup is still to come
-    [("linear", lambda left: left), ("wsd", lambda left: min(1, 5 * left)), ("cosine", lambda left: math.sin(math.pi * left / 2) ** 2)],
+    (
+        "schedule",
+        "to_go",
+    ),  # what is left above the floor when a share of the steps after the warmup is still to come
+    [
+        ("linear", lambda left: left),
+        ("wsd", lambda left: min(1, 5 * left)),
+        ("cosine", lambda left: math.sin(math.pi * left / 2) ** 2),
+    ],
 )
-@pytest.mark.parametrize(("warmup", "total", "floor"), [(1, 4, 0.0), (3, 10, 0.0), (7, 40, 0.25), (20, 300, 0.1)])
+@pytest.mark.parametrize(
+    ("warmup", "total", "floor"), [(1, 4, 0.0), (3, 10, 0.0), (7, 40, 0.25), (20, 300, 0.1)]
+)
 def test_the_first_and_last_steps_are_what_the_pages_say(schedule, to_go, warmup, total, floor):
-    """Not from zero: the first step has 1/warmup. Not down to the floor: the last step is one short of it, the next has it."""
+    """Not from zero: the first step has 1/warmup. Not down to the floor: the last step is one short of it,
+    the next has it."""
     at = factors(schedule, warmup, total, floor)
     assert at[0] == 1 / warmup > 0
     assert at[warmup - 1] == at[warmup] == 1
@@ -354,7 +423,14 @@ def test_a_schedule_that_is_all_warmup_does_not_divide_by_zero(schedule):
 
 
 def test_the_docstring_s_example():
-    assert [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)] == [
+        0.5,
+        1.0,
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+    ]
 
 
 def test_an_unknown_schedule_is_refused_by_name():
@@ -367,7 +443,10 @@ def test_the_factor_scales_every_group_s_own_peak():
     optimizer = build_optimizer(net, training(optimizer="muon", lr=0.01, muon_lr=0.04))
     for factor in (0.5, 0.25):  # always of the peak, not of what the last step left
         set_learning_rate(optimizer, factor)
-        assert {(group["muon"], group["lr"]) for group in optimizer.param_groups} == {(False, 0.01 * factor), (True, 0.04 * factor)}
+        assert {(group["muon"], group["lr"]) for group in optimizer.param_groups} == {
+            (False, 0.01 * factor),
+            (True, 0.04 * factor),
+        }
 
 
 def test_every_schedule_of_the_config_is_known_to_the_optimizer():

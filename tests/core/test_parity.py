@@ -13,7 +13,15 @@ from sampling import SamplingConfig
 pytestmark = pytest.mark.slow
 
 B, T = 2, 13
-TINY = {"vocab_size": 61, "d_model": 24, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 40, "max_seq_len": 32}
+TINY = {
+    "vocab_size": 61,
+    "d_model": 24,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 40,
+    "max_seq_len": 32,
+}
 TINY_HF = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -30,7 +38,8 @@ TINY_HF = {
 
 
 def ours(**switches) -> GPTMini:
-    """With large random weights, norm gains and biases: at the initial ones a swapped or forgotten tensor would hardly show."""
+    """With large random weights, norm gains and biases: at the initial ones a swapped or forgotten tensor
+    would hardly show."""
     net = GPTMini(GPTConfig(**{**TINY, **switches})).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -47,14 +56,20 @@ def rope(theta: float) -> dict:
 
 
 def llama_weights(net: GPTMini) -> dict[str, Tensor]:
-    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in net.state_dict().items()}
+    return {
+        name if name.startswith("lm_head.") else f"model.{name}": tensor
+        for name, tensor in net.state_dict().items()
+    }
 
 
 def llama(net: GPTMini) -> nn.Module:
     import transformers  # here: `make test` collects this file without running it
 
     config = transformers.LlamaConfig(
-        **TINY_HF, **rope(net.config.rope_theta), rms_norm_eps=net.config.norm_eps, tie_word_embeddings=net.config.tie_embeddings
+        **TINY_HF,
+        **rope(net.config.rope_theta),
+        rms_norm_eps=net.config.norm_eps,
+        tie_word_embeddings=net.config.tie_embeddings,
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.load_state_dict(llama_weights(net), strict=True)
@@ -98,7 +113,9 @@ def gpt2_weights(net: GPTMini) -> dict[str, Tensor]:
     for i in range(net.config.n_layers):
         for kind in ("weight", "bias"):
             moved = {theirs: state[f"layers.{i}.{mine}.{kind}"] for mine, theirs in GPT2_NAMES.items()}
-            moved["attn.c_attn"] = torch.cat([state[f"layers.{i}.self_attn.{name}_proj.{kind}"] for name in "qkv"])
+            moved["attn.c_attn"] = torch.cat(
+                [state[f"layers.{i}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            )
             for theirs, tensor in moved.items():
                 weights[f"transformer.h.{i}.{theirs}.{kind}"] = tensor.t().contiguous()
     return weights
@@ -130,8 +147,14 @@ PAIRS = pytest.mark.parametrize(
     ("switches", "counterpart"),
     [
         pytest.param({"tie_embeddings": True}, llama, id="llama-tied"),
-        pytest.param({"tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-3}, llama, id="llama-untied-other-theta-and-eps"),
-        pytest.param({"qk_norm": True, "head_dim": 10, "norm_eps": 1e-6}, qwen3, id="qwen3-qk-norm-wide-heads"),
+        pytest.param(
+            {"tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-3},
+            llama,
+            id="llama-untied-other-theta-and-eps",
+        ),
+        pytest.param(
+            {"qk_norm": True, "head_dim": 10, "norm_eps": 1e-6}, qwen3, id="qwen3-qk-norm-wide-heads"
+        ),
         pytest.param({"qk_norm": True, "tie_embeddings": False}, qwen3, id="qwen3-untied"),
         pytest.param(GPT2, gpt2, id="gpt2"),
         pytest.param({**GPT2, "norm_eps": 1e-2}, gpt2, id="gpt2-other-eps"),

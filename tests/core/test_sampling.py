@@ -43,7 +43,9 @@ def test_without_controls_the_model_s_own_distribution_is_drawn_from():
 def test_temperature_zero_takes_the_largest_whatever_the_generator():
     logits = torch.tensor([[0.1, 2.0, 1.9], [5.0, -1.0, 4.9]])
     for seed in range(5):
-        assert sample_next(logits, SamplingConfig(temperature=0), NOTHING_SEEN, torch.Generator().manual_seed(seed)).tolist() == [1, 0]
+        assert sample_next(
+            logits, SamplingConfig(temperature=0), NOTHING_SEEN, torch.Generator().manual_seed(seed)
+        ).tolist() == [1, 0]
 
 
 def test_temperature_two_takes_square_roots_of_the_odds():
@@ -51,13 +53,20 @@ def test_temperature_two_takes_square_roots_of_the_odds():
 
 
 def test_temperature_one_half_squares_the_odds():
-    assert probs(log(0.5, 0.3, 0.2), temperature=0.5) == pytest.approx([0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38])
+    assert probs(log(0.5, 0.3, 0.2), temperature=0.5) == pytest.approx(
+        [0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38]
+    )
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-40, 5e-324])
 def test_temperature_towards_zero_becomes_greedy(temperature):
     assert probs([3.0, 3.1, -1.0], temperature=temperature) == pytest.approx([0.0, 1.0, 0.0])
-    assert sample_next(torch.tensor([[3.0, 3.1, -1.0]]), SamplingConfig(temperature=temperature), NOTHING_SEEN).item() == 1
+    assert (
+        sample_next(
+            torch.tensor([[3.0, 3.1, -1.0]]), SamplingConfig(temperature=temperature), NOTHING_SEEN
+        ).item()
+        == 1
+    )
 
 
 def test_a_high_temperature_becomes_uniform():
@@ -122,7 +131,9 @@ def test_rows_are_filtered_independently():
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     """Both get less likely; dividing a negative logit would make it likelier."""
-    assert probs([2.0, -2.0, 1.0, 0.0], seen=[0, 1], repetition_penalty=2.0) == pytest.approx(softmax([1.0, -4.0, 1.0, 0.0]))
+    assert probs([2.0, -2.0, 1.0, 0.0], seen=[0, 1], repetition_penalty=2.0) == pytest.approx(
+        softmax([1.0, -4.0, 1.0, 0.0])
+    )
 
 
 def test_repetition_penalty_counts_a_token_once_however_often_it_was_seen():
@@ -135,7 +146,10 @@ def test_repetition_penalty_below_one_makes_repetition_likelier():
 
 def test_repetition_penalty_acts_on_greedy_too():
     logits = torch.tensor([[2.0, 1.5]])
-    assert sample_next(logits, SamplingConfig(temperature=0, repetition_penalty=2.0), torch.tensor([[0]])).item() == 1
+    assert (
+        sample_next(logits, SamplingConfig(temperature=0, repetition_penalty=2.0), torch.tensor([[0]])).item()
+        == 1
+    )
 
 
 def test_each_row_is_penalized_for_its_own_tokens():
@@ -145,7 +159,8 @@ def test_each_row_is_penalized_for_its_own_tokens():
 
 
 def test_generate_penalizes_prompt_and_generated_tokens(monkeypatch):
-    """A model whose logits are always the same falls back to the next token each time the penalty has hit one."""
+    """A model whose logits are always the same falls back to the next token each time the penalty has hit
+    one."""
     net = model.GPTMini(model.GPTConfig(vocab_size=5, d_model=8, n_layers=1, n_heads=2)).eval()
     monkeypatch.setattr(net.lm_head, "forward", lambda x: torch.tensor([[4.0, 3.9, 3.8, 3.7, 3.6]]))
     out = net.generate(torch.tensor([[1]]), 4, SamplingConfig(temperature=0, repetition_penalty=2.0))
@@ -156,38 +171,51 @@ def test_generate_penalizes_prompt_and_generated_tokens(monkeypatch):
 
 
 def test_penalty_comes_before_top_k():
-    """2 halved is 1, the least of three: the two best are then the others, while before the penalty token 0 was among them.
-    (Penalty and temperature only multiply, so their order cannot show.)"""
-    assert probs([2.0, 1.5, 1.2], seen=[0], repetition_penalty=2.0, top_k=2) == pytest.approx(softmax([-INF, 1.5, 1.2]))
+    """2 halved is 1, the least of three: the two best are then the others, while before the penalty token
+    0 was among them. (Penalty and temperature only multiply, so their order cannot show.)"""
+    assert probs([2.0, 1.5, 1.2], seen=[0], repetition_penalty=2.0, top_k=2) == pytest.approx(
+        softmax([-INF, 1.5, 1.2])
+    )
 
 
 def test_temperature_comes_before_top_p():
-    """0.5, 0.3, 0.2 at temperature 0.5 become 0.66, 0.24, 0.11: at top_p 0.6 one token is enough; before it, two were needed."""
+    """0.5, 0.3, 0.2 at temperature 0.5 become 0.66, 0.24, 0.11: at top_p 0.6 one token is enough; before
+    it, two were needed."""
     assert probs(log(0.5, 0.3, 0.2), temperature=0.5, top_p=0.6) == [1, 0, 0]
     assert probs(log(0.5, 0.3, 0.2), temperature=1.0, top_p=0.6) == pytest.approx([0.625, 0.375, 0])
 
 
 def test_top_k_comes_before_top_p():
-    """0.4, 0.3, 0.2, 0.1 cut to two is 0.57, 0.43: top_p 0.5 is reached by the first alone, in the uncut ones by two."""
+    """0.4, 0.3, 0.2, 0.1 cut to two is 0.57, 0.43: top_p 0.5 is reached by the first alone, in the uncut
+    ones by two."""
     assert probs(log(0.4, 0.3, 0.2, 0.1), top_k=2, top_p=0.5) == [1, 0, 0, 0]
     assert probs(log(0.4, 0.3, 0.2, 0.1), top_p=0.5) == pytest.approx([4 / 7, 3 / 7, 0, 0])
 
 
 def test_all_controls_combined_by_hand():
-    """Penalty 2 on tokens 0 and 3: [4, 3, 2, -1, 1] becomes [2, 3, 2, -2, 1]. Temperature 0.5: [4, 6, 4, -4, 2]. Top-k 4
-    drops token 3. Their softmax is about [.105, .777, .105, 0, .014]; top-p 0.9 needs three: .777 + .105 is below 0.9."""
-    left = probs([4.0, 3.0, 2.0, -1.0, 1.0], seen=[0, 3], repetition_penalty=2.0, temperature=0.5, top_k=4, top_p=0.9)
+    """Penalty 2 on tokens 0 and 3: [4, 3, 2, -1, 1] becomes [2, 3, 2, -2, 1]. Temperature 0.5: [4, 6, 4,
+    -4, 2]. Top-k 4 drops token 3. Their softmax is about [.105, .777, .105, 0, .014]; top-p 0.9 needs
+    three: .777 + .105 is below 0.9."""
+    left = probs(
+        [4.0, 3.0, 2.0, -1.0, 1.0], seen=[0, 3], repetition_penalty=2.0, temperature=0.5, top_k=4, top_p=0.9
+    )
     assert left == pytest.approx(softmax([4.0, 6.0, 4.0, -INF, -INF]))
 
 
 def test_logits_are_not_changed_in_place():
     logits = torch.tensor([[2.0, 1.0, -1.0]])
-    sample_next(logits, SamplingConfig(temperature=0.5, top_k=2, top_p=0.9, repetition_penalty=2.0), torch.tensor([[0]]))
+    sample_next(
+        logits,
+        SamplingConfig(temperature=0.5, top_k=2, top_p=0.9, repetition_penalty=2.0),
+        torch.tensor([[0]]),
+    )
     assert logits.tolist() == [[2.0, 1.0, -1.0]]
 
 
 def test_filters_work_in_float32_on_bf16_logits():
-    filtered = filter_logits(torch.tensor([[2.0, 1.0]], dtype=torch.bfloat16), SamplingConfig(temperature=3.0), NOTHING_SEEN)
+    filtered = filter_logits(
+        torch.tensor([[2.0, 1.0]], dtype=torch.bfloat16), SamplingConfig(temperature=3.0), NOTHING_SEEN
+    )
     assert filtered.dtype == torch.float32
     assert filtered.softmax(dim=-1)[0].tolist() == pytest.approx(softmax([2 / 3, 1 / 3]))
 
@@ -197,7 +225,10 @@ def test_filters_work_in_float32_on_bf16_logits():
 
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others():
     logits = torch.zeros(20, 50)
-    draws = [sample_next(logits, SamplingConfig(), NOTHING_SEEN, torch.Generator().manual_seed(seed)).tolist() for seed in (1, 1, 2)]
+    draws = [
+        sample_next(logits, SamplingConfig(), NOTHING_SEEN, torch.Generator().manual_seed(seed)).tolist()
+        for seed in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -208,13 +239,21 @@ def test_a_generator_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize(
-    "controls", [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 0.7, "top_k": 4, "top_p": 0.9}], ids=str
+    "controls",
+    [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 0.7, "top_k": 4, "top_p": 0.9}],
+    ids=str,
 )
 def test_draws_follow_the_filtered_distribution(controls):
-    """Chi-square of 20,000 draws; 20 is far beyond what chance gives with at most 4 degrees of freedom (p < 0.001)."""
+    """Chi-square of 20,000 draws; 20 is far beyond what chance gives with at most 4 degrees of freedom (p
+    < 0.001)."""
     logits, n = torch.tensor([log(0.35, 0.05, 0.3, 0.1, 0.2)]), 20_000
     expected = torch.tensor(probs(logits[0], **controls))
-    drawn = sample_next(logits.expand(n, -1), SamplingConfig(**controls), NOTHING_SEEN.expand(n, 0), torch.Generator().manual_seed(3))
+    drawn = sample_next(
+        logits.expand(n, -1),
+        SamplingConfig(**controls),
+        NOTHING_SEEN.expand(n, 0),
+        torch.Generator().manual_seed(3),
+    )
     counts = drawn.bincount(minlength=5)
     assert counts[expected == 0].sum() == 0, "a token was drawn that the filters had excluded"
     possible = expected > 0

@@ -1,4 +1,5 @@
-"""Every tokenizer gives back the text it was given, keeps EOS out of reach of text, and travels as a plain dict."""
+"""Every tokenizer gives back the text it was given, keeps EOS out of reach of text, and travels as a plain
+dict."""
 
 import importlib.machinery
 import importlib.util
@@ -56,7 +57,8 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
-    """One of each kind, built the way a run builds them; `char` has seen the hostile text, `file` is BPE under a foreign EOS."""
+    """One of each kind, built the way a run builds them; `char` has seen the hostile text, `file` is BPE
+    under a foreign EOS."""
     kinds = {kind: build_tokenizer(kind, CORPUS, 400) for kind in ("byte", "bpe", "gpt2")}
     kinds["char"] = CharTokenizer.train([*CORPUS, *HOSTILE.values()])
     kinds["file"] = FileTokenizer(foreign_json(CORPUS), "</s>")
@@ -67,25 +69,38 @@ def tokenizers() -> dict[str, Tokenizer]:
 def foreign_json(documents: list[str], eos: str = "</s>", vocab_size: int = 320) -> str:
     """A tokenizer.json as another project would publish it: another EOS, first in the vocabulary."""
     backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[eos], show_progress=False, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[eos], show_progress=False, initial_alphabet=alphabet
+    )
     backend.train_from_iterator(documents, trainer)
     return backend.to_str()
 
 
 def published_encoding() -> tiktoken.Encoding:
-    """GPT-2 made from vocab.json and merges.txt by the rules GPT-2's authors published: an entry of the vocabulary
-    spells bytes as printable characters, and merges are ranked by their line."""
+    """GPT-2 made from vocab.json and merges.txt by the rules GPT-2's authors published: an entry of the
+    vocabulary spells bytes as printable characters, and merges are ranked by their line."""
     if not PUBLISHED.is_dir():
         pytest.skip("the published GPT-2 vocabulary (../shared/tokenizers/gpt2) is not beside this checkout")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    byte_of = {chr(b): b for b in printable} | {
+        chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)
+    }
     vocab = json.loads((PUBLISHED / "vocab.json").read_text(encoding="utf-8"))
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items() if token != EOS_TEXT}
-    merges = [line for line in (PUBLISHED / "merges.txt").read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+    merges = [
+        line
+        for line in (PUBLISHED / "merges.txt").read_text(encoding="utf-8").split("\n")
+        if line and not line.startswith("#version")
+    ]
     assert [vocab[merge.replace(" ", "")] for merge in merges] == list(range(256, 256 + len(merges)))
-    return tiktoken.Encoding("witness", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOS_TEXT: vocab[EOS_TEXT]})
+    return tiktoken.Encoding(
+        "witness", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOS_TEXT: vocab[EOS_TEXT]}
+    )
 
 
 # ---- every kind ---------------------------------------------------------------------------------------------------
@@ -106,14 +121,19 @@ def test_random_unicode_round_trips(tokenizers, kind):
     draw = random.Random(7)
     code_points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for _ in range(50):
-        text = "".join(chr(draw.choice(code_points if draw.random() < 0.5 else range(128))) for _ in range(draw.randrange(40)))
+        text = "".join(
+            chr(draw.choice(code_points if draw.random() < 0.5 else range(128)))
+            for _ in range(draw.randrange(40))
+        )
         assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode_batch_equals_encode(tokenizers, kind):
     texts = list(HOSTILE.values())
-    assert [list(ids) for ids in tokenizers[kind].encode_batch(texts)] == [tokenizers[kind].encode(text) for text in texts]
+    assert [list(ids) for ids in tokenizers[kind].encode_batch(texts)] == [
+        tokenizers[kind].encode(text) for text in texts
+    ]
     assert tokenizers[kind].encode_batch([]) == []
 
 
@@ -121,7 +141,10 @@ def test_encode_batch_equals_encode(tokenizers, kind):
 def test_eos_is_decoded_as_its_name(tokenizers, kind):
     tokenizer = tokenizers[kind]
     name = "</s>" if kind == "file" else EOS_TEXT
-    assert tokenizer.decode([*tokenizer.encode("a b"), tokenizer.eos_id, *tokenizer.encode("c")]) == f"a b{name}c"
+    assert (
+        tokenizer.decode([*tokenizer.encode("a b"), tokenizer.eos_id, *tokenizer.encode("c")])
+        == f"a b{name}c"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +186,10 @@ def test_fingerprints_are_equal_exactly_when_ids_are(tokenizers):
         return (
             tokenizer.eos_id,
             tokenizer.vocab_size,
-            [list(ids) for ids in tokenizer.encode_batch(texts + (CORPUS if tokenizer.kind != "char" else []))],
+            [
+                list(ids)
+                for ids in tokenizer.encode_batch(texts + (CORPUS if tokenizer.kind != "char" else []))
+            ],
         )
 
     for one in variants:
@@ -217,8 +243,13 @@ def test_broken_bytes_in_the_middle_do_not_swallow_what_follows(tokenizers, kind
 
 
 def test_text_stream_keeps_the_spaces_of_a_decoder_that_strips_the_first_one():
-    """SentencePiece style: a word's token carries its space, and decoding drops the space of the very first word."""
-    backend = Backend(models.BPE(vocab={"</s>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "▁b": 5}, merges=[("▁", "a"), ("▁", "b")]))
+    """SentencePiece style: a word's token carries its space, and decoding drops the space of the very
+    first word."""
+    backend = Backend(
+        models.BPE(
+            vocab={"</s>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4, "▁b": 5}, merges=[("▁", "a"), ("▁", "b")]
+        )
+    )
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     backend.add_special_tokens(["</s>"])
     tokenizer = FileTokenizer(backend.to_str(), "</s>")
@@ -245,7 +276,11 @@ def test_vocab_and_merges_make_the_tokenizer_they_are_of(tokenizers, gpt2_style)
         assert made.encode(text) == tokenizers["gpt2"].encode(text) and made.decode(made.encode(text)) == text
     again = tokenizer_from_dict(made.to_dict())
     for name in ("", "vocab.json", "merges.txt"):
-        assert build_tokenizer("file", [], path=str(gpt2_style / name)).fingerprint() == again.fingerprint() == made.fingerprint()
+        assert (
+            build_tokenizer("file", [], path=str(gpt2_style / name)).fingerprint()
+            == again.fingerprint()
+            == made.fingerprint()
+        )
 
 
 def test_special_tokens_that_a_vocabulary_lacks_come_after_it(gpt2_style):
@@ -272,7 +307,11 @@ def test_pickles_are_not_read_and_it_is_said_why(gpt2_style, name):
         ("merges.txt", "qqqqq z\n", "line 1"),
         ("vocab.json", '{"a": 0, "<|endoftext|>": 1}', "lacks 255 of the 256 bytes"),
         ("vocab.json", "[1]", r"vocab\.json"),
-        ("tokenizer_config.json", '{"tokenizer_class": "Qwen2Tokenizer"}', r"says Qwen2Tokenizer.*AutoTokenizer\.from_pretrained"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "Qwen2Tokenizer"}',
+            r"says Qwen2Tokenizer.*AutoTokenizer\.from_pretrained",
+        ),
     ],
 )
 def test_files_of_another_kind_are_refused(gpt2_style, name, content, said):
@@ -337,7 +376,12 @@ def test_bpe_ids_equal_what_the_tokenizers_library_gives(tokenizers):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=[EOS_TEXT],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
     )
     backend.encode_special_tokens = True
     for text in [*HOSTILE.values(), *CORPUS]:
@@ -406,7 +450,9 @@ def test_char_shortens_a_long_list_of_unknown_characters():
 def write_folder(folder: Path, eos_token: object = None, **settings) -> Path:
     (folder / "tokenizer.json").write_text(foreign_json(CORPUS[:2], **settings), encoding="utf-8")
     if eos_token is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token, "model_max_length": 7}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": eos_token, "model_max_length": 7})
+        )
     return folder
 
 
@@ -437,7 +483,14 @@ def test_an_eos_that_is_not_in_the_vocabulary_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"", b"\xff\xfe\x00", b"[1, 2]", b'{"version": "1.0"}', b'{"added_tokens": [{"content": "</s>"}], "model": {"type": "?"}}'],
+    [
+        b"{",
+        b"",
+        b"\xff\xfe\x00",
+        b"[1, 2]",
+        b'{"version": "1.0"}',
+        b'{"added_tokens": [{"content": "</s>"}], "model": {"type": "?"}}',
+    ],
     ids=["cut off", "empty", "binary", "a list", "no model", "unknown model"],
 )
 def test_what_is_no_tokenizer_json_is_refused(tmp_path, content):
@@ -447,7 +500,9 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path, content):
         FileTokenizer.from_file(tmp_path)
 
 
-@pytest.mark.parametrize("settings", ["{", "[]", '"</s>"', '{"eos_token": 3}'], ids=["cut off", "a list", "a string", "a number"])
+@pytest.mark.parametrize(
+    "settings", ["{", "[]", '"</s>"', '{"eos_token": 3}'], ids=["cut off", "a list", "a string", "a number"]
+)
 def test_a_broken_tokenizer_config_is_refused(tmp_path, settings):
     write_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(settings)
@@ -461,14 +516,17 @@ def test_a_missing_tokenizer_file_is_named(tmp_path):
 
 
 def test_padding_truncation_and_templates_of_a_published_file_do_not_touch_the_ids(tmp_path):
-    """Published files often pad, cut at 512 tokens or put EOS around each text; documents must stay as they are."""
+    """Published files often pad, cut at 512 tokens or put EOS around each text; documents must stay as
+    they are."""
     from tokenizers import processors
 
     backend = Backend.from_str(foreign_json(CORPUS[:2]))
     plain = backend.encode("one two three four").ids
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
-    backend.post_processor = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="</s> $A </s>", special_tokens=[("</s>", 0)]
+    )
     tokenizer = FileTokenizer(backend.to_str(), "</s>")
     assert tokenizer.encode("one two three four") == plain
     assert tokenizer.encode_batch(["one two three four", "a"])[0] == plain
@@ -477,14 +535,17 @@ def test_padding_truncation_and_templates_of_a_published_file_do_not_touch_the_i
 def test_text_cannot_spell_an_eos_that_the_file_does_not_mark_as_special(tmp_path):
     state = json.loads(foreign_json(CORPUS[:2], eos="<stop>"))
     state["added_tokens"][0]["special"] = False
-    assert Backend.from_str(json.dumps(state)).encode("a<stop>").ids[-1] == 0, "the library alone gives EOS for such text"
+    assert Backend.from_str(json.dumps(state)).encode("a<stop>").ids[-1] == 0, (
+        "the library alone gives EOS for such text"
+    )
     tokenizer = FileTokenizer(json.dumps(state), "<stop>")
     assert tokenizer.eos_id not in tokenizer.encode("a<stop>b")
     assert tokenizer.decode(tokenizer.encode("a<stop>b")) == "a<stop>b"
 
 
 def test_an_eos_that_a_unigram_model_would_spell_is_refused_or_kept_apart():
-    """T5's kind of file: the EOS is an ordinary piece of the model too, so that no setting keeps text from reaching it."""
+    """T5's kind of file: the EOS is an ordinary piece of the model too, so that no setting keeps text from
+    reaching it."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "ab</s>")]
     backend = Backend(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     backend.add_special_tokens(["</s>"])

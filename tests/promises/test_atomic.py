@@ -28,7 +28,13 @@ def umask(request):
 def test_every_file_of_a_run_and_of_what_is_made_of_it_obeys_the_umask(run, tmp_path, umask):
     made = tmp_path / "made"
     made.mkdir()
-    run(made / "run", "training.max_steps=2", "training.schedule_steps=2", "training.val_every=2", pictures=True)
+    run(
+        made / "run",
+        "training.max_steps=2",
+        "training.schedule_steps=2",
+        "training.val_every=2",
+        pictures=True,
+    )
     text = tmp_path / "a.txt"
     text.write_text("attention is a sum. " * 200)
     ckpt = str(made / "run" / "final.ckpt")
@@ -36,13 +42,32 @@ def test_every_file_of_a_run_and_of_what_is_made_of_it_obeys_the_umask(run, tmp_
         assert convert.main(["--ckpt", ckpt, "--to", "hf", "--output", str(made / "hf")]) == 0
         assert convert.main(["--ckpt", ckpt, "--to", "weights", "--output", str(made / "small.ckpt")]) == 0
         assert convert.main(["--from", str(made / "hf"), "--output", str(made / "back.ckpt")]) == 0
-        assert prepare.main(["tokens", "--input", str(text), "--tokenizer", "byte", "--output", str(made / "tokens")]) == 0
+        assert (
+            prepare.main(
+                ["tokens", "--input", str(text), "--tokenizer", "byte", "--output", str(made / "tokens")]
+            )
+            == 0
+        )
         cases = tmp_path / "cases.json"
         cases.write_text(json.dumps([{"prompt": "attention", "target": " is"}]))
-        argv = ["--checkpoints", ckpt, "--cases", "cases/tiny_corpus.yaml", "--output-dir", str(made / "report")]
+        argv = [
+            "--checkpoints",
+            ckpt,
+            "--cases",
+            "cases/tiny_corpus.yaml",
+            "--output-dir",
+            str(made / "report"),
+        ]
         assert evaluate_checkpoints.main(argv) == 0
     found = modes(made)
-    assert {"final.ckpt", "metrics.jsonl", "loss.png", "model.safetensors", "meta.json", "report.html"} <= found.keys()
+    assert {
+        "final.ckpt",
+        "metrics.jsonl",
+        "loss.png",
+        "model.safetensors",
+        "meta.json",
+        "report.html",
+    } <= found.keys()
     assert {name: oct(mode) for name, mode in found.items() if mode != 0o666 & ~umask} == {}
     folders = {path for path in (made, *made.rglob("*")) if path.is_dir()}
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o777 & ~umask}
@@ -51,14 +76,27 @@ def test_every_file_of_a_run_and_of_what_is_made_of_it_obeys_the_umask(run, tmp_
 def test_a_gguf_obeys_the_umask(tiny_run, tmp_path, umask):
     pytest.importorskip("gguf", reason="gguf is not installed")
     with contextlib.redirect_stdout(io.StringIO()):
-        convert.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), "--to", "gguf", "--output", str(tmp_path / "m.gguf")])
+        convert.main(
+            [
+                "--ckpt",
+                str(tiny_run.folder / "final.ckpt"),
+                "--to",
+                "gguf",
+                "--output",
+                str(tmp_path / "m.gguf"),
+            ]
+        )
     assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_folder_for_what_could_not_be_saved_and_a_copy_obey_it_too(tmp_path, umask, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = temporary_folder()
-    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o777 & ~umask and temporary_folder() != folder
+    assert (
+        folder.parent == tmp_path
+        and folder.stat().st_mode & 0o777 == 0o777 & ~umask
+        and temporary_folder() != folder
+    )
     with atomic_write(folder / "a") as file:
         file.write(b"a")
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))

@@ -1,7 +1,8 @@
-"""A user's mistake ends in one to three lines on stderr that name the value, and exit status 2, with nothing written.
+"""A user's mistake ends in one to three lines on stderr that name the value, and exit status 2, with nothing
+written.
 
-Most of it in this process, through `guarded` as the scripts do; a few as real processes, for the traceback that must
-not be there and for what has been imported by then.
+Most of it in this process, through `guarded` as the scripts do; a few as real processes, for the traceback
+that must not be there and for what has been imported by then.
 """
 
 import os
@@ -38,7 +39,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def refusal(here, capsys, monkeypatch):
-    """refusal(argv) is what train.py says of it; the folder must be as it was, and no run's folder have come into being."""
+    """refusal(argv) is what train.py says of it; the folder must be as it was, and no run's folder have
+    come into being."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # `guarded` sets it
 
     def call(argv: list[str], lines: int = 3) -> str:
@@ -89,7 +91,9 @@ def overridden(*overrides: str) -> list[str]:
 def test_a_config_file_that_is_none(refusal, content, words):
     if content is not None:
         Path("bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refusal(["--config", "bad.yaml"], lines=5 if "modell" in words else 3)  # each key of an unknown section is listed
+    message = refusal(
+        ["--config", "bad.yaml"], lines=5 if "modell" in words else 3
+    )  # each key of an unknown section is listed
     assert all(word in message for word in words), message
 
 
@@ -131,7 +135,10 @@ def test_a_config_file_that_is_none(refusal, content, words):
         (["model.n_kv_heads=3"], ["n_heads=4", "n_kv_heads=3", "try n_kv_heads="]),
         (["model.d_model=12"], ["head_dim=3", "head_dim=4"]),
         # keys and values that do not go together
-        (["training.epochs=2", "training.max_steps=3"], ["training.max_steps", "training.epochs", "exclude each other"]),
+        (
+            ["training.epochs=2", "training.max_steps=3"],
+            ["training.max_steps", "training.epochs", "exclude each other"],
+        ),
         (["training.max_steps=null"], ["max_steps", "epochs"]),
         (["training.sample_every=1"], ["sample_every=1", "sample_prompts"]),
         (["model.vocab_size=100"], ["model.vocab_size", "tokenizer"]),
@@ -217,7 +224,13 @@ def test_a_hub_dataset_without_network(refusal, monkeypatch, streaming):
     if streaming == "true":
         monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    overrides = ("data.path=null", "data.source=hf", "data.dataset=wikimedia/wikipedia", "data.config=20231101.en", f"data.streaming={streaming}")
+    overrides = (
+        "data.path=null",
+        "data.source=hf",
+        "data.dataset=wikimedia/wikipedia",
+        "data.config=20231101.en",
+        f"data.streaming={streaming}",
+    )
     message = refusal(overridden(*overrides))
     assert "data.dataset=wikimedia/wikipedia" in message
 
@@ -267,7 +280,14 @@ def test_flags_that_name_nothing(refusal, argv, words):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--seed", "many"], ["--show-step", "first"], ["--confg", "good.yaml"], ["--config"], ["good.yaml"], ["--conf", "good.yaml"]],
+    [
+        ["--seed", "many"],
+        ["--show-step", "first"],
+        ["--confg", "good.yaml"],
+        ["--config"],
+        ["good.yaml"],
+        ["--conf", "good.yaml"],
+    ],
     ids=" ".join,
 )
 def test_a_wrong_command_line_shows_the_usage_and_exits_2(here, capsys, argv):
@@ -285,12 +305,21 @@ REPO = Path(train.__file__).parent
 def script(name: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run a script as a user does, from another folder, with a list of its imports on stderr."""
     return subprocess.run(
-        [sys.executable, "-X", "importtime", str(REPO / name), *argv], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+        [sys.executable, "-X", "importtime", str(REPO / name), *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
     )
 
 
 def imported(done: subprocess.CompletedProcess) -> set[str]:
-    return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    return {
+        line.rsplit("|", 1)[1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
 
 
 def said(done: subprocess.CompletedProcess) -> list[str]:
@@ -300,7 +329,11 @@ def said(done: subprocess.CompletedProcess) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "argv", "words"),
     [
-        ("train.py", ["--config", "good.yaml", "--override", "model.d_modle=64"], ["model.d_modle", "model.d_model"]),
+        (
+            "train.py",
+            ["--config", "good.yaml", "--override", "model.d_modle=64"],
+            ["model.d_modle", "model.d_model"],
+        ),
         ("infer.py", ["--ckpt", "text.txt", "--prompt", "a"], ["text.txt is not a checkpoint"]),
         ("list.py", ["nowhere"], ["nowhere: no checkpoint"]),
     ],
@@ -321,7 +354,9 @@ def test_a_mistake_exits_2_without_traceback_and_without_lightning(here, name, a
 
 
 @pytest.mark.parametrize("name", ["train.py", "infer.py", "list.py"])
-@pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["--nonsense"], 2)], ids=["help", "wrong flag"])
+@pytest.mark.parametrize(
+    ("argv", "status"), [(["--help"], 0), (["--nonsense"], 2)], ids=["help", "wrong flag"]
+)
 def test_help_and_wrong_flags_answer_before_torch_is_imported(here, name, argv, status):
     done = script(name, *argv, cwd=here)
     assert done.returncode == status
@@ -336,7 +371,10 @@ def test_a_malicious_checkpoint_as_a_process(here):
             return os.system, (f"touch {here / 'touched'}",)
 
     torch.save({"state_dict": {}, "tiny_transformer": Evil()}, "evil.ckpt")
-    for name, argv in (("infer.py", ["--ckpt", "evil.ckpt", "--prompt", "a"]), ("train.py", ["--resume", "evil.ckpt"])):
+    for name, argv in (
+        ("infer.py", ["--ckpt", "evil.ckpt", "--prompt", "a"]),
+        ("train.py", ["--resume", "evil.ckpt"]),
+    ):
         done = script(name, *argv, cwd=here)
         assert (done.returncode, "Traceback" in done.stderr, len(said(done))) == (2, False, 1)
         assert "would run code" in done.stderr

@@ -1,4 +1,5 @@
-"""What is written around a training step: loggers, the samples' file, and what fails there without ending the run."""
+"""What is written around a training step: loggers, the samples' file, and what fails there without ending
+the run."""
 
 import json
 import math
@@ -71,7 +72,10 @@ def test_wandb_goes_on_with_the_same_run_and_is_given_each_row_once(run, tmp_pat
     assert first == second
     assert (first["resume"], first["id"]) == ("allow", (folder / "wandb_id.txt").read_text())
     given = [entry for entry in wandb.told if isinstance(entry, tuple)]
-    rows = [(row["step"], "val_loss" in row, row.get("loss", row.get("val_loss"))) for row in map(json.loads, (folder / "metrics.jsonl").open())]
+    rows = [
+        (row["step"], "val_loss" in row, row.get("loss", row.get("val_loss")))
+        for row in map(json.loads, (folder / "metrics.jsonl").open())
+    ]
     assert given == rows
     assert wandb.told.count("finished") == 2
 
@@ -108,9 +112,13 @@ def test_a_logger_that_fails_is_a_warning(run, tmp_path, monkeypatch, wandb, whe
     monkeypatch.setattr(StandIn, where, unreachable)
     made = run(tmp_path / "run", *BYTE, "logging.wandb=true")
     assert (made.code, len(made.train_rows)) == (0, 12)
-    assert [line for line in made.err.splitlines() if "the host is not reachable retry" in line] == made.err.splitlines()
+    assert [
+        line for line in made.err.splitlines() if "the host is not reachable retry" in line
+    ] == made.err.splitlines()
     assert len(made.err.splitlines()) == 1
-    assert len(calls) == (3 if where in ("log_metrics", "save") else 1), "each call may wait for a network: three are enough"
+    assert len(calls) == (3 if where in ("log_metrics", "save") else 1), (
+        "each call may wait for a network: three are enough"
+    )
 
 
 BREAKS = {
@@ -138,7 +146,9 @@ def test_what_is_not_training_may_fail(run, tmp_path, monkeypatch, what):
     monkeypatch.setattr(target, name, breaks)
     made = run(tmp_path / "run", *BYTE, *SAMPLES, "checkpoint.keep_last=1", pictures=True)
     assert (made.code, made.sha256) == (0, straight.sha256)
-    assert [line for line in made.err.splitlines() if said in line and "this is broken" in line] == made.err.splitlines()
+    assert [
+        line for line in made.err.splitlines() if said in line and "this is broken" in line
+    ] == made.err.splitlines()
     assert len(made.err.splitlines()) == 1
     assert [row["loss"] for row in made.train_rows] == [row["loss"] for row in straight.train_rows]
 
@@ -148,7 +158,9 @@ def test_without_git_or_with_a_broken_one_a_run_begins(run, tmp_path, monkeypatc
 
     def broken(command, **options):
         if command[0] == "git":
-            return real([sys.executable, "-c", r"import sys; sys.stdout.buffer.write(b'\xff\xfe')"], **options)
+            return real(
+                [sys.executable, "-c", r"import sys; sys.stdout.buffer.write(b'\xff\xfe')"], **options
+            )
         return real(command, **options)
 
     monkeypatch.setattr(subprocess, "run", broken)
@@ -161,7 +173,9 @@ def test_samples_are_rows_of_a_file_and_each_step_stands_there_once(run, tmp_pat
     assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").open()] == [3, 3, 6, 6]
     resumed = run(folder, *BYTE, *words, "--resume")
     rows = [json.loads(line) for line in (folder / "samples.jsonl").open()]
-    assert [(row["step"], row["prompt"]) for row in rows] == [(step, prompt) for step in (3, 6, 9, 12) for prompt in ("The loss", "A head")]
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (3, 6, 9, 12) for prompt in ("The loss", "A head")
+    ]
     straight = run(tmp_path / "straight", *BYTE, *words)
     assert rows == [json.loads(line) for line in (straight.folder / "samples.jsonl").open()]
     assert all(row["text"].startswith(row["prompt"]) and isinstance(row["seed"], int) for row in rows)
@@ -181,7 +195,8 @@ def test_rows_that_are_not_text_do_not_keep_a_run_from_going_on(run, tmp_path, m
 
 
 def test_training_text_is_measured_as_validation_text_is(run, tmp_path):
-    """Without dropout, always the same micro-batches, and without changing the run. Witness: the plain loss, by hand."""
+    """Without dropout, always the same micro-batches, and without changing the run. Witness: the plain
+    loss, by hand."""
     words = (*BYTE, "model.dropout=0.3")
     plain = run(tmp_path / "plain", *words)
     made = run(tmp_path / "run", *words, "training.train_eval_batches=3")
@@ -199,10 +214,17 @@ def test_training_text_is_measured_as_validation_text_is(run, tmp_path):
 
     config = load_config(made.folder / "run_config.yaml")
     net, tokenizer, _ = load_model(made.folder / "final.ckpt")
-    steps = iter(make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 2)[0])
+    steps = iter(
+        make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 2)[0]
+    )
     batches = [batch for step in steps for batch in step][:3]
     with torch.no_grad():
-        losses = [torch.nn.functional.cross_entropy(net(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten()) for batch in batches]
+        losses = [
+            torch.nn.functional.cross_entropy(
+                net(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten()
+            )
+            for batch in batches
+        ]
     assert measured[-1] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
@@ -218,11 +240,22 @@ def test_a_resume_measures_the_same_and_may_ask_for_more(run, tmp_path, monkeypa
 def test_a_stream_is_measured_too(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
-    words = ("data.source=hf", "data.dataset=json", f"data.path={rows}", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+    words = (
+        "data.source=hf",
+        "data.dataset=json",
+        f"data.path={rows}",
+        "data.streaming=true",
+        "data.val_docs=4",
+        "data.val_fraction=0.1",
+    )
     made = run(tmp_path / "run", *BYTE, *words, "training.max_steps=4", "training.train_eval_batches=3")
     assert [math.isfinite(row["train_eval_loss"]) for row in made.val_rows] == [True]
 
 
 def test_the_checkpoint_holds_its_perplexity(tiny_run):
     metrics = read_metadata(tiny_run.folder / "final.ckpt")["metrics"]
-    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["val_loss"])) == tiny_run.val_rows[-1]["perplexity"]
+    assert (
+        metrics["perplexity"]
+        == pytest.approx(math.exp(metrics["val_loss"]))
+        == tiny_run.val_rows[-1]["perplexity"]
+    )

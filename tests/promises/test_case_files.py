@@ -43,8 +43,16 @@ cases:
 """,
     )
     one, two, three, four = read_case_file(path)
-    assert one == Case(id="one", file=str(path), prompt="The sky is", target=" blue", category="colours", weight=2.0)
-    assert (two.id, two.category, two.weight, two.choices, two.continued) == ("some-2", "other", 1.0, ["It is.", "It are."], False)
+    assert one == Case(
+        id="one", file=str(path), prompt="The sky is", target=" blue", category="colours", weight=2.0
+    )
+    assert (two.id, two.category, two.weight, two.choices, two.continued) == (
+        "some-2",
+        "other",
+        1.0,
+        ["It is.", "It are."],
+        False,
+    )
     assert (three.contains, three.regex, three.max_new_tokens, three.continued) == (["B"], "B|C", 5, True)
     assert four.contains == ["B", "C"]
 
@@ -57,7 +65,10 @@ cases:
         ("{prompt: x, traget: y}", "unknown key traget; did you mean target?"),
         ("{prompt: x, zzzz: y}", "unknown key zzzz; see docs/EVALUATION.md"),
         ("{prompt: x, target: [1945]}", "target=[1945]: input should be a valid string"),
-        ("{prompt: x, choices: [null, yes], target: yes}", "choices.0=None: input should be a valid string; put it in quotes"),
+        (
+            "{prompt: x, choices: [null, yes], target: yes}",
+            "choices.0=None: input should be a valid string; put it in quotes",
+        ),
         ('{prompt: x, target: ""}', "target=''"),
         ("{prompt: x, target: a, choices: [b, c]}", "target 'a' must be one of the choices ['b', 'c']"),
         ("{prompt: x, choices: [b, c]}", "target None must be one of the choices"),
@@ -84,7 +95,10 @@ def test_a_mistake_in_a_case_is_named_with_its_place(tmp_path, case, said):
         ("cases: []", "cases=[]"),
         ("cases: {prompt: a}", "cases={'prompt': 'a'}"),
         ("case:\n  - {prompt: a, target: b}", "unknown key case; did you mean cases?"),
-        ("cases:\n  - {id: a, prompt: a, target: b}\n  - {id: a, prompt: c, target: d}", "case 2 (a): another case has the id a"),
+        (
+            "cases:\n  - {id: a, prompt: a, target: b}\n  - {id: a, prompt: c, target: d}",
+            "case 2 (a): another case has the id a",
+        ),
         ("cases:\n  - {prompt: a, target: b\n", "fix the YAML there"),
         ("cases:\n  - {prompt: !!python/object/apply:os.getcwd [], target: b}", "fix the YAML there"),
     ],
@@ -116,41 +130,88 @@ def test_a_folder_is_all_its_files_and_a_file_named_twice_counts_once(tmp_path):
     for name in ("b.yaml", "a.yml", "c.json"):
         write(tmp_path, '{"cases": [{"prompt": "x", "target": "y"}]}', name)
     write(tmp_path, "not read", "notes.txt")
-    assert [case.id for case in read_cases([str(tmp_path), str(tmp_path / "b.yaml")])] == ["a-1", "b-1", "c-1"]
+    assert [case.id for case in read_cases([str(tmp_path), str(tmp_path / "b.yaml")])] == [
+        "a-1",
+        "b-1",
+        "c-1",
+    ]
 
 
-WRITTEN = ("1945", "007", "0x1F", "1:30", "2024-05-01", "on", "No", "true", "3e-4", ".5", "1_000", "1.50", "+5", ".inf", "2024-05-01T10:00:00Z")
+WRITTEN = (
+    "1945",
+    "007",
+    "0x1F",
+    "1:30",
+    "2024-05-01",
+    "on",
+    "No",
+    "true",
+    "3e-4",
+    ".5",
+    "1_000",
+    "1.50",
+    "+5",
+    ".inf",
+    "2024-05-01T10:00:00Z",
+)
 
 
 @pytest.mark.parametrize("text", WRITTEN)
 def test_a_text_without_quotes_is_the_text_as_written(tmp_path, text):
     """Another text would be scored, and nobody would notice."""
-    path = write(tmp_path, f"cases:\n  - {{id: {text}, prompt: {text}, target: {text}, contains: {text}, category: {text}}}\n")
+    path = write(
+        tmp_path,
+        f"cases:\n  - {{id: {text}, prompt: {text}, target: {text}, contains: {text}, category: {text}}}\n",
+    )
     case = read_case_file(path)[0]
-    assert (case.id, case.prompt, case.target, case.contains, case.category) == (text, text, text, [text], text)
-    choices = read_case_file(write(tmp_path, f"cases: [{{prompt: x, choices: [{text}, other], contains: [{text}], target: {text}}}]"))[0]
+    assert (case.id, case.prompt, case.target, case.contains, case.category) == (
+        text,
+        text,
+        text,
+        [text],
+        text,
+    )
+    choices = read_case_file(
+        write(
+            tmp_path, f"cases: [{{prompt: x, choices: [{text}, other], contains: [{text}], target: {text}}}]"
+        )
+    )[0]
     assert (choices.choices, choices.contains, choices.target) == ([text, "other"], [text], text)
 
 
 def test_numbers_and_switches_of_a_case_are_decimal_and_as_people_write_them(tmp_path):
-    case = read_case_file(write(tmp_path, "instructions: yes\ncases: [{prompt: a, target: b, weight: 010, max_new_tokens: 012, instruction: off}]"))[
-        0
-    ]
+    case = read_case_file(
+        write(
+            tmp_path,
+            "instructions: yes\ncases: [{prompt: a, target: b, weight: 010, max_new_tokens: 012, "
+            "instruction: off}]",
+        )
+    )[0]
     assert (case.weight, case.max_new_tokens, case.instruction) == (10.0, 12, False)
 
 
 def test_a_json_file_of_cases_is_read_as_json(tmp_path):
-    """Texts that YAML reads otherwise: a tab as indentation, a character in two halves, a next line within a text."""
-    cases = [{"prompt": "one\u0085two", "target": "\U0001f389"}, {"prompt": "1e3", "target": "on", "weight": 2}]
+    """Texts that YAML reads otherwise: a tab as indentation, a character in two halves, a next line within
+    a text."""
+    cases = [
+        {"prompt": "one\u0085two", "target": "\U0001f389"},
+        {"prompt": "1e3", "target": "on", "weight": 2},
+    ]
     for name, options in (("a.json", {"indent": "\t"}), ("b.JSON", {"ensure_ascii": False})):
         read = read_case_file(write(tmp_path, json.dumps({"cases": cases}, **options), name))
-        assert [(case.prompt, case.target) for case in read] == [(case["prompt"], case["target"]) for case in cases]
+        assert [(case.prompt, case.target) for case in read] == [
+            (case["prompt"], case["target"]) for case in cases
+        ]
     said = refusal(write(tmp_path, '{"cases": [{"prompt": "a", "target": 1945}]}', "c.json"))
     assert "target=1945: input should be a valid string; put it in quotes" in said
 
 
 def test_three_thousand_cases_fit_into_a_file(tmp_path):
-    path = write(tmp_path, "cases:\n" + "".join(f'  - {{id: c{i}, prompt: "p{i}", target: " t", category: k}}\n' for i in range(3000)))
+    path = write(
+        tmp_path,
+        "cases:\n"
+        + "".join(f'  - {{id: c{i}, prompt: "p{i}", target: " t", category: k}}\n' for i in range(3000)),
+    )
     assert len(read_case_file(path)) == 3000
 
 
@@ -158,13 +219,27 @@ def test_three_thousand_cases_fit_into_a_file(tmp_path):
 
 
 def test_a_file_of_windows_has_the_texts_of_any_other(tmp_path):
-    cases = [{"prompt": "\ufeffone\r\ntwo", "target": "\r\nthree", "choices": ["\r\nthree", " four"], "contains": ["a\r\nb"]}]
+    cases = [
+        {
+            "prompt": "\ufeffone\r\ntwo",
+            "target": "\r\nthree",
+            "choices": ["\r\nthree", " four"],
+            "contains": ["a\r\nb"],
+        }
+    ]
     path = tmp_path / "windows.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"cases": cases}, indent=1).replace("\n", "\r\n").encode())
     [case] = read_case_file(path)
-    assert (case.prompt, case.target, case.choices, case.contains) == ("one\ntwo", "\nthree", ["\nthree", " four"], ["a\nb"])
+    assert (case.prompt, case.target, case.choices, case.contains) == (
+        "one\ntwo",
+        "\nthree",
+        ["\nthree", " four"],
+        ["a\nb"],
+    )
     written = tmp_path / "windows.yaml"
-    written.write_bytes("\ufeffcases:\r\n  - prompt: |\r\n      one\r\n      two\r\n    contains: x\r\n".encode())
+    written.write_bytes(
+        "\ufeffcases:\r\n  - prompt: |\r\n      one\r\n      two\r\n    contains: x\r\n".encode()
+    )
     assert read_case_file(written)[0].prompt == "one\ntwo\n"
 
 
@@ -181,7 +256,9 @@ cases:
 """,
     )
     translate, name, sky, grammar = read_case_file(path)
-    assert translate == Case(id="some-1", file=str(path), prompt="Translate.", input="le chat", instruction=True, target="The cat.")
+    assert translate == Case(
+        id="some-1", file=str(path), prompt="Translate.", input="le chat", instruction=True, target="The cat."
+    )
     assert (name.instruction, name.input, name.choices) == (True, "", ["Red.", "Rad."])
     assert (sky.instruction, sky.prompt) == (False, "The sky is")
     assert (grammar.instruction, grammar.continued) == (False, False)
@@ -189,23 +266,55 @@ cases:
 
 @pytest.mark.parametrize("head", ["", "instructions: false\n"])
 def test_prompts_are_no_instructions_unless_it_is_said(tmp_path, head):
-    path = write(tmp_path, head + "cases:\n  - {prompt: a, target: b}\n  - {prompt: a, input: c, target: b, instruction: true}\n")
+    path = write(
+        tmp_path,
+        head
+        + "cases:\n  - {prompt: a, target: b}\n  - {prompt: a, input: c, target: b, instruction: true}\n",
+    )
     assert [(case.instruction, case.input) for case in read_case_file(path)] == [(False, ""), (True, "c")]
 
 
 @pytest.mark.parametrize(
     ("head", "case", "said"),
     [
-        ("", "{prompt: a, input: b, target: c}", "case 1: input goes with an instruction; set instructions: true for the file"),
-        ("", "{id: x, prompt: a, input: b, target: c, instruction: false}", "case 1 (x): input goes with an instruction"),
-        ("instructions: true", "{prompt: a, input: b, target: c, instruction: false}", "case 1: input goes with an instruction"),
+        (
+            "",
+            "{prompt: a, input: b, target: c}",
+            "case 1: input goes with an instruction; set instructions: true for the file",
+        ),
+        (
+            "",
+            "{id: x, prompt: a, input: b, target: c, instruction: false}",
+            "case 1 (x): input goes with an instruction",
+        ),
+        (
+            "instructions: true",
+            "{prompt: a, input: b, target: c, instruction: false}",
+            "case 1: input goes with an instruction",
+        ),
         ("instructions: true", '{prompt: "", target: c}', "case 1: an instruction cannot be empty"),
-        ("instructions: true", '{prompt: " \\n", input: b, target: c}', "case 1: an instruction cannot be empty"),
+        (
+            "instructions: true",
+            '{prompt: " \\n", input: b, target: c}',
+            "case 1: an instruction cannot be empty",
+        ),
         ("instructions: true", "{input: b, target: c}", "case 1: prompt is required"),
         ("", '{prompt: "", target: c, instruction: true}', "case 1: an instruction cannot be empty"),
-        ("instructions: true", "{prompt: a, input: {b: 5}, target: c}", "case 1: input={'b': 5}: input should be a valid string"),
-        ("instructions: true", '{prompt: a, target: c, instruction: "no"}', "case 1: instruction='no': input should be a valid boolean"),
-        ("instructions: maybe", "{prompt: a, target: c}", "instructions='maybe': input should be a valid boolean"),
+        (
+            "instructions: true",
+            "{prompt: a, input: {b: 5}, target: c}",
+            "case 1: input={'b': 5}: input should be a valid string",
+        ),
+        (
+            "instructions: true",
+            '{prompt: a, target: c, instruction: "no"}',
+            "case 1: instruction='no': input should be a valid boolean",
+        ),
+        (
+            "instructions: maybe",
+            "{prompt: a, target: c}",
+            "instructions='maybe': input should be a valid boolean",
+        ),
         ("instruction: true", "{prompt: a, target: c}", "unknown key instruction; did you mean instruction"),
         ("instructions: true", "{prompt: a, target: c, inptu: b}", "unknown key inptu; did you mean input?"),
     ],
@@ -222,23 +331,47 @@ def test_our_files_are_sound(path):
     cases = read_case_file(path)
     assert len(cases) >= 40
     assert all(case.category != "other" for case in cases)
-    assert len({(case.prompt, case.target, str(case.choices), str(case.contains)) for case in cases}) == len(cases), "none stands there twice"
-    counts = [sum(case.choices is not None and case.choices.index(case.target) == place for case in cases) for place in range(2)]
+    assert len({(case.prompt, case.target, str(case.choices), str(case.contains)) for case in cases}) == len(
+        cases
+    ), "none stands there twice"
+    counts = [
+        sum(case.choices is not None and case.choices.index(case.target) == place for case in cases)
+        for place in range(2)
+    ]
     assert min(counts) >= 0.3 * max(counts), "the right choice is not always the first"
 
 
 def test_our_files_are_those_that_the_readme_promises():
-    assert [path.stem for path in OURS] == ["grammar", "instructions", "shakespeare", "tiny_corpus", "wiki_basics"]
-    assert {"geography", "history", "science", "language"} == {case.category for case in read_case_file(REPO / "cases" / "wiki_basics.yaml")}
-    assert all(case.prompt == "" and len(case.choices) == 2 for case in read_case_file(REPO / "cases" / "grammar.yaml"))
+    assert [path.stem for path in OURS] == [
+        "grammar",
+        "instructions",
+        "shakespeare",
+        "tiny_corpus",
+        "wiki_basics",
+    ]
+    assert {"geography", "history", "science", "language"} == {
+        case.category for case in read_case_file(REPO / "cases" / "wiki_basics.yaml")
+    }
+    assert all(
+        case.prompt == "" and len(case.choices) == 2
+        for case in read_case_file(REPO / "cases" / "grammar.yaml")
+    )
 
 
 def test_verbatim_cases_of_the_bundled_corpus_stand_in_it():
     """Those whose comment says so: a case that no text bears out would measure nothing."""
     text = (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
     source = (REPO / "cases" / "tiny_corpus.yaml").read_text(encoding="utf-8")
-    verbatim = {line.split("id:")[1].split("#")[0].strip() for line in source.splitlines() if "id:" in line and "# verbatim" in line}
-    cases = [case for case in read_case_file(REPO / "cases" / "tiny_corpus.yaml") if case.id in verbatim and case.target]
+    verbatim = {
+        line.split("id:")[1].split("#")[0].strip()
+        for line in source.splitlines()
+        if "id:" in line and "# verbatim" in line
+    }
+    cases = [
+        case
+        for case in read_case_file(REPO / "cases" / "tiny_corpus.yaml")
+        if case.id in verbatim and case.target
+    ]
     assert len(cases) > 30
     assert [case.id for case in cases if case.prompt + case.target not in text] == []
 
@@ -249,12 +382,15 @@ def test_our_instructions_are_none_that_the_bundled_rows_teach():
     cases = read_case_file(REPO / "cases" / "instructions.yaml")
     assert all(case.instruction for case in cases)
     asked = {(row["instruction"].strip().lower(), row.get("input", "").strip().lower()) for row in rows}
-    assert [case.id for case in cases if (case.prompt.strip().lower(), case.input.strip().lower()) in asked] == []
+    assert [
+        case.id for case in cases if (case.prompt.strip().lower(), case.input.strip().lower()) in asked
+    ] == []
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2"])
 def test_the_right_choice_is_not_given_away_by_its_length(kind):
-    """To an untrained model all tokens are about as likely, so it takes the choice with the fewest; that must not pay."""
+    """To an untrained model all tokens are about as likely, so it takes the choice with the fewest; that
+    must not pay."""
     tokenizer = build_tokenizer(kind, list(read_documents(REPO / "data" / "tiny_corpus.txt")), 1024)
     for path in OURS:
         cases, won = [case for case in read_case_file(path) if case.choices], 0.0

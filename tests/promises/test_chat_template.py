@@ -1,4 +1,5 @@
-"""support/text/chat_template.py: the texts around an instruction, and the ids of a conversation, put together by hand."""
+"""support/text/chat_template.py: the texts around an instruction, and the ids of a conversation, put
+together by hand."""
 
 import json
 import random
@@ -23,7 +24,19 @@ from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, bu
 BYTE = ByteTokenizer()
 EOS = [256]
 PLAIN = Template(prompt="Q {instruction} A ", prompt_with_input="Q {instruction} with {input} A ")
-AWKWARD = ["{input}", "{instruction}", "{instruction}{input}", "{}", "{0}", "{{x}}", r"\1 \g<0> \n", "%s %(input)s", "$input", "a\nb\n", " é ∑ "]
+AWKWARD = [
+    "{input}",
+    "{instruction}",
+    "{instruction}{input}",
+    "{}",
+    "{0}",
+    "{{x}}",
+    r"\1 \g<0> \n",
+    "%s %(input)s",
+    "$input",
+    "a\nb\n",
+    " é ∑ ",
+]
 
 
 # ---- one prompt ---------------------------------------------------------------------------------------------------
@@ -39,7 +52,10 @@ def test_a_text_that_looks_like_a_slot_or_an_escape_stays_as_it_is(text):
 
 
 def test_slots_may_stand_in_any_order_and_beside_braces_of_the_template():
-    template = Template(prompt='{"q": "{instruction}"}', prompt_with_input='{"about": "{input}", "q": "{instruction}", "{x}": {}}\\1')
+    template = Template(
+        prompt='{"q": "{instruction}"}',
+        prompt_with_input='{"about": "{input}", "q": "{instruction}", "{x}": {}}\\1',
+    )
     assert template.fill("why") == '{"q": "why"}'
     assert template.fill("why", "rain") == '{"about": "rain", "q": "why", "{x}": {}}\\1'
 
@@ -59,9 +75,18 @@ SOUND = {"prompt": "{instruction}", "prompt_with_input": "{instruction} {input}"
         ({"prompt": "{instruction} {input}"}, "prompt must hold {instruction}, each once"),
         ({"prompt": "{Instruction}"}, "prompt must hold {instruction}, each once"),
         ({"prompt": ""}, "prompt must hold {instruction}, each once"),
-        ({"prompt_with_input": "{instruction}"}, "prompt_with_input must hold {instruction} and {input}, each once"),
-        ({"prompt_with_input": "{input}"}, "prompt_with_input must hold {instruction} and {input}, each once"),
-        ({"prompt_with_input": "{instruction} {input} {input}"}, "prompt_with_input must hold {instruction} and {input}, each once"),
+        (
+            {"prompt_with_input": "{instruction}"},
+            "prompt_with_input must hold {instruction} and {input}, each once",
+        ),
+        (
+            {"prompt_with_input": "{input}"},
+            "prompt_with_input must hold {instruction} and {input}, each once",
+        ),
+        (
+            {"prompt_with_input": "{instruction} {input} {input}"},
+            "prompt_with_input must hold {instruction} and {input}, each once",
+        ),
         ({"stop": ["User:", ""]}, "an empty text would end every answer at once"),
         ({"stop": "User:"}, "valid list"),
         ({"multi_turn": "yes"}, "valid boolean"),
@@ -98,7 +123,9 @@ def test_a_config_takes_a_template_by_name_or_written_out_and_keeps_it():
     assert written.template.fill("a", "b") == "a b" and written.template.system == "Be brief."
     for config in (written, config_of("alpaca")):
         assert validate_config(config.to_dict()).template == config.template
-    assert validate_config({"data": {"path": "a.txt"}, "training": {"max_steps": 1}}).template is None, "a text has no questions"
+    assert validate_config({"data": {"path": "a.txt"}, "training": {"max_steps": 1}}).template is None, (
+        "a text has no questions"
+    )
     with pytest.raises(UserError, match="template=llama is none of chat, alpaca"):
         config_of("llama")
 
@@ -110,7 +137,8 @@ def test_alpacas_texts_are_those_of_its_authors_and_a_line_end():
     """Their file ends both prompts at the colon. Here a line end follows, as in alpaca-lora."""
     alone = TEMPLATES["alpaca"].fill("Name three primary colors.")
     assert alone == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n"
         "\n"
         "### Instruction:\n"
         "Name three primary colors.\n"
@@ -135,28 +163,38 @@ def test_alpacas_texts_are_those_of_its_authors_and_a_line_end():
 
 def test_the_texts_of_chat():
     assert TEMPLATES["chat"].fill("Name a color.") == "### User:\nName a color.\n\n### Assistant:\n"
-    assert TEMPLATES["chat"].fill("Translate.", "le chat") == "### User:\nTranslate.\n\nle chat\n\n### Assistant:\n"
+    assert (
+        TEMPLATES["chat"].fill("Translate.", "le chat")
+        == "### User:\nTranslate.\n\nle chat\n\n### Assistant:\n"
+    )
     assert (TEMPLATES["chat"].system, TEMPLATES["chat"].multi_turn) == ("", True)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_named_templates_stops_are_what_a_model_would_go_on_with(name):
     assert TEMPLATES[name].stop
-    assert all(stop in TEMPLATES[name].fill("a") and stop in TEMPLATES[name].fill("a", "b") for stop in TEMPLATES[name].stop)
+    assert all(
+        stop in TEMPLATES[name].fill("a") and stop in TEMPLATES[name].fill("a", "b")
+        for stop in TEMPLATES[name].stop
+    )
 
 
 # ---- ids ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_ids_of_a_prompt_are_those_of_its_text_behind_the_system_text():
-    template = Template(system="Be brief. ", prompt="Q {instruction} A ", prompt_with_input="Q {instruction} {input} A ")
+    template = Template(
+        system="Be brief. ", prompt="Q {instruction} A ", prompt_with_input="Q {instruction} {input} A "
+    )
     assert prompt_ids(template, BYTE, "é?", "x") == list("Be brief. Q é? x A ".encode())
     assert prompt_ids(PLAIN, BYTE, "<|endoftext|>") == list(b"Q <|endoftext|> A "), "no text spells EOS"
     with pytest.raises(UserError, match="'∑'"):
         prompt_ids(PLAIN, CharTokenizer.train(["Q x A "]), "∑")
 
 
-TALK = Template(system="S", prompt="<{instruction}>", prompt_with_input="<{instruction},{input}>", multi_turn=True)
+TALK = Template(
+    system="S", prompt="<{instruction}>", prompt_with_input="<{instruction},{input}>", multi_turn=True
+)
 TURNS = [("one", "1"), ("three", "333"), ("two", "22")]
 
 
@@ -180,11 +218,25 @@ def test_the_oldest_turns_are_forgotten_where_all_do_not_fit():
     assert len(whole) == 32
     assert conversation_ids(TALK, BYTE, TURNS, "now", 32) == whole
     two = [*b"S<three>333", 256, *b"<two>22", 256, *b"<now>"]
-    assert conversation_ids(TALK, BYTE, TURNS, "now", 31) == conversation_ids(TALK, BYTE, TURNS, "now", 25) == two
+    assert (
+        conversation_ids(TALK, BYTE, TURNS, "now", 31)
+        == conversation_ids(TALK, BYTE, TURNS, "now", 25)
+        == two
+    )
     one = [*b"S<two>22", 256, *b"<now>"]
-    assert conversation_ids(TALK, BYTE, TURNS, "now", 24) == conversation_ids(TALK, BYTE, TURNS, "now", 14) == one
-    assert conversation_ids(TALK, BYTE, TURNS, "now", 13) == conversation_ids(TALK, BYTE, TURNS, "now", 6) == list(b"S<now>")
-    assert conversation_ids(TALK, BYTE, TURNS, "now", 5) == list(b"<now>"), "of a question too long by itself, the end"
+    assert (
+        conversation_ids(TALK, BYTE, TURNS, "now", 24)
+        == conversation_ids(TALK, BYTE, TURNS, "now", 14)
+        == one
+    )
+    assert (
+        conversation_ids(TALK, BYTE, TURNS, "now", 13)
+        == conversation_ids(TALK, BYTE, TURNS, "now", 6)
+        == list(b"S<now>")
+    )
+    assert conversation_ids(TALK, BYTE, TURNS, "now", 5) == list(b"<now>"), (
+        "of a question too long by itself, the end"
+    )
     assert conversation_ids(TALK, BYTE, TURNS, "now", 2) == list(b"w>")
 
 
@@ -195,7 +247,9 @@ def test_a_conversation_is_the_longest_that_fits_whatever_the_room():
         question, room = "n" * int(rng.integers(1, 12)), int(rng.integers(1, 70))
         fitting = []
         for n in range(len(turns) + 1):
-            kept = [i for said, answer in turns[len(turns) - n :] for i in [*f"<{said}>{answer}".encode(), 256]]
+            kept = [
+                i for said, answer in turns[len(turns) - n :] for i in [*f"<{said}>{answer}".encode(), 256]
+            ]
             ids = [*b"S", *kept, *f"<{question}>".encode()]
             fitting += [ids] * (len(ids) <= room)
         expected = fitting[-1] if fitting else f"S<{question}>".encode()[-room:]
@@ -204,21 +258,39 @@ def test_a_conversation_is_the_longest_that_fits_whatever_the_room():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_first_question_has_the_ids_that_it_has_in_training(name):
-    texts = [TEMPLATES[name].fill(text, input) for text in ("Name a color.", "What is a token?") for input in ("", "some text\n")]
+    texts = [
+        TEMPLATES[name].fill(text, input)
+        for text in ("Name a color.", "What is a token?")
+        for input in ("", "some text\n")
+    ]
     for tokenizer in (BYTE, build_tokenizer("bpe", texts * 9, 300)):
         for question in ("Name a color.", "  What?\n\n", "Überall: {input}"):
-            assert conversation_ids(TEMPLATES[name], tokenizer, [], question, 9999) == prompt_ids(TEMPLATES[name], tokenizer, question)
+            assert conversation_ids(TEMPLATES[name], tokenizer, [], question, 9999) == prompt_ids(
+                TEMPLATES[name], tokenizer, question
+            )
 
 
 @pytest.mark.parametrize("multi_turn", [True, False])
 def test_a_first_question_has_the_ids_it_has_in_training(multi_turn):
-    """Encoded as one text with the system text: with this tokenizer the border between the two is inside a token."""
+    """Encoded as one text with the system text: with this tokenizer the border between the two is inside a
+    token."""
     tokenizer = GPT2Tokenizer()
-    template = Template(system="You help.\n\n", prompt="# {instruction}? ", prompt_with_input="{instruction} {input}", multi_turn=multi_turn)
-    assert tokenizer.encode(template.system) + tokenizer.encode(template.fill("Why")) != prompt_ids(template, tokenizer, "Why")
+    template = Template(
+        system="You help.\n\n",
+        prompt="# {instruction}? ",
+        prompt_with_input="{instruction} {input}",
+        multi_turn=multi_turn,
+    )
+    assert tokenizer.encode(template.system) + tokenizer.encode(template.fill("Why")) != prompt_ids(
+        template, tokenizer, "Why"
+    )
     assert conversation_ids(template, tokenizer, [], "Why", 99) == prompt_ids(template, tokenizer, "Why")
     kept = conversation_ids(template, tokenizer, [("Why", "So")], "How", 99)
-    first = [*tokenizer.encode(template.first("Why") + "So"), tokenizer.eos_id, *tokenizer.encode(template.fill("How"))]
+    first = [
+        *tokenizer.encode(template.first("Why") + "So"),
+        tokenizer.eos_id,
+        *tokenizer.encode(template.fill("How")),
+    ]
     assert kept == (first if multi_turn else prompt_ids(template, tokenizer, "How"))
 
 
@@ -226,14 +298,62 @@ def test_a_first_question_has_the_ids_it_has_in_training(multi_turn):
 def test_half_a_character_is_refused(key):
     broken = {"system": "\ud800", "prompt": "\ud800{instruction}", "stop": ["\ud800"]}[key]
     with pytest.raises(ValueError, match="half a character"):
-        Template.model_validate({"prompt": "{instruction}", "prompt_with_input": "{instruction}{input}"} | {key: broken})
+        Template.model_validate(
+            {"prompt": "{instruction}", "prompt_with_input": "{instruction}{input}"} | {key: broken}
+        )
 
 
 # ---- the same ids in other programs -------------------------------------------------------------------------------
 
-PIECES = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|endoftext|>", "user\n", " ", "\n", "  ", "{{ x }}", "{% if %}", "{#", "}}", "%}", '"', "'"]
-PIECES += ["\\", "\\n", "\U0001f389", "é", "\r\n", "### A:", "\t", "{", "}", "<|im_", "123", "\u2028", "\x0b", "\x1f", "\U0010ffff"]
-SAID = ["Hi", "how are you?", " tick ", "", "\n\nx", "{{ 1 }}", "a{instruction}b", "\U0001f389", "'s", "1", "\U0010ffff", "}}{%"]
+PIECES = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<s>",
+    "</s>",
+    "<|endoftext|>",
+    "user\n",
+    " ",
+    "\n",
+    "  ",
+    "{{ x }}",
+    "{% if %}",
+    "{#",
+    "}}",
+    "%}",
+    '"',
+    "'",
+]
+PIECES += [
+    "\\",
+    "\\n",
+    "\U0001f389",
+    "é",
+    "\r\n",
+    "### A:",
+    "\t",
+    "{",
+    "}",
+    "<|im_",
+    "123",
+    "\u2028",
+    "\x0b",
+    "\x1f",
+    "\U0010ffff",
+]
+SAID = [
+    "Hi",
+    "how are you?",
+    " tick ",
+    "",
+    "\n\nx",
+    "{{ 1 }}",
+    "a{instruction}b",
+    "\U0001f389",
+    "'s",
+    "1",
+    "\U0010ffff",
+    "}}{%",
+]
 
 
 def drawn_template(draw: random.Random) -> Template:
@@ -241,18 +361,25 @@ def drawn_template(draw: random.Random) -> Template:
         return "".join(draw.choices(PIECES, k=draw.randint(0, 4)))
 
     prompt = some() + "{instruction}" + some()
-    return Template(system=some(), prompt=prompt, prompt_with_input=prompt + "{input}", multi_turn=draw.random() < 0.7)
+    return Template(
+        system=some(), prompt=prompt, prompt_with_input=prompt + "{input}", multi_turn=draw.random() < 0.7
+    )
 
 
 def conversations(draw: random.Random) -> list[list[dict[str, str]]]:
     """One question, and a talk of two."""
     said = [draw.choice(SAID) for _ in range(4)]
-    return [[{"role": role, "content": text} for role, text in zip(roles, said, strict=False)] for roles in (["user"], ["user", "assistant", "user"])]
+    return [
+        [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        for roles in (["user"], ["user", "assistant", "user"])
+    ]
 
 
 def ids_here(template: Template, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     *before, question = [message["content"] for message in messages]
-    return conversation_ids(template, tokenizer, list(zip(before[::2], before[1::2], strict=True)), question, 10**6)
+    return conversation_ids(
+        template, tokenizer, list(zip(before[::2], before[1::2], strict=True)), question, 10**6
+    )
 
 
 def exported(tokenizer: Tokenizer, folder: Path, template: Template = PLAIN):
@@ -260,7 +387,9 @@ def exported(tokenizer: Tokenizer, folder: Path, template: Template = PLAIN):
     from transformers import AutoTokenizer
 
     (folder / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, template, 10**6)), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer_config(tokenizer, template, 10**6)), encoding="utf-8"
+    )
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -268,21 +397,35 @@ def exported(tokenizer: Tokenizer, folder: Path, template: Template = PLAIN):
 def test_a_conversation_has_the_ids_that_transformers_gives_it_by_the_exported_template(tmp_path, name):
     tokenizer, draw, n_together = tokenizer_like(name), random.Random(7), 0
     theirs = exported(tokenizer, tmp_path)
-    assert theirs("tick").input_ids[: len(tokenizer.bos_ids) + 1] == tokenizer.begin("tick")[: len(tokenizer.bos_ids) + 1]
+    assert (
+        theirs("tick").input_ids[: len(tokenizer.bos_ids) + 1]
+        == tokenizer.begin("tick")[: len(tokenizer.bos_ids) + 1]
+    )
     for _ in range(25):
         template = drawn_template(draw)
-        theirs.chat_template = json.loads(json.dumps(tokenizer_config(tokenizer, template, 64)))["chat_template"]
+        theirs.chat_template = json.loads(json.dumps(tokenizer_config(tokenizer, template, 64)))[
+            "chat_template"
+        ]
         for messages in conversations(draw):
             ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
             assert ids_here(template, tokenizer, messages) == ids, (template, messages)
             if len(messages) == 1:
                 assert prompt_ids(template, tokenizer, messages[0]["content"]) == ids
-                answered = theirs.apply_chat_template([*messages, {"role": "assistant", "content": "So."}], tokenize=True, return_dict=False)
+                answered = theirs.apply_chat_template(
+                    [*messages, {"role": "assistant", "content": "So."}], tokenize=True, return_dict=False
+                )
                 n_together += answered[: len(ids)] == ids
                 if answered[: len(ids)] == ids:  # no token reaches over the border
-                    assert encode_pair(Pair(messages[0]["content"], "", "So.", ""), tokenizer, template).ids.tolist() == answered
+                    assert (
+                        encode_pair(
+                            Pair(messages[0]["content"], "", "So.", ""), tokenizer, template
+                        ).ids.tolist()
+                        == answered
+                    )
         assert tuple(ids[: len(tokenizer.bos_ids)]) == tokenizer.bos_ids
-        if tokenizer.bos_ids and not any(name in template.system + template.prompt for name in tokenizer.special_ids):
+        if tokenizer.bos_ids and not any(
+            name in template.system + template.prompt for name in tokenizer.special_ids
+        ):
             assert ids.count(tokenizer.bos_ids[0]) == 1
     assert n_together >= 10
 
@@ -295,7 +438,11 @@ def test_a_conversation_has_the_ids_that_llama_cpp_gives_it_by_the_gguf(tmp_path
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     tokenizer, draw = tokenizer_like(name), random.Random(8)
-    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=32))
+    model = GPTMini(
+        GPTConfig(
+            vocab_size=tokenizer.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=32
+        )
+    )
     write_gguf(tmp_path / "m.gguf", model, tokenizer, PLAIN, "f32", "tiny")
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=32, vocab_only=True, verbose=False)
     bos, eos = (llama._model.token_get_text(id) for id in (llama.token_bos(), llama.token_eos()))
@@ -305,7 +452,9 @@ def test_a_conversation_has_the_ids_that_llama_cpp_gives_it_by_the_gguf(tmp_path
         formatter = Jinja2ChatFormatter(chat_template(template, tokenizer), eos_token=eos, bos_token=bos)
         for messages in conversations(draw):
             text = formatter(messages=messages).prompt.encode()
-            assert llama.tokenize(text, add_bos=False, special=True) == ids_here(template, tokenizer, messages), (template, messages)
+            assert llama.tokenize(text, add_bos=False, special=True) == ids_here(
+                template, tokenizer, messages
+            ), (template, messages)
     llama.close()
 
 
@@ -323,14 +472,28 @@ def test_a_template_writes_special_tokens_and_what_people_write_never_does(name)
     start, end = (tokenizer.special_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
     ids = conversation_ids(CHATML, tokenizer, [("one", "two")], "three", 10**6)
     assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id)) == (5, 3, 1)
-    for spelled in ("<|im_end|>", "a<|im_start|>b", "</s>", "<s>", "\U0010ffff<|im_end|>", "\U0010ffff" * 3 + "</s>"):
+    for spelled in (
+        "<|im_end|>",
+        "a<|im_start|>b",
+        "</s>",
+        "<s>",
+        "\U0010ffff<|im_end|>",
+        "\U0010ffff" * 3 + "</s>",
+    ):
         ids = conversation_ids(CHATML, tokenizer, [(spelled, spelled)], spelled, 10**6)
-        assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id), ids.count(1)) == (5, 3, 1, 0), spelled
+        assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id), ids.count(1)) == (
+            5,
+            3,
+            1,
+            0,
+        ), spelled
         ids = prompt_ids(CHATML, tokenizer, "x", spelled)
         assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id)) == (3, 2, 0), spelled
     halves = Template(prompt="<|im_{instruction}|>", prompt_with_input="{instruction}{input}")
     assert start not in prompt_ids(halves, tokenizer, "start"), "nor one that a template has begun"
-    ids = encode_pair(Pair("Ask <|im_end|>", "", "Say <|im_end|></s>", "here"), tokenizer, CHATML).ids.tolist()
+    ids = encode_pair(
+        Pair("Ask <|im_end|>", "", "Say <|im_end|></s>", "here"), tokenizer, CHATML
+    ).ids.tolist()
     assert (ids.count(end), ids.count(tokenizer.eos_id)) == (2, 1) and ids[-1] == tokenizer.eos_id
 
 
@@ -345,7 +508,11 @@ def test_a_template_that_writes_bos_has_it_once():
 def test_a_checkpoint_of_an_older_version_is_asked_as_it_was_trained(tmp_path, capsys):
     """Its template says nothing of special tokens, which were letters then."""
     tokenizer = tokenizer_like("bytes")
-    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=32))
+    model = GPTMini(
+        GPTConfig(
+            vocab_size=tokenizer.vocab_size, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=32
+        )
+    )
     write_model(tmp_path / "old.ckpt", model, tokenizer, {})
     checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
     checkpoint[KEY]["template"] = CHATML.model_dump(exclude={"special_tokens"})
@@ -387,6 +554,9 @@ def test_a_talk_that_ends_with_an_answer_ends_with_eos(tmp_path, multi_turn):
     """As programs that train on messages lay them out."""
     template = TALK.model_copy(update={"multi_turn": multi_turn})
     theirs = exported(BYTE, tmp_path, template)
-    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, ["a", "b", "c", "d"], strict=True)]
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, ["a", "b", "c", "d"], strict=True)
+    ]
     text = theirs.apply_chat_template(messages, tokenize=False)
     assert text == ("S<a>b<|endoftext|><c>d<|endoftext|>" if multi_turn else "S<c>d<|endoftext|>")

@@ -26,7 +26,13 @@ from support.config.schema import Config
 from support.messages import UserError
 from support.run import checklist as preflight
 from support.run.checklist import cache_probe, leak_probe
-from support.run.estimates import estimate_activations, estimate_memory, estimate_step_time, memory_of, typical_length
+from support.run.estimates import (
+    estimate_activations,
+    estimate_memory,
+    estimate_step_time,
+    memory_of,
+    typical_length,
+)
 from support.run.plan import plan_run
 from support.run.show import print_header
 from tokenizer import ByteTokenizer
@@ -66,7 +72,19 @@ def test_check_passes_for_the_smoke_config_and_changes_nothing_on_disk(tmp_path,
     out = capsys.readouterr().out
     assert (stop.value.code, "FAIL" in out) == (0, False)
     assert (listing(repo / "checkpoints"), listing(tmp_path)) == before
-    items = ("config", "text: train: ", "text: val: ", "blocks", "tokenizer", "model", "no leak", "cache", "learns one batch", "optimizer", "memory")
+    items = (
+        "config",
+        "text: train: ",
+        "text: val: ",
+        "blocks",
+        "tokenizer",
+        "model",
+        "no leak",
+        "cache",
+        "learns one batch",
+        "optimizer",
+        "memory",
+    )
     for item in (*items, "time", "checkpoint folder"):
         assert re.search(f"^ok +{item}", out, re.MULTILINE), item
     assert out.splitlines()[-1] == "everything passed; nothing was written"
@@ -75,9 +93,20 @@ def test_check_passes_for_the_smoke_config_and_changes_nothing_on_disk(tmp_path,
 @pytest.mark.parametrize(
     "words",
     [
-        ("model.mlp=gelu", "model.norm=layernorm", "model.position=learned", "model.bias=true", "model.n_kv_heads=4"),
+        (
+            "model.mlp=gelu",
+            "model.norm=layernorm",
+            "model.position=learned",
+            "model.bias=true",
+            "model.n_kv_heads=4",
+        ),
         ("model.zero_init=true", "model.tie_embeddings=false", "model.dropout=0.3"),
-        ("data.document_mask=true", "training.max_steps=0", "training.schedule_steps=null", "training.warmup_steps=0"),
+        (
+            "data.document_mask=true",
+            "training.max_steps=0",
+            "training.schedule_steps=null",
+            "training.warmup_steps=0",
+        ),
         ("model.d_model=60", "model.n_heads=6", "model.n_kv_heads=3", "model.max_seq_len=9"),
     ],
     ids=["gpt2-like", "zero-init", "nothing to train", "odd shapes"],
@@ -89,7 +118,14 @@ def test_check_passes_for_other_configs(check, tmp_path, words):
 
 
 def test_check_probes_a_large_model_by_a_small_copy(check, tmp_path):
-    code, _, out = check(tmp_path / "run", *BYTE, "model.d_model=2048", "model.n_layers=2", "model.n_heads=16", "model.n_kv_heads=4")
+    code, _, out = check(
+        tmp_path / "run",
+        *BYTE,
+        "model.d_model=2048",
+        "model.n_layers=2",
+        "model.n_heads=16",
+        "model.n_kv_heads=4",
+    )
     assert (code, out.count("on a small copy")) == (0, 2), out
 
 
@@ -128,7 +164,9 @@ def test_check_finds_what_is_broken_and_exits_1(check, tmp_path, monkeypatch, ta
 
 def test_the_probes_see_nothing_in_a_sound_model_and_much_in_a_broken_one(monkeypatch):
     torch.manual_seed(0)
-    sound = GPTMini(GPTConfig(vocab_size=19, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=11)).eval()
+    sound = GPTMini(
+        GPTConfig(vocab_size=19, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=11)
+    ).eval()
     assert leak_probe(sound, "cpu") == 0
     assert cache_probe(sound, "cpu") < 1e-5
     monkeypatch.setattr(KVCache, "append", keys_in_the_wrong_place)
@@ -161,7 +199,13 @@ def test_check_reads_a_few_rows_however_large_the_step(check, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "words",
-    [("model.d_model=30",), ("data.path=nowhere.txt",), ("training.lr=-1",), ("training.seq_len=8000", "model.max_seq_len=8000"), ("model.depth=3",)],
+    [
+        ("model.d_model=30",),
+        ("data.path=nowhere.txt",),
+        ("training.lr=-1",),
+        ("training.seq_len=8000", "model.max_seq_len=8000"),
+        ("model.depth=3",),
+    ],
     ids=lambda words: words[0],
 )
 def test_check_of_a_config_that_cannot_run_says_why(check, tmp_path, words):
@@ -173,7 +217,11 @@ def test_check_of_a_config_that_cannot_run_says_why(check, tmp_path, words):
 def test_check_names_an_unfinished_run_in_the_folder(check, run, tmp_path, monkeypatch):
     step = train.LitCausalLM.training_step
     with monkeypatch.context() as patch:
-        patch.setattr(train.LitCausalLM, "training_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), step(*args))[1])
+        patch.setattr(
+            train.LitCausalLM,
+            "training_step",
+            lambda *args: (os.kill(os.getpid(), signal.SIGTERM), step(*args))[1],
+        )
         folder = run(tmp_path / "run", *BYTE).folder
     before = listing(folder)
     code, verdicts, out = check(folder, *BYTE)
@@ -214,19 +262,31 @@ SHAPE = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "max_seq_l
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False, "qk_norm": True}, {"mlp": "gelu", "norm": "layernorm", "position": "learned", "bias": True}],
+    [
+        {},
+        {"tie_embeddings": False, "qk_norm": True},
+        {"mlp": "gelu", "norm": "layernorm", "position": "learned", "bias": True},
+    ],
     ids=["llama-like", "untied", "gpt2-like"],
 )
 def test_parameters_gradients_and_optimizer_are_exact(optimizer, changes):
     """Against a real model and what its optimizer holds after a step."""
-    config, model_config = config_for(SHAPE | changes, optimizer=optimizer), GPTConfig(vocab_size=257, **SHAPE, **changes)
+    config, model_config = (
+        config_for(SHAPE | changes, optimizer=optimizer),
+        GPTConfig(vocab_size=257, **SHAPE, **changes),
+    )
     net = GPTMini(model_config)
     updating = build_optimizer(net, config.training)
     ids = torch.arange(40).view(2, 20)
     net(ids, ids)[0].backward()
-    real = {"parameters": sum(p.nbytes for p in net.parameters()), "gradients": sum(p.grad.nbytes for p in net.parameters())}
+    real = {
+        "parameters": sum(p.nbytes for p in net.parameters()),
+        "gradients": sum(p.grad.nbytes for p in net.parameters()),
+    }
     updating.step()
-    real["optimizer"] = sum(t.nbytes for state in updating.state.values() for name, t in state.items() if name != "step")
+    real["optimizer"] = sum(
+        t.nbytes for state in updating.state.values() for name, t in state.items() if name != "step"
+    )
     estimate = estimate_memory(model_config, config, "32-true")
     assert {name: estimate[name] for name in real} == real
     assert estimate["total"] == sum(size for name, size in estimate.items() if name != "total")
@@ -244,7 +304,11 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if not isinstance(tensor, torch.Tensor) or (key := tensor.untyped_storage()._cdata) in self.known or key in self.live:
+            if (
+                not isinstance(tensor, torch.Tensor)
+                or (key := tensor.untyped_storage()._cdata) in self.known
+                or key in self.live
+            ):
                 continue
             storage = tensor.untyped_storage()
             self.live[key] = storage.nbytes()
@@ -274,8 +338,9 @@ class PeakMemory(TorchDispatchMode):
     ids=lambda value: str(value),
 )
 def test_activations_are_estimated_within_a_quarter(monkeypatch, vocab_size, changes):
-    """What is kept, against the bytes that saved-tensor hooks count; the most that is alive at once, against all tensors made in
-    forward and backward, gradients of parameters left out. On MPS attention is written out."""
+    """What is kept, against the bytes that saved-tensor hooks count; the most that is alive at once,
+    against all tensors made in forward and backward, gradients of parameters left out. On MPS attention is
+    written out."""
     shape = SHAPE | changes
     device = shape.pop("device", "cpu")
     if device == "mps":
@@ -295,14 +360,17 @@ def test_activations_are_estimated_within_a_quarter(monkeypatch, vocab_size, cha
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(ids, ids)
-    assert kept == pytest.approx(sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights), rel=0.25)
+    assert kept == pytest.approx(
+        sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights), rel=0.25
+    )
     with PeakMemory([*net.parameters(), *(parameter.grad for parameter in net.parameters()), ids]) as memory:
         net(ids, ids)[0].backward()
     assert peak == pytest.approx(memory.peak, rel=0.25)
 
 
 def test_the_time_of_a_step_is_scaled_from_what_was_measured(argv_of, tmp_path, monkeypatch):
-    """By a clock that ticks a second each time it is looked at: forward and backward of a micro-batch take one, the optimizer another."""
+    """By a clock that ticks a second each time it is looked at: forward and backward of a micro-batch take
+    one, the optimizer another."""
     args = train.parse_args(argv_of(tmp_path / "run", "training.grad_accum_steps=3", "tokenizer.kind=byte"))
     args.only_looks = True
     plan = plan_run(args)
@@ -324,16 +392,34 @@ def test_instructions_are_estimated_by_the_rows_they_are_and_not_by_the_context(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     said = {}
     for packing in ("false", "true"):
-        words = [f"base_ckpt={tmp_path / 'base.ckpt'}", f"data.path={tmp_path / 'rows.json'}", f"data.packing={packing}", "data.val_docs=2"]
-        words += ["training.micro_batch_size=4", "training.grad_accum_steps=1", "training.warmup_steps=0", f"checkpoint.dir={tmp_path / 'run'}"]
-        argv = ["--config", "config_finetune.yaml", "--device", "cpu", *(f"--override={word}" for word in words)]
+        words = [
+            f"base_ckpt={tmp_path / 'base.ckpt'}",
+            f"data.path={tmp_path / 'rows.json'}",
+            f"data.packing={packing}",
+            "data.val_docs=2",
+        ]
+        words += [
+            "training.micro_batch_size=4",
+            "training.grad_accum_steps=1",
+            "training.warmup_steps=0",
+            f"checkpoint.dir={tmp_path / 'run'}",
+        ]
+        argv = [
+            "--config",
+            "config_finetune.yaml",
+            "--device",
+            "cpu",
+            *(f"--override={word}" for word in words),
+        ]
         args = finetune.parse_args([*argv, "--check"])
         said[packing] = plan_run(args)
     padded, packed = said["false"], said["true"]
     longest = max(len(pair) for pair in padded.data.train.examples)
     assert longest < 60
     assert (padded.tokens_per_step, packed.tokens_per_step) == (4 * longest, 4 * 4096)
-    short = padded.config.model_copy(update={"training": padded.config.training.model_copy(update={"seq_len": longest})})
+    short = padded.config.model_copy(
+        update={"training": padded.config.training.model_copy(update={"seq_len": longest})}
+    )
     assert memory_of(padded) == estimate_memory(padded.model_config, short, "32-true", "cpu")
     assert memory_of(packed)["activations"] > 50 * memory_of(padded)["activations"]
     mean = sum(len(pair) for pair in padded.data.train.examples) / len(padded.data.train.examples)
@@ -364,7 +450,8 @@ def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp
     run(folder, *BYTE)
     for step, text in shown.items():
         expected = [
-            f"--- step {step}, micro-batch {micro}, row {row} ---\n{bytes(i for i in ids if i < 256).decode(errors='replace')}"
+            f"--- step {step}, micro-batch {micro}, row {row} ---\n"
+            f"{bytes(i for i in ids if i < 256).decode(errors='replace')}"
             for micro, rows in enumerate(trained_on[step - 1], 1)
             for row, ids in enumerate(rows, 1)
         ]
@@ -375,7 +462,14 @@ def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp
 def test_show_step_of_a_stream_is_what_the_loader_yields(argv_of, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "row {i} of the stream, and some more text"}}\n' for i in range(60)))
-    words = ("data.source=hf", "data.dataset=json", f"data.path={rows}", "data.streaming=true", "data.val_docs=4", *BYTE)
+    words = (
+        "data.source=hf",
+        "data.dataset=json",
+        f"data.path={rows}",
+        "data.streaming=true",
+        "data.val_docs=4",
+        *BYTE,
+    )
     argv = argv_of(tmp_path / "run", *words)
     with pytest.raises(SystemExit):
         train.main([*argv, "--show-step", "3"])
@@ -386,7 +480,9 @@ def test_show_step_of_a_stream_is_what_the_loader_yields(argv_of, tmp_path, caps
     steps = iter(loader)
     third = [next(steps) for _ in range(3)][-1]
     texts = [tokenizer.decode(ids) for batch in third for ids in batch["input_ids"].tolist()]
-    assert [text.strip("\n") for text in re.split(r"--- step 3, micro-batch \d, row \d ---\n", shown)[1:]] == texts
+    assert [
+        text.strip("\n") for text in re.split(r"--- step 3, micro-batch \d, row \d ---\n", shown)[1:]
+    ] == texts
 
 
 @pytest.mark.parametrize("step", ["0", "-1", "13"])

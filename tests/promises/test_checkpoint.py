@@ -1,4 +1,5 @@
-"""A checkpoint is one complete file: it opens safely, needs nothing beside it, and anything wrong with it is one line."""
+"""A checkpoint is one complete file: it opens safely, needs nothing beside it, and anything wrong with it
+is one line."""
 
 import io
 import os
@@ -11,7 +12,14 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import first_not_finite, load_model, misfits, model_weights, read_checkpoint, read_metadata
+from support.checkpoint import (
+    first_not_finite,
+    load_model,
+    misfits,
+    model_weights,
+    read_checkpoint,
+    read_metadata,
+)
 from support.files.atomic import atomic_write, link_or_copy
 from support.messages import UserError
 from tokenizer import ByteTokenizer
@@ -24,13 +32,33 @@ FIELDS = {
 
 def byte_model(**changes) -> GPTMini:
     torch.manual_seed(0)
-    return GPTMini(GPTConfig(**{"vocab_size": 257, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 16} | changes))
+    return GPTMini(
+        GPTConfig(
+            **{
+                "vocab_size": 257,
+                "d_model": 24,
+                "n_layers": 2,
+                "n_heads": 4,
+                "n_kv_heads": 2,
+                "max_seq_len": 16,
+            }
+            | changes
+        )
+    )
 
 
 def checkpoint_of(model: GPTMini) -> dict:
     """The least that is a checkpoint of ours."""
-    ours = {"format_version": 1, "model": model.config.model_dump(), "tokenizer": ByteTokenizer().to_dict(), "metrics": {"step": 3}}
-    return {"state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()}, "tiny_transformer": ours}
+    ours = {
+        "format_version": 1,
+        "model": model.config.model_dump(),
+        "tokenizer": ByteTokenizer().to_dict(),
+        "metrics": {"step": 3},
+    }
+    return {
+        "state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()},
+        "tiny_transformer": ours,
+    }
 
 
 @pytest.fixture
@@ -63,10 +91,31 @@ def test_a_checkpoint_opens_with_weights_only_and_holds_the_documented_fields(ti
     checkpoint = torch.load(tiny_run.folder / "final.ckpt", weights_only=True)
     ours = checkpoint["tiny_transformer"]
     assert ours.keys() == FIELDS
-    assert (checkpoint["global_step"], ours["format_version"], ours["sequences_per_step"], ours["stream_state"]) == (12, 1, 8, None)
-    assert ours["metrics"].keys() == {"step", "epoch", "tokens", "train_loss", "lr", "val_loss", "perplexity", "best_val_loss", "best_step"}
+    assert (
+        checkpoint["global_step"],
+        ours["format_version"],
+        ours["sequences_per_step"],
+        ours["stream_state"],
+    ) == (12, 1, 8, None)
+    assert ours["metrics"].keys() == {
+        "step",
+        "epoch",
+        "tokens",
+        "train_loss",
+        "lr",
+        "val_loss",
+        "perplexity",
+        "best_val_loss",
+        "best_step",
+    }
     last, val = tiny_run.train_rows[-1], tiny_run.val_rows[-1]
-    expected = {"step": 12, "tokens": last["tokens"], "train_loss": last["loss"], "lr": last["lr"], "val_loss": val["val_loss"]}
+    expected = {
+        "step": 12,
+        "tokens": last["tokens"],
+        "train_loss": last["loss"],
+        "lr": last["lr"],
+        "val_loss": val["val_loss"],
+    }
     assert {name: ours["metrics"][name] for name in expected} == expected
     assert {"versions", "git_commit", "command", "threads"} == ours["run"].keys()
     assert ours["run"]["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -86,7 +135,8 @@ def test_our_fields_are_plain_python_types(tiny_run):
 
 
 def test_load_model_needs_nothing_but_the_file(tiny_run, tmp_path, monkeypatch):
-    """Another folder, another working folder, and no file of the repository's can be opened by a relative name."""
+    """Another folder, another working folder, and no file of the repository's can be opened by a relative
+    name."""
     shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "alone.ckpt")
     monkeypatch.chdir(tmp_path)
     model, tokenizer, metadata = load_model("alone.ckpt")
@@ -128,7 +178,9 @@ def test_what_wrappers_put_before_a_name_is_taken_off(saved, prefix, where):
 
     checkpoint["state_dict"] = {wrapped(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     model, _, _ = load_model(saved(checkpoint))
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in byte_model().state_dict().items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name]) for name, tensor in byte_model().state_dict().items()
+    )
 
 
 NAME = "net.layers.1.self_attn.k_proj.weight"
@@ -186,7 +238,11 @@ def test_all_that_does_not_fit_is_in_one_message(saved):
     ):
         assert said in message, message
     many = {f"odd.tensor{i}x": torch.zeros(1) for i in range(50)}
-    assert misfits({}, many).count("provided") == 20 and misfits({}, many).endswith("; and 30 more") and misfits(many, many) is None
+    assert (
+        misfits({}, many).count("provided") == 20
+        and misfits({}, many).endswith("; and 30 more")
+        and misfits(many, many) is None
+    )
 
 
 def test_head_and_tokenizer_of_different_sizes_are_refused(saved):
@@ -206,7 +262,10 @@ def test_a_number_that_is_none_is_found_wherever_it_stands(bad, dtype, size):
     """The largest finite number is no infinity, though a sum of two of them would be."""
     for place in {0, size // 2, size - 1}:
         tensor = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
-        tree = {"state_dict": {"net.a": torch.ones(2)}, "optimizer_states": [{"state": {3: {"step": torch.tensor(4), "exp_avg": tensor}}}]}
+        tree = {
+            "state_dict": {"net.a": torch.ones(2)},
+            "optimizer_states": [{"state": {3: {"step": torch.tensor(4), "exp_avg": tensor}}}],
+        }
         assert first_not_finite(tree) is None
         tensor[place] = bad
         assert first_not_finite(tree) == "optimizer_states.0.state.3.exp_avg"
@@ -215,7 +274,14 @@ def test_a_number_that_is_none_is_found_wherever_it_stands(bad, dtype, size):
 
 def test_the_first_of_several_is_named_and_what_holds_no_float_is_passed_over():
     nan = torch.tensor([float("nan")], requires_grad=True)
-    tree = {"empty": torch.empty(0, 3), "ids": torch.tensor([2**62]), "mask": torch.tensor([True]), "text": "nan", "loss": float("nan"), "none": None}
+    tree = {
+        "empty": torch.empty(0, 3),
+        "ids": torch.tensor([2**62]),
+        "mask": torch.tensor([True]),
+        "text": "nan",
+        "loss": float("nan"),
+        "none": None,
+    }
     assert first_not_finite(tree) is None
     assert first_not_finite(tree | {"b": (torch.ones(2), nan), "a": nan}) == "b.1"
     assert first_not_finite({"outer": nan, "z": {"deep": nan}}, "checkpoint") == "checkpoint.outer"
@@ -232,7 +298,20 @@ def test_the_first_of_several_is_named_and_what_holds_no_float_is_passed_over():
 def test_a_truncated_file_is_refused_at_every_length(tiny_run, tmp_path):
     whole = (tiny_run.folder / "final.ckpt").read_bytes()
     path = tmp_path / "cut.ckpt"
-    lengths = [1, 3, 4, 5, 29, 30, 31, 100, *range(1000, len(whole), len(whole) // 40), len(whole) - 100, len(whole) - 22, len(whole) - 1]
+    lengths = [
+        1,
+        3,
+        4,
+        5,
+        29,
+        30,
+        31,
+        100,
+        *range(1000, len(whole), len(whole) // 40),
+        len(whole) - 100,
+        len(whole) - 22,
+        len(whole) - 1,
+    ]
     for length in lengths:
         path.write_bytes(whole[:length])
         refusal(path)
@@ -285,8 +364,18 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         {"state_dict": None, "tiny_transformer": {"format_version": 1}},
         {"state_dict": {}, "tiny_transformer": {"format_version": 1}},
         {"state_dict": {}, "tiny_transformer": {"format_version": 1, "model": None, "tokenizer": None}},
-        {"state_dict": {}, "tiny_transformer": {"format_version": 1, "model": {"d_model": -1}, "tokenizer": {"kind": "byte"}}},
-        {"state_dict": {}, "tiny_transformer": {"format_version": 1, "model": {}, "tokenizer": {"kind": "runes"}}},
+        {
+            "state_dict": {},
+            "tiny_transformer": {
+                "format_version": 1,
+                "model": {"d_model": -1},
+                "tokenizer": {"kind": "byte"},
+            },
+        },
+        {
+            "state_dict": {},
+            "tiny_transformer": {"format_version": 1, "model": {}, "tokenizer": {"kind": "runes"}},
+        },
     ],
     ids=lambda content: str(content)[:60],
 )
@@ -387,6 +476,8 @@ def test_a_second_name_is_a_link_or_where_links_fail_a_copy(tmp_path, monkeypatc
 def test_a_run_where_links_fail_has_the_same_files(run, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     made = run(tmp_path / "run")
-    assert {path.name for path in made.folder.glob("*.ckpt")} == {path.name for path in tiny_run.folder.glob("*.ckpt")}
+    assert {path.name for path in made.folder.glob("*.ckpt")} == {
+        path.name for path in tiny_run.folder.glob("*.ckpt")
+    }
     assert made.sha256 == tiny_run.sha256
     assert not made.folder.joinpath("last.ckpt").samefile(made.folder / "final.ckpt")

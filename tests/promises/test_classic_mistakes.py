@@ -1,6 +1,7 @@
 """Five classic mistakes, made on purpose: none of them raises an error, and each shows in numbers.
 
-docs/TROUBLESHOOTING.md explains them. `python3 -m pytest tests/promises/test_classic_mistakes.py -s` prints what is measured.
+docs/TROUBLESHOOTING.md explains them. `python3 -m pytest tests/promises/test_classic_mistakes.py -s` prints
+what is measured.
 """
 
 import copy
@@ -17,7 +18,9 @@ from support.run.checklist import leak_probe
 
 T = 48
 BYTES = torch.tensor(list((REPO / "data" / "tiny_corpus.txt").read_bytes()))
-CONFIG = GPTConfig(vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, max_seq_len=T, dropout=0.2)
+CONFIG = GPTConfig(
+    vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, max_seq_len=T, dropout=0.2
+)
 
 
 def batch(seed: int, rows: int = 16) -> Tensor:
@@ -74,7 +77,10 @@ def test_without_eval_the_same_text_has_another_loss_each_time(trained):
         forgotten = [loss_on(model, ids).item() for _ in range(3)]
         model.eval()
         right = [loss_on(model, ids).item() for _ in range(3)]
-    print(f"\nwithout eval(): {forgotten[0]:.4f}, {forgotten[1]:.4f}, {forgotten[2]:.4f}; with it {right[0]:.4f} each time")
+    print(
+        f"\nwithout eval(): {forgotten[0]:.4f}, {forgotten[1]:.4f}, {forgotten[2]:.4f}; with it "
+        f"{right[0]:.4f} each time"
+    )
     assert len(set(forgotten)) == 3 and len(set(right)) == 1
     assert min(forgotten) > right[0] + 0.05
 
@@ -88,12 +94,17 @@ def test_without_no_grad_each_loss_keeps_all_activations(trained):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        losses = [loss_on(model, batch(seed)) for seed in range(5)]  # kept as tensors: their graphs stay alive
+        losses = [
+            loss_on(model, batch(seed)) for seed in range(5)
+        ]  # kept as tensors: their graphs stay alive
         with_graph, kept = kept, 0
         with torch.no_grad():
             same = [loss_on(model, batch(seed)) for seed in range(5)]
     size = 4 * model.n_params()
-    print(f"\nwithout no_grad(): 5 losses keep {with_graph / 2**20:.0f} MB, the model has {size / 2**20:.1f} MB; with it {kept} bytes")
+    print(
+        f"\nwithout no_grad(): 5 losses keep {with_graph / 2**20:.0f} MB, the model has {size / 2**20:.1f} "
+        f"MB; with it {kept} bytes"
+    )
     assert all(loss.requires_grad for loss in losses) and not any(loss.requires_grad for loss in same)
     assert with_graph > 20 * size and kept == 0
     assert torch.equal(torch.stack(losses), torch.stack(same)), "the numbers are the same, so nothing tells"
@@ -113,7 +124,10 @@ def test_with_the_mask_turned_around_training_looks_too_good(trained, monkeypatc
         training = train(model, new_optimizer(model), range(200))
         leak = leak_probe(model.eval(), "cpu")
     sampling = validate(model)  # when sampling nothing follows yet, whatever the mask says
-    print(f"\nmask turned: training loss {training:.2f}, but {sampling:.2f} where the next byte cannot be seen; logits leak by {leak:.1f}")
+    print(
+        f"\nmask turned: training loss {training:.2f}, but {sampling:.2f} where the next byte cannot be "
+        f"seen; logits leak by {leak:.1f}"
+    )
     assert training < 0.5 and sampling > 2 * validate(trained[0])
     assert leak > 0.1 and leak_probe(trained[0].eval(), "cpu") == 0
 
@@ -129,7 +143,10 @@ def test_with_projections_in_another_order_all_loads_and_nothing_works(trained, 
         part = next((part for part in exchange if part in name), None)
         state[name.replace(part, exchange[part]) if part else name] = tensor
     swapped.load_state_dict(state)  # strict, and without a complaint
-    print(f"\n{pair[0]} and {pair[1]} exchanged: val_loss {validate(swapped):.2f} in place of {validate(right):.2f}")
+    print(
+        f"\n{pair[0]} and {pair[1]} exchanged: val_loss {validate(swapped):.2f} in place of "
+        f"{validate(right):.2f}"
+    )
     assert validate(swapped) > validate(right) + 0.3
 
 

@@ -27,7 +27,8 @@ sys.exit(code)
 
 
 def ended(code: str, redirect: str = "", **env: str) -> tuple[int, bytes, bytes]:
-    """(status, standard output, standard error) of the code in a process of its own, with a shell's redirection."""
+    """(status, standard output, standard error) of the code in a process of its own, with a shell's
+    redirection."""
     command = ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPO, env=os.environ | env, capture_output=True)
     return done.returncode, done.stdout, done.stderr
@@ -45,18 +46,42 @@ def test_what_the_encoding_lacks_is_shown_as_an_escape(encoding, body):
 
 
 def test_a_table_is_drawn_in_every_encoding():
-    body = "from rich.table import Table; t = Table(title=text[:-20]); t.add_column(text[0:7]); t.add_row(text[0:7]); print_wide(t)"
+    body = (
+        "from rich.table import Table; t = Table(title=text[:-20]); t.add_column(text[0:7]); "
+        "t.add_row(text[0:7]); print_wide(t)"
+    )
     status, out, err = ended(script(body), PYTHONIOENCODING="ascii")
     assert (status, b"\\u6771" in out) == (3, True), err
 
 
-@pytest.mark.parametrize("name", ["train", "finetune", "infer", "list", "eval_val", "evaluate_checkpoints", "convert", "prepare", "from_scratch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train",
+        "finetune",
+        "infer",
+        "list",
+        "eval_val",
+        "evaluate_checkpoints",
+        "convert",
+        "prepare",
+        "from_scratch",
+    ],
+)
 def test_help_is_shown_in_ascii(name):
-    done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=REPO, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, f"{name}.py", "--help"],
+        cwd=REPO,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
     assert (done.returncode, done.stdout[:6], done.stderr) == (0, b"usage:", b"")
 
 
-@pytest.mark.parametrize("body", ["print(text)", "warn(text)", "print(sys.stdout.isatty(), sys.stderr.isatty())", "print_wide(text)"])
+@pytest.mark.parametrize(
+    "body",
+    ["print(text)", "warn(text)", "print(sys.stdout.isatty(), sys.stderr.isatty())", "print_wide(text)"],
+)
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_output_ends_nothing(body, redirect):
     status, _, err = ended(script(body), redirect)
@@ -65,7 +90,10 @@ def test_closed_output_ends_nothing(body, redirect):
 
 def test_a_file_does_not_take_the_place_of_closed_output(tmp_path):
     """The first file that is opened would get number 1, and with it what is printed."""
-    body = f"file = open({str(tmp_path / 'data')!r}, 'w'); print('said'); sys.stdout.flush(); import os; os.write(1, b'said'); file.write('data')"
+    body = (
+        f"file = open({str(tmp_path / 'data')!r}, 'w'); print('said'); sys.stdout.flush(); import os; "
+        "os.write(1, b'said'); file.write('data')"
+    )
     assert ended(script(body), ">&-")[0] == 3
     assert (tmp_path / "data").read_text() == "data"
 
@@ -73,7 +101,9 @@ def test_a_file_does_not_take_the_place_of_closed_output(tmp_path):
 @pytest.mark.parametrize("n", [1, 3000], ids=["a line", "more than a buffer"])
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 def test_a_full_disk_under_standard_output_is_an_error_where_results_go_there(n, unbuffered):
-    status, _, err = ended(script(f"print('a line of results\\n' * {n})"), ">/dev/full", PYTHONUNBUFFERED=unbuffered)
+    status, _, err = ended(
+        script(f"print('a line of results\\n' * {n})"), ">/dev/full", PYTHONUNBUFFERED=unbuffered
+    )
     assert (status, err.count(b"\n")) == (2, 1)
     assert err.startswith(b"error: standard output cannot be written (No space left on device)")
 
@@ -95,7 +125,12 @@ def test_a_full_disk_under_standard_error_ends_nothing(results):
 def test_a_reader_that_has_gone_still_ends_a_script_quietly():
     code = script("[print('a line', flush=True) for _ in range(99_999)]")
     for env in ({}, {"PYTHONUNBUFFERED": "1"}):
-        done = subprocess.run(["sh", "-c", '"$0" -c "$1" | head -1', sys.executable, code], cwd=REPO, capture_output=True, env=os.environ | env)
+        done = subprocess.run(
+            ["sh", "-c", '"$0" -c "$1" | head -1', sys.executable, code],
+            cwd=REPO,
+            capture_output=True,
+            env=os.environ | env,
+        )
         assert (done.stdout, done.stderr) == (b"a line\n", b"")
 
 
@@ -105,7 +140,9 @@ def test_an_extra_is_told_once_and_lets_exits_through(capsys):
         with extra:
             raise ValueError(f"no forecast {number}\n\x1b[2J")
     err = capsys.readouterr().err
-    assert err == "warning: the weather failed (ValueError: no forecast 0 \\x1b[2J); the run goes on without\n"
+    assert (
+        err == "warning: the weather failed (ValueError: no forecast 0 \\x1b[2J); the run goes on without\n"
+    )
     for error in (SystemExit(3), KeyboardInterrupt()):
         with pytest.raises(type(error)), extra:
             raise error

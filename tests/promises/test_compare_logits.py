@@ -1,4 +1,5 @@
-"""The proof of a conversion can fail where it matters: a vocabulary, a way to cut words, a decoder that are not the model's are noticed."""
+"""The proof of a conversion can fail where it matters: a vocabulary, a way to cut words, a decoder that
+are not the model's are noticed."""
 
 import contextlib
 import importlib.util
@@ -22,9 +23,20 @@ from support.exchange.hf_folder import read_tokenizer
 from support.exchange.hf_names import config_json, to_theirs
 from support.exchange.tokenizer_json import byte_characters, gpt2_merges, tokenizer_json
 from support.messages import UserError
-from tokenizer import EOS_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer
+from tokenizer import (
+    EOS_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    FileTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+)
 
-WORDS = ["the cat sat on the mat, 12 cats and 345 mats; " * 30, "na\u00efve caf\u00e9s cost 7.50\n\n  in T\u014dky\u014d. " * 20]
+WORDS = [
+    "the cat sat on the mat, 12 cats and 345 mats; " * 30,
+    "na\u00efve caf\u00e9s cost 7.50\n\n  in T\u014dky\u014d. " * 20,
+]
 TWO_LISTS = r"reads ['\"].*['\"] as \[.*\], and this project as \[.*\]"
 
 
@@ -35,7 +47,12 @@ def saved(tmp_path) -> Callable[[Tokenizer], Path]:
     def save(tokenizer: Tokenizer) -> Path:
         torch.manual_seed(0)
         sizes = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 32, "max_seq_len": 64}
-        write_model(tmp_path / "ours.ckpt", GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes)), tokenizer, {})
+        write_model(
+            tmp_path / "ours.ckpt",
+            GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes)),
+            tokenizer,
+            {},
+        )
         return tmp_path / "ours.ckpt"
 
     return save
@@ -63,7 +80,9 @@ def swapped(text: str) -> str:
 
 def other_words(text: str) -> str:
     backend = Backend.from_str(text)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
     return backend.to_str()
 
 
@@ -94,13 +113,22 @@ def stripping_decoder(text: str) -> str:
 READ, WRITTEN = TWO_LISTS, r"writes the ids \[.*\] as ['\"].*['\"], and this project as ['\"].*['\"]"
 CHANGES = pytest.mark.parametrize(
     ("change", "said"),
-    [(swapped, READ), (other_words, READ), (first_blank, READ), (normalized, READ), (no_decoder, WRITTEN), (stripping_decoder, WRITTEN)],
+    [
+        (swapped, READ),
+        (other_words, READ),
+        (first_blank, READ),
+        (normalized, READ),
+        (no_decoder, WRITTEN),
+        (stripping_decoder, WRITTEN),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 
 
 @CHANGES
-def test_an_exported_tokenizer_that_is_not_ours_fails_and_leaves_nothing(saved, tmp_path, monkeypatch, change, said):
+def test_an_exported_tokenizer_that_is_not_ours_fails_and_leaves_nothing(
+    saved, tmp_path, monkeypatch, change, said
+):
     monkeypatch.setattr(convert, "tokenizer_json", lambda tokenizer: change(tokenizer_json(tokenizer)))
     with pytest.raises(UserError, match=said):
         call("--ckpt", saved(bpe()), "--to", "hf", "--output", tmp_path / "hf")
@@ -131,7 +159,9 @@ def test_a_gguf_whose_tokenizer_is_not_ours_fails(saved, tmp_path, monkeypatch, 
     path = saved(bpe())
     assert call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "right.gguf").count("verified") == 2
     if change is swapped:
-        monkeypatch.setattr("support.exchange.gguf_file.tokenizer_json", lambda tokenizer: swapped(tokenizer_json(tokenizer)))
+        monkeypatch.setattr(
+            "support.exchange.gguf_file.tokenizer_json", lambda tokenizer: swapped(tokenizer_json(tokenizer))
+        )
     elif change == "smollm" and program == "transformers":  # it does not know that name, and would not notice
         monkeypatch.setattr("support.exchange.gguf_file.pre_tokenizer_name", lambda tree: change)
         assert "TEXT NOT VERIFIED" in call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
@@ -146,7 +176,11 @@ def test_a_gguf_whose_tokenizer_is_not_ours_fails(saved, tmp_path, monkeypatch, 
 def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Let it be found only where it is the program to compare with."""
     found = importlib.util.find_spec
-    monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: None if name == "llama_cpp" != program else found(name))
+    monkeypatch.setattr(
+        proof.importlib.util,
+        "find_spec",
+        lambda name: None if name == "llama_cpp" != program else found(name),
+    )
 
 
 def test_every_pair_of_tokens_in_the_wrong_place_is_noticed():
@@ -156,7 +190,11 @@ def test_every_pair_of_tokens_in_the_wrong_place_is_noticed():
     for one, other in [(0, n - 2), (n - 3, n - 2), (70, 80), (75, 300)]:
         places = list(range(n))
         places[one], places[other] = other, one
-        witness = Witness("a program", encode=tokenizer.begin, decode=lambda ids, places=places: tokenizer.decode([places[id] for id in ids]))
+        witness = Witness(
+            "a program",
+            encode=tokenizer.begin,
+            decode=lambda ids, places=places: tokenizer.decode([places[id] for id in ids]),
+        )
         assert "writes the ids" in first_difference(tokenizer, witness)
     assert first_difference(tokenizer, Witness("a program", tokenizer.begin, tokenizer.decode)) is None
 
@@ -165,14 +203,20 @@ def test_the_texts_tell_and_a_vocabulary_of_characters_has_texts_of_its_own():
     assert len(telling_texts(ByteTokenizer())) > len(TEXTS)
     assert len(telling_texts(GPT2Tokenizer())) > OWN_TOKENS  # its own tokens, spread over the vocabulary
     telling = "".join(TEXTS)
-    assert {" ", "\n", "\t", "\x00", "7", "\u00e9", "\u6771", "\U0001f389"} <= set(telling) and TEXTS[2].startswith(" ")
+    assert {" ", "\n", "\t", "\x00", "7", "\u00e9", "\u6771", "\U0001f389"} <= set(telling) and TEXTS[
+        2
+    ].startswith(" ")
     chars = CharTokenizer.train(["\u0436\u0443\u043a"])
     assert not set("".join(telling_texts(chars))) - set("\u0436\u0443\u043a")
     wrong = CharTokenizer("\u043a\u0443\u0436")
     assert "reads" in first_difference(chars, Witness("a program", wrong.begin, wrong.decode))
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer.train(["abc \n"]), GPT2Tokenizer()], ids=["byte", "char", "gpt2"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [ByteTokenizer(), CharTokenizer.train(["abc \n"]), GPT2Tokenizer()],
+    ids=["byte", "char", "gpt2"],
+)
 def test_each_kind_is_proven_in_text_both_ways(saved, tmp_path, tokenizer):
     said = call("--ckpt", saved(tokenizer), "--to", "hf", "--output", tmp_path / "hf")
     assert f"all {tokenizer.vocab_size:,} ids read the same in transformers" in said
@@ -187,7 +231,16 @@ GPT2_SWITCHES = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bia
 
 def gpt2_folder(folder: Path, tokenizer: Backend | None) -> Path:
     folder.mkdir(exist_ok=True)
-    config = GPTConfig(vocab_size=50257, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=32, max_seq_len=16, **GPT2_SWITCHES)
+    config = GPTConfig(
+        vocab_size=50257,
+        d_model=8,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        d_ff=32,
+        max_seq_len=16,
+        **GPT2_SWITCHES,
+    )
     (folder / "config.json").write_text(json.dumps(config_json(config, 50256)))
     if tokenizer:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -202,7 +255,10 @@ def of_another_language() -> Backend:
     """As many tokens as OpenAI's, and none where that has it."""
     words = [*byte_characters()[::-1], *(f"word{i}" for i in range(50_000))]
     backend = Backend(models.BPE(vocab={word: id for id, word in enumerate(words)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     backend.add_special_tokens([AddedToken(EOS_TEXT, special=True)])
     return backend
 
@@ -225,17 +281,36 @@ def two_tokens_swapped() -> Backend:
 def test_a_gpt2_folder_without_a_tokenizer_says_that_its_text_is_not_compared(tmp_path):
     folder = gpt2_folder(tmp_path / "hf", None)
     torch.manual_seed(0)
-    model = GPTMini(GPTConfig(vocab_size=50257, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=32, max_seq_len=16, **GPT2_SWITCHES))
+    model = GPTMini(
+        GPTConfig(
+            vocab_size=50257,
+            d_model=8,
+            n_layers=1,
+            n_heads=1,
+            n_kv_heads=1,
+            d_ff=32,
+            max_seq_len=16,
+            **GPT2_SWITCHES,
+        )
+    )
     save_file(to_theirs(model.config, model.state_dict()), folder / "model.safetensors", {"format": "pt"})
     said = call("--from", folder, "--output", tmp_path / "ours.ckpt")
-    assert "has none; OpenAI's of GPT-2 is taken" in said and "TEXT NOT VERIFIED" in said and "verified: largest difference" in said
+    assert (
+        "has none; OpenAI's of GPT-2 is taken" in said
+        and "TEXT NOT VERIFIED" in said
+        and "verified: largest difference" in said
+    )
 
 
 def kind_of(folder: Path) -> str:
     return read_tokenizer(folder, json.loads((folder / "config.json").read_text()), lambda text: None).kind
 
 
-@pytest.mark.parametrize("make", [of_another_language, split_digits, one_merge_moved, two_tokens_swapped], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [of_another_language, split_digits, one_merge_moved, two_tokens_swapped],
+    ids=lambda make: make.__name__,
+)
 def test_a_gpt2_folder_keeps_its_own_tokenizer(tmp_path, make):
     own = make()
     folder = gpt2_folder(tmp_path / "hf", own)
@@ -271,11 +346,16 @@ def test_vocab_json_and_merges_of_another_vocabulary_are_that(tmp_path):
     assert tokenizer.kind == "file" and tokenizer.eos_id == theirs.eos_token_id
 
 
-@pytest.mark.parametrize(("name", "model_type", "rows"), [("vocab.txt", "gpt2", 50257), ("tokenizer.model", "llama", 300), (None, "gpt2", 50304)])
+@pytest.mark.parametrize(
+    ("name", "model_type", "rows"),
+    [("vocab.txt", "gpt2", 50257), ("tokenizer.model", "llama", 300), (None, "gpt2", 50304)],
+)
 def test_no_tokenizer_is_guessed(tmp_path, name, model_type, rows):
     if name:
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"has no tokenizer.json{f' .only {name}.' if name else ''}, and without"):
+    with pytest.raises(
+        UserError, match=f"has no tokenizer.json{f' .only {name}.' if name else ''}, and without"
+    ):
         read_tokenizer(tmp_path, {"model_type": model_type, "vocab_size": rows}, print)
 
 

@@ -1,4 +1,5 @@
-"""training.compile: what is missing for it is said before a run begins, and wrong compiled gradients are found."""
+"""training.compile: what is missing for it is said before a run begins, and wrong compiled gradients are
+found."""
 
 import os
 import subprocess
@@ -45,12 +46,17 @@ def test_wrong_gradients_are_refused_and_named(monkeypatch, wrong):
     def miscompiled(self):
         if wrong == "all are zero":
             forward = self.forward
-            self.forward = lambda **batch: [part * 0 if part.is_floating_point() else part for part in forward(**batch)]
+            self.forward = lambda **batch: [
+                part * 0 if part.is_floating_point() else part for part in forward(**batch)
+            ]
         else:
             self.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: 2 * gradient)
 
     monkeypatch.setattr(GPTMini, "compile", miscompiled)
-    with pytest.raises(UserError, match=r"differ.* by 1\.0e\+00 at most .*compiles this model wrongly.*training\.compile=false") as error:
+    with pytest.raises(
+        UserError,
+        match=r"differ.* by 1\.0e\+00 at most .*compiles this model wrongly.*training\.compile=false",
+    ) as error:
         compiling.compare_gradients(network, batch(), "32-true", "cpu")
     assert wrong == "all are zero" or "layers.0.mlp.up_proj.weight" in str(error.value)
 
@@ -65,7 +71,9 @@ SAID = {  # what the compilers say: what we say
 
 
 @pytest.mark.parametrize("text", SAID)
-def test_whatever_the_compiler_raises_is_one_short_message_before_the_folder_is_made(monkeypatch, tmp_path, text):
+def test_whatever_the_compiler_raises_is_one_short_message_before_the_folder_is_made(
+    monkeypatch, tmp_path, text
+):
     def broken(*args, **kwargs):
         try:
             raise OSError(text)
@@ -87,7 +95,11 @@ def test_a_compiler_that_loses_a_part_of_a_gradient_is_refused(monkeypatch):
         return lambda table, ids: function(table, ids[:1].unique()) + 0 * table.sum()
 
     monkeypatch.setattr(torch, "compile", loses)
-    with pytest.raises(UserError, match=r"PyTorch .* wrongly here; install a newer one, or train without: --override training.compile=false"):
+    with pytest.raises(
+        UserError,
+        match=r"PyTorch .* wrongly here; install a newer one, or train without: --override "
+        r"training.compile=false",
+    ):
         compiling.try_compiler("cpu")
     monkeypatch.setattr(torch, "compile", lambda function: function)
     compiling.try_compiler("cpu")
@@ -99,7 +111,10 @@ def test_check_has_an_item_for_it(monkeypatch, tmp_path, capsys):
     for words, items in (((), 0), (("training.compile=true",), 1)):
         with pytest.raises(SystemExit) as stop:
             train.main([*tiny_argv(tmp_path / "run", *BYTE, *words), "--check"])
-        assert (stop.value.code, capsys.readouterr().out.count("ok    compile: compiled gradients differ")) == (0, items)
+        assert (
+            stop.value.code,
+            capsys.readouterr().out.count("ok    compile: compiled gradients differ"),
+        ) == (0, items)
 
 
 def test_check_says_that_no_compiler_is_here(monkeypatch, tmp_path, capsys):
@@ -110,7 +125,11 @@ def test_check_says_that_no_compiler_is_here(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([*tiny_argv(tmp_path / "run", *BYTE, "training.compile=true"), "--check"])
     out = capsys.readouterr().out
-    assert (stop.value.code, "FAIL  compile: a compiler is missing" in out, "ok    time" in out) == (1, True, True)
+    assert (stop.value.code, "FAIL  compile: a compiler is missing" in out, "ok    time" in out) == (
+        1,
+        True,
+        True,
+    )
 
 
 def test_what_fails_in_the_first_step_is_explained_too(run, monkeypatch, tmp_path):
@@ -128,7 +147,9 @@ def test_what_fails_in_the_first_step_is_explained_too(run, monkeypatch, tmp_pat
     monkeypatch.setattr("support.run.checklist.try_compiler", lambda device: None)
     monkeypatch.setattr(GPTMini, "compile", lambda self: None)
     monkeypatch.setattr(train.LitCausalLM, "training_step", fails)
-    with pytest.raises(UserError, match=r"(?s)training\.compile=true failed.*training\.compile=false.*step-0000004\.ckpt") as error:
+    with pytest.raises(
+        UserError, match=r"(?s)training\.compile=true failed.*training\.compile=false.*step-0000004\.ckpt"
+    ) as error:
         run(tmp_path / "run", *BYTE, "training.compile=true")
     assert len(str(error.value)) < 900
 
@@ -138,7 +159,11 @@ def test_without_a_compiler_a_run_ends_in_one_line(tmp_path):
     """The real thing, in a process whose PATH is empty and whose cache is new."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    env = os.environ | {"PATH": str(empty), "CXX": str(empty / "c++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env = os.environ | {
+        "PATH": str(empty),
+        "CXX": str(empty / "c++"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
     command = [sys.executable, "train.py", *tiny_argv(tmp_path / "run", *BYTE, "training.compile=true")]
     ended = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
     assert (ended.returncode, (tmp_path / "run").exists()) == (2, False)

@@ -1,4 +1,5 @@
-"""A config is read as it is meant, or refused with everything that is wrong with it, and nothing but a UserError."""
+"""A config is read as it is meant, or refused with everything that is wrong with it, and nothing but a
+UserError."""
 
 import json
 import random
@@ -24,7 +25,9 @@ from support.messages import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIG_FILES = sorted([*ROOT.glob("config*.yaml"), *(ROOT / "configs").glob("*.yaml")])
-JSON_FILES = sorted((ROOT / "configs").glob("*.json"))  # JSON has no comments, so these say nothing about their keys
+JSON_FILES = sorted(
+    (ROOT / "configs").glob("*.json")
+)  # JSON has no comments, so these say nothing about their keys
 
 
 def tree(**sections) -> dict:
@@ -43,7 +46,9 @@ def refusal(sections: dict) -> str:
 
 
 def key_names() -> set[str]:
-    return set(Config.model_fields) | {f"{section}.{key}" for section, model in sections().items() for key in model.model_fields}
+    return set(Config.model_fields) | {
+        f"{section}.{key}" for section, model in sections().items() for key in model.model_fields
+    }
 
 
 def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
@@ -56,7 +61,16 @@ def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3e-4", 3e-4), ("1e3", 1000.0), ("5e-5", 5e-5), ("+1E+2", 100.0), ("-2.5e-3", -2.5e-3), ("1.e2", 100.0), ("6E7", 6e7), ("0.1", 0.1)],
+    [
+        ("3e-4", 3e-4),
+        ("1e3", 1000.0),
+        ("5e-5", 5e-5),
+        ("+1E+2", 100.0),
+        ("-2.5e-3", -2.5e-3),
+        ("1.e2", 100.0),
+        ("6E7", 6e7),
+        ("0.1", 0.1),
+    ],
 )
 def test_scientific_notation_is_a_number(text, value):
     """Plain PyYAML reads 3e-4 as a string."""
@@ -73,7 +87,11 @@ def test_what_only_looks_like_a_number_stays_text(text):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_key_given_twice_is_refused_with_its_line(tmp_path, nested):
-    lines = ["training:", "  lr: 1", "  max_steps: 2", "  lr: 2"] if nested else ["seed: 1", "data: {path: x}", "training: {max_steps: 1}", "seed: 2"]
+    lines = (
+        ["training:", "  lr: 1", "  max_steps: 2", "  lr: 2"]
+        if nested
+        else ["seed: 1", "data: {path: x}", "training: {max_steps: 1}", "seed: 2"]
+    )
     path = write(tmp_path, "\n".join(lines))
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}, line 4: key '(lr|seed)' is given twice"):
         read_config_file(path)
@@ -81,7 +99,14 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path, nested):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("seed: 1\ndata: {path: x\nmodel: 2\n", 3), ("a: 1\n  b: 2\n", 2), ("a: [1, 2\n", 2), ("a: 1\nb: 'x\n", 3), ("a: 1\n\tb: 2\n", 2), ("a: *b", 1)],
+    [
+        ("seed: 1\ndata: {path: x\nmodel: 2\n", 3),
+        ("a: 1\n  b: 2\n", 2),
+        ("a: [1, 2\n", 2),
+        ("a: 1\nb: 'x\n", 3),
+        ("a: 1\n\tb: 2\n", 2),
+        ("a: *b", 1),
+    ],
     ids=["unclosed brace", "indentation", "unclosed bracket", "unclosed quote", "tab", "unknown anchor"],
 )
 def test_a_syntax_error_names_file_and_line(tmp_path, text, line):
@@ -114,7 +139,8 @@ def test_the_file_is_data_and_never_runs_code(tmp_path):
     ],
 )
 def test_odd_yaml_is_a_user_error(tmp_path, text):
-    """A template that was never filled in, keys that are lists, tags whose value does not fit, nesting without end."""
+    """A template that was never filled in, keys that are lists, tags whose value does not fit, nesting
+    without end."""
     with pytest.raises(UserError):
         read_config_file(write(tmp_path, text))
 
@@ -146,10 +172,17 @@ def test_a_folder_is_no_config(tmp_path):
 
 def test_json_is_a_config_too(tmp_path):
     """With null, a list, and a number in scientific notation."""
-    content = json.dumps(tree(seed=7, training={"lr": 1e-5, "betas": [0.8, 0.9], "grad_clip": None}), indent=2)
+    content = json.dumps(
+        tree(seed=7, training={"lr": 1e-5, "betas": [0.8, 0.9], "grad_clip": None}), indent=2
+    )
     assert "1e-05" in content
     config = load_config(write(tmp_path, content, "config.json"))
-    assert (config.seed, config.training.lr, config.training.betas, config.training.grad_clip) == (7, 1e-5, [0.8, 0.9], None)
+    assert (config.seed, config.training.lr, config.training.betas, config.training.grad_clip) == (
+        7,
+        1e-5,
+        [0.8, 0.9],
+        None,
+    )
 
 
 # ---- unknown keys -------------------------------------------------------------------------------------------------
@@ -239,12 +272,27 @@ def test_every_foreign_name_is_foreign_and_leads_to_keys_that_exist(theirs):
 
 
 def test_our_names_are_those_of_the_schema():
-    """Written out beside the table of others' names, so that a wrong flag is answered without a second of imports."""
+    """Written out beside the table of others' names, so that a wrong flag is answered without a second of
+    imports."""
     assert set(OUR_KEYS) == key_names()
 
 
 @pytest.mark.parametrize(
-    "key", ["loss", "backend_type", "foo.bar", "mystery", "verbose", "eval.mode", "n_things", "tags", "comment", "pad", "project.lang", "amount"]
+    "key",
+    [
+        "loss",
+        "backend_type",
+        "foo.bar",
+        "mystery",
+        "verbose",
+        "eval.mode",
+        "n_things",
+        "tags",
+        "comment",
+        "pad",
+        "project.lang",
+        "amount",
+    ],
 )
 def test_where_nothing_is_near_nothing_is_proposed(key):
     changed = tree()
@@ -255,25 +303,47 @@ def test_where_nothing_is_near_nothing_is_proposed(key):
 CONVERSIONS = [  # (a config of theirs, what is said): worked by hand
     ({"data": {"train_frac": 0.9}}, "train_frac: 0.9 is data.val_fraction: 0.1"),
     ({"data": {"trainFrac": 0.95}}, "trainFrac: 0.95 is data.val_fraction: 0.05"),
-    ({"data": {"train_frac": 0.9, "val_frac": 0.05}}, "train_frac; leave it out: training takes what data.val_fraction: 0.05 leaves"),
+    (
+        {"data": {"train_frac": 0.9, "val_frac": 0.05}},
+        "train_frac; leave it out: training takes what data.val_fraction: 0.05 leaves",
+    ),
     ({"model": {"mlp_ratio": 4, "d_model": 192}}, "mlp_ratio: 4 is model.d_ff: 768"),
     ({"model": {"mlp_ratio": 2.5, "n_embd": 64}}, "mlp_ratio: 2.5 is model.d_ff: 160"),
     ({"model": {"mlp_ratio": "wide"}}, "did you mean model.d_ff? (it is mlp_ratio times model.d_model)"),
-    ({"eval": {"eval_subset": 20000}, "training": {"micro_batch_size": 4, "seq_len": 100}}, "eval_subset: 20000 is training.val_batches: 50"),
+    (
+        {"eval": {"eval_subset": 20000}, "training": {"micro_batch_size": 4, "seq_len": 100}},
+        "eval_subset: 20000 is training.val_batches: 50",
+    ),
     (
         {"eval": {"eval_subset_tokens": 5000}, "data": {"batch_size": 8}, "model": {"n_ctx": 128}},
         "eval_subset_tokens: 5000 is training.val_batches: 5",
     ),
     ({"optim": {"beta1": 0.8, "beta2": 0.99}}, "beta1: 0.8 is training.betas: [0.8, 0.99]"),
     ({"optim": {"beta2": 0.99}}, "beta2: 0.99 is training.betas: [0.9, 0.99]"),
-    ({"max_tokens": 1_000_000, "training": {"seq_len": 250, "grad_accum_steps": 4}}, "max_tokens: 1000000 is training.max_steps: 125"),
-    ({"schedule": {"warmup_ratio": 0.03}, "training": {"max_steps": 1000}}, "warmup_ratio: 0.03 is training.warmup_steps: 30"),
-    ({"warmup_ratio": 0.03, "training": {"epochs": 2, "max_steps": None}}, "did you mean training.warmup_steps? (it is warmup_ratio times"),
+    (
+        {"max_tokens": 1_000_000, "training": {"seq_len": 250, "grad_accum_steps": 4}},
+        "max_tokens: 1000000 is training.max_steps: 125",
+    ),
+    (
+        {"schedule": {"warmup_ratio": 0.03}, "training": {"max_steps": 1000}},
+        "warmup_ratio: 0.03 is training.warmup_steps: 30",
+    ),
+    (
+        {"warmup_ratio": 0.03, "training": {"epochs": 2, "max_steps": None}},
+        "did you mean training.warmup_steps? (it is warmup_ratio times",
+    ),
     ({"block_size": 64}, "block_size: 64 is model.max_seq_len: 64"),
     ({"data": {"block_size": 64}, "model": {"max_seq_len": 128}}, "block_size: 64 is training.seq_len: 64"),
-    ({"global_batch_size": 64, "training": {"micro_batch_size": 16}}, "global_batch_size: 64 is training.grad_accum_steps: 4"),
     (
-        {"total_batch_size": 524288, "training": {"micro_batch_size": 16, "seq_len": 1024}, "model": {"max_seq_len": 1024}},
+        {"global_batch_size": 64, "training": {"micro_batch_size": 16}},
+        "global_batch_size: 64 is training.grad_accum_steps: 4",
+    ),
+    (
+        {
+            "total_batch_size": 524288,
+            "training": {"micro_batch_size": 16, "seq_len": 1024},
+            "model": {"max_seq_len": 1024},
+        },
         "training.grad_accum_steps: 32",
     ),
     ({"dtype": "bfloat16"}, "dtype: bfloat16 is hardware.precision: bf16-mixed"),
@@ -282,15 +352,30 @@ CONVERSIONS = [  # (a config of theirs, what is said): worked by hand
     ({"runtime": {"amp": True}}, "amp: true is hardware.precision: bf16-mixed"),
     ({"runtime": {"device": "gpu"}}, "device: gpu is hardware.accelerator: cuda"),
     ({"decay_lr": False}, "decay_lr: false is training.schedule: constant"),
-    ({"train_on_inputs": True, "data": {"source": "instructions"}}, "train_on_inputs: true is data.mask_prompt: false"),
-    ({"eval": {"sample_n": 3, "eval_every": 50}}, "sample_n: 3 is training.sample_every: 50 with training.sample_prompts, a list of 3 texts"),
+    (
+        {"train_on_inputs": True, "data": {"source": "instructions"}},
+        "train_on_inputs: true is data.mask_prompt: false",
+    ),
+    (
+        {"eval": {"sample_n": 3, "eval_every": 50}},
+        "sample_n: 3 is training.sample_every: 50 with training.sample_prompts, a list of 3 texts",
+    ),
     ({"init_from": "scratch"}, "leave it out: weights are drawn anew"),
-    ({"init_from": "gpt2-medium"}, "python3 convert.py --from gpt2-medium --output checkpoints/gpt2-medium.ckpt"),
+    (
+        {"init_from": "gpt2-medium"},
+        "python3 convert.py --from gpt2-medium --output checkpoints/gpt2-medium.ckpt",
+    ),
     ({"model": {"activation": "SiLU"}}, "activation: SiLU is model.mlp: swiglu"),
     ({"optim": {"name": "AdamW"}}, "name: AdamW is training.optimizer: adamw"),
-    ({"model": {"vocab_size": 512}}, "model.vocab_size is not set here: it comes from the tokenizer; write tokenizer.vocab_size: 512"),
+    (
+        {"model": {"vocab_size": 512}},
+        "model.vocab_size is not set here: it comes from the tokenizer; write tokenizer.vocab_size: 512",
+    ),
     ({"tokenizer": "char"}, "tokenizer is a section; write tokenizer: {kind: char}"),
-    ({"data": {"dataset": "tinystories"}}, "data.dataset: tinystories is in --config configs/tinystories.yaml"),
+    (
+        {"data": {"dataset": "tinystories"}},
+        "data.dataset: tinystories is in --config configs/tinystories.yaml",
+    ),
     ({"data": {"dataset": "local"}}, "data.dataset: local; leave it out: data.path names a local file"),
 ]
 
@@ -300,32 +385,76 @@ def test_a_name_that_means_something_else_is_answered_with_the_conversion(theirs
     answer = refusal(tree(**theirs))
     assert said in answer
     assert len(answer.splitlines()) == len(
-        [line for line in answer.splitlines() if re.search(r"unknown key|model.vocab_size|tokenizer is|dataset", line)]
+        [
+            line
+            for line in answer.splitlines()
+            if re.search(r"unknown key|model.vocab_size|tokenizer is|dataset", line)
+        ]
     )
 
 
 def test_a_config_of_another_project_is_answered_at_once_and_the_answer_is_a_config():
-    """All names with the values that are wrong under ours; whoever follows each line has a config that is accepted."""
+    """All names with the values that are wrong under ours; whoever follows each line has a config that is
+    accepted."""
     theirs = {
-        "model": {"name": "gpt", "vocab_size": 512, "d_model": 48, "n_layers": 2, "n_heads": 5, "mlp_ratio": 4, "max_seq_len": 64},
-        "data": {"dataset": "tinystories", "data_dir": "texts", "train_frac": 0.8, "tokenizer": "bpe", "block_size": 32, "batch_size": 4},
+        "model": {
+            "name": "gpt",
+            "vocab_size": 512,
+            "d_model": 48,
+            "n_layers": 2,
+            "n_heads": 5,
+            "mlp_ratio": 4,
+            "max_seq_len": 64,
+        },
+        "data": {
+            "dataset": "tinystories",
+            "data_dir": "texts",
+            "train_frac": 0.8,
+            "tokenizer": "bpe",
+            "block_size": 32,
+            "batch_size": 4,
+        },
         "optim": {"optimizer": "adamw", "lr": -1, "betas": [0.9, 0.99], "eps": 1e-8, "grad_clip": 1.0},
         "schedule": {"max_steps": 20, "warmup_steps": 2, "lr_schedule": "cosine", "min_lr": 0.0},
-        "runtime": {"seed": 1, "device": "cpu", "precision": "fp32", "grad_accum_steps": 2, "log_interval": 5},
+        "runtime": {
+            "seed": 1,
+            "device": "cpu",
+            "precision": "fp32",
+            "grad_accum_steps": 2,
+            "log_interval": 5,
+        },
         "checkpointing": {"save_dir": "runs", "save_every": 10, "keep_last_k": 2, "best_by": "val_loss"},
         "eval": {"eval_every": 10, "eval_subset": 256, "sample_n": 1, "sample_temperature": 0.8},
     }
     said = refusal(theirs)
     names = [name for section, keys in theirs.items() for name in keys]
-    assert [name for name in names if f".{name}" not in said and f"{name}:" not in said] == ["d_model", "n_layers", "n_heads", "max_seq_len"]
+    assert [name for name in names if f".{name}" not in said and f"{name}:" not in said] == [
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "max_seq_len",
+    ]
     assert "configs/tinystories.yaml" in said
     assert "training.lr=-1: input should be greater than 0" in said
     assert "d_model=48 is not a multiple of n_heads=5" in said
     assert "is required" not in said
-    _, ours = ported(theirs | {"optim": {**theirs["optim"], "lr": 0.01}, "model": {**theirs["model"], "n_heads": 4}}, Config)
+    _, ours = ported(
+        theirs | {"optim": {**theirs["optim"], "lr": 0.01}, "model": {**theirs["model"], "n_heads": 4}},
+        Config,
+    )
     config = validate_config(ours)
-    assert (config.model.d_ff, config.data.val_fraction, config.training.val_batches, config.training.seq_len) == (192, 0.2, 2, 32)
-    assert (config.checkpoint.dir, config.checkpoint.keep_last, config.tokenizer.vocab_size, config.training.lr) == ("runs", 2, 512, 0.01)
+    assert (
+        config.model.d_ff,
+        config.data.val_fraction,
+        config.training.val_batches,
+        config.training.seq_len,
+    ) == (192, 0.2, 2, 32)
+    assert (
+        config.checkpoint.dir,
+        config.checkpoint.keep_last,
+        config.tokenizer.vocab_size,
+        config.training.lr,
+    ) == ("runs", 2, 512, 0.01)
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
@@ -341,17 +470,31 @@ def test_everything_wrong_is_said_at_once():
         tokenizer={"kind": "word"},
     )
     said = refusal(wrong)
-    for key in ("seed=", "nonsense", "model.d_modle", "model.n_layers=0", "training.lr=-1", "training.micro_batch_size=", "hardware.devices=0"):
+    for key in (
+        "seed=",
+        "nonsense",
+        "model.d_modle",
+        "model.n_layers=0",
+        "training.lr=-1",
+        "training.micro_batch_size=",
+        "hardware.devices=0",
+    ):
         assert key in said
     assert "'bpe'" in said, "the choices are named"
     assert len(said.splitlines()) == 8, "one line a mistake"
 
 
 WRONG_TYPES = [
-    *product(("model.n_layers", "training.micro_batch_size", "training.max_steps", "seed"), (True, "7", 50.0, 7.5, [7])),
+    *product(
+        ("model.n_layers", "training.micro_batch_size", "training.max_steps", "seed"),
+        (True, "7", 50.0, 7.5, [7]),
+    ),
     *product(("model.n_layers", "training.micro_batch_size", "seed"), (None,)),
     *product(("model.dropout", "training.lr", "data.val_fraction"), (True, "0.1", [0.1], None)),
-    *product(("model.tie_embeddings", "training.compile", "data.shuffle", "logging.wandb"), (1, 0, "yes", "true", None)),
+    *product(
+        ("model.tie_embeddings", "training.compile", "data.shuffle", "logging.wandb"),
+        (1, 0, "yes", "true", None),
+    ),
     *product(("data.path", "checkpoint.dir", "data.text_field"), (1, True, ["x"])),
     *product(("model", "training", "data", "hardware"), (1, "x", [1], None)),
     ("training.betas", 0.9),
@@ -367,7 +510,9 @@ WRONG_TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), WRONG_TYPES, ids=lambda v: json.dumps(v) if not isinstance(v, str) else v)
+@pytest.mark.parametrize(
+    ("key", "value"), WRONG_TYPES, ids=lambda v: json.dumps(v) if not isinstance(v, str) else v
+)
 def test_a_value_of_the_wrong_type_is_refused(key, value):
     """Strictly: true is not 1, "7" is not 7, and 50.0 is no number of layers."""
     changed = tree()
@@ -440,7 +585,14 @@ def test_a_value_out_of_range_is_refused(key, value):
 
 
 @pytest.mark.parametrize(
-    "training", [{"lr": 10, "min_lr": 10}, {"muon_lr": 10, "optimizer": "muon"}, {"weight_decay": 100}, {"eps": 1}, {"eps": 1e-30}]
+    "training",
+    [
+        {"lr": 10, "min_lr": 10},
+        {"muon_lr": 10, "optimizer": "muon"},
+        {"weight_decay": 100},
+        {"eps": 1},
+        {"eps": 1e-30},
+    ],
 )
 def test_the_ends_of_the_ranges_are_numbers_that_an_optimizer_can_use(training):
     """1e39, say, is no float32: PyTorch would answer with a traceback, at the first step."""
@@ -454,28 +606,59 @@ def test_the_ends_of_the_ranges_are_numbers_that_an_optimizer_can_use(training):
 
 STREAM = {"source": "hf", "dataset": "a/b", "streaming": True}
 COMBINATIONS = [
-    (tree(model={"d_model": 100, "n_heads": 8}), r"d_model=100 is not a multiple of n_heads=8; try d_model=104"),
-    (tree(model={"d_model": 96, "n_heads": 6, "n_kv_heads": 4}), r"n_heads=6 is not a multiple of n_kv_heads=4; try n_kv_heads=3"),
-    (tree(model={"d_model": 96, "n_heads": 4, "n_kv_heads": 8}), r"n_heads=4 is not a multiple of n_kv_heads=8; try n_kv_heads=4"),
+    (
+        tree(model={"d_model": 100, "n_heads": 8}),
+        r"d_model=100 is not a multiple of n_heads=8; try d_model=104",
+    ),
+    (
+        tree(model={"d_model": 96, "n_heads": 6, "n_kv_heads": 4}),
+        r"n_heads=6 is not a multiple of n_kv_heads=4; try n_kv_heads=3",
+    ),
+    (
+        tree(model={"d_model": 96, "n_heads": 4, "n_kv_heads": 8}),
+        r"n_heads=4 is not a multiple of n_kv_heads=8; try n_kv_heads=4",
+    ),
     (tree(model={"d_model": 36, "n_heads": 4}), r"head_dim=9 is odd"),
     (tree(model={"vocab_size": 1000}), r"model\.vocab_size .*tokenizer\.vocab_size"),
-    (tree(model={"max_seq_len": 64}, training={"seq_len": 65}), r"training\.seq_len=65 is longer than model\.max_seq_len=64"),
-    (tree(model={"max_seq_len": 64}, data={"stride": 65}), r"data\.stride=65 is longer than training\.seq_len=64"),
-    (tree(training={"seq_len": 32}, data={"stride": 33}), r"data\.stride=33 is longer than training\.seq_len=32"),
+    (
+        tree(model={"max_seq_len": 64}, training={"seq_len": 65}),
+        r"training\.seq_len=65 is longer than model\.max_seq_len=64",
+    ),
+    (
+        tree(model={"max_seq_len": 64}, data={"stride": 65}),
+        r"data\.stride=65 is longer than training\.seq_len=64",
+    ),
+    (
+        tree(training={"seq_len": 32}, data={"stride": 33}),
+        r"data\.stride=33 is longer than training\.seq_len=32",
+    ),
     (tree(training={"epochs": 1}), r"give either max_steps or epochs"),
     ({"data": {"path": "x"}, "training": {}}, r"give either max_steps or epochs"),
     (tree(training={"warmup_steps": 6}), r"warmup_steps=6 is longer than the schedule of 5 steps"),
-    (tree(training={"warmup_steps": 4, "schedule_steps": 3}), r"warmup_steps=4 is longer than the schedule of 3 steps"),
+    (
+        tree(training={"warmup_steps": 4, "schedule_steps": 3}),
+        r"warmup_steps=4 is longer than the schedule of 3 steps",
+    ),
     (tree(training={"lr": 1e-4, "min_lr": 1e-3}), r"min_lr=0\.001 is larger than lr=0\.0001"),
     (tree(training={"sample_every": 5}), r"sample_every=5 needs sample_prompts"),
     (tree(tokenizer={"kind": "file"}), r"path goes with kind=file"),
     (tree(tokenizer={"kind": "bpe", "path": "t.json"}), r"path goes with kind=file"),
     (tree(data={"source": "hf"}), r"source=hf needs dataset"),
-    (tree(data={"val_split": "0.1"}), r"val_split=0\.1 would be the name of a split; a share of the text is val_fraction: 0\.1"),
-    ({"data": {}, "training": {"max_steps": 1}}, r"source=text needs path"),
-    ({"data": {"source": "hf", "dataset": "a/b", "streaming": True}, "training": {"epochs": 1}}, r"training\.epochs .*stream"),
     (
-        {"data": {"source": "hf", "dataset": "a/b", "streaming": True}, "tokenizer": {"kind": "char"}, "training": {"max_steps": 1}},
+        tree(data={"val_split": "0.1"}),
+        r"val_split=0\.1 would be the name of a split; a share of the text is val_fraction: 0\.1",
+    ),
+    ({"data": {}, "training": {"max_steps": 1}}, r"source=text needs path"),
+    (
+        {"data": {"source": "hf", "dataset": "a/b", "streaming": True}, "training": {"epochs": 1}},
+        r"training\.epochs .*stream",
+    ),
+    (
+        {
+            "data": {"source": "hf", "dataset": "a/b", "streaming": True},
+            "tokenizer": {"kind": "char"},
+            "training": {"max_steps": 1},
+        },
         r"kind=char .*stream",
     ),
     ({"training": {"max_steps": 1}}, r"data is required"),
@@ -531,11 +714,16 @@ HF_ONLY = {
 }
 
 
-@pytest.mark.parametrize(("source", "key", "value"), [("hf", *kv) for kv in TEXT_ONLY.items()] + [("text", *kv) for kv in HF_ONLY.items()])
+@pytest.mark.parametrize(
+    ("source", "key", "value"),
+    [("hf", *kv) for kv in TEXT_ONLY.items()] + [("text", *kv) for kv in HF_ONLY.items()],
+)
 def test_keys_of_another_data_source_are_refused(source, key, value):
     own = {"source": "hf", "dataset": "a/b"} if source == "hf" else {"source": "text", "path": "x.txt"}
     validate_config({"data": own, "training": {"max_steps": 1}})
-    assert f"{key} does not belong to source={source}" in refusal({"data": {**own, key: value}, "training": {"max_steps": 1}})
+    assert f"{key} does not belong to source={source}" in refusal(
+        {"data": {**own, key: value}, "training": {"max_steps": 1}}
+    )
 
 
 # ---- overrides ----------------------------------------------------------------------------------------------------
@@ -543,8 +731,16 @@ def test_keys_of_another_data_source_are_refused(source, key, value):
 
 def test_overrides_reach_nested_keys_in_order(tmp_path):
     path = write(tmp_path, "data: {path: x}\ntraining: {max_steps: 5, lr: 1}\nmodel:\nlogging: null\n")
-    overrides = ["training.lr=3e-4", "training.betas=[0.8, 0.9]", "model.d_model=64", "logging.wandb=true", "training.grad_clip=null"]
-    config = load_config(path, [*overrides, "hardware.precision=bf16-mixed", "seed=1", "seed=2", "data.path=a=b.txt"])
+    overrides = [
+        "training.lr=3e-4",
+        "training.betas=[0.8, 0.9]",
+        "model.d_model=64",
+        "logging.wandb=true",
+        "training.grad_clip=null",
+    ]
+    config = load_config(
+        path, [*overrides, "hardware.precision=bf16-mixed", "seed=1", "seed=2", "data.path=a=b.txt"]
+    )
     assert (config.training.lr, config.training.betas, config.training.grad_clip) == (3e-4, [0.8, 0.9], None)
     assert (config.model.d_model, config.logging.wandb, config.hardware.precision) == (64, True, "bf16-mixed")
     assert (config.seed, config.data.path) == (2, "a=b.txt")
@@ -578,7 +774,8 @@ def test_a_bad_override_is_refused_by_its_name(tmp_path, override, says):
 
 
 def test_overrides_leave_the_base_they_start_from_untouched():
-    """A resume compares the checkpoint's own config with the overridden one, so the two must not be one object."""
+    """A resume compares the checkpoint's own config with the overridden one, so the two must not be one
+    object."""
     base = validate_config(tree()).to_dict()
     before = json.dumps(base)
     config = load_config(None, ["training.lr=0.5", "model.d_model=64"], base=base)
@@ -588,22 +785,64 @@ def test_overrides_leave_the_base_they_start_from_untouched():
 
 ROWS = {"source": "instructions", "dataset": "a/b", "config": "en", "revision": "abc", "val_split": "test"}
 ALTERNATIVES = [  # (what the file says, what is overridden, what is left)
-    (tree(training={"max_steps": None, "epochs": 3}), "training.max_steps=40", {"training.max_steps": 40, "training.epochs": None}),
+    (
+        tree(training={"max_steps": None, "epochs": 3}),
+        "training.max_steps=40",
+        {"training.max_steps": 40, "training.epochs": None},
+    ),
     (tree(), "training.epochs=2", {"training.max_steps": None, "training.epochs": 2}),
     (tree(), "training={epochs: 2}", {"training.max_steps": None, "training.epochs": 2}),
-    (tree(data=ROWS), "data.path=rows.json", {"data.path": "rows.json", "data.dataset": None, "data.val_split": None, "data.revision": None}),
-    (tree(data={"source": "instructions", "path": "r.json"}), "data.dataset=c/d", {"data.path": None, "data.dataset": "c/d"}),
-    (tree(data=ROWS | {"path": None}), "data.val_path=v.json", {"data.dataset": "a/b", "data.val_path": "v.json", "data.val_split": None}),
-    (tree(data=ROWS | {"path": None, "val_split": None, "val_path": "v"}), "data.val_split=x", {"data.val_path": None, "data.val_split": "x"}),
-    (tree(data={"val_path": "v.txt"}), "data.val_fraction=0.2", {"data.val_path": None, "data.val_fraction": 0.2}),
-    (tree(data=ROWS | {"path": None, "val_docs": 9}), "data.val_fraction=0.2", {"data.val_docs": None, "data.val_split": None}),
-    (tree(data={"source": "hf", "dataset": "json"}), "data.dataset=a/b", {"data.path": None, "data.dataset": "a/b"}),
-    (tree(tokenizer={"kind": "file", "path": "t.json"}), "tokenizer.kind=char", {"tokenizer.kind": "char", "tokenizer.path": None}),
-    (tree(tokenizer={"kind": "bpe", "vocab_size": 500}), "tokenizer.path=t.json", {"tokenizer.kind": "file", "tokenizer.path": "t.json"}),
+    (
+        tree(data=ROWS),
+        "data.path=rows.json",
+        {"data.path": "rows.json", "data.dataset": None, "data.val_split": None, "data.revision": None},
+    ),
+    (
+        tree(data={"source": "instructions", "path": "r.json"}),
+        "data.dataset=c/d",
+        {"data.path": None, "data.dataset": "c/d"},
+    ),
+    (
+        tree(data=ROWS | {"path": None}),
+        "data.val_path=v.json",
+        {"data.dataset": "a/b", "data.val_path": "v.json", "data.val_split": None},
+    ),
+    (
+        tree(data=ROWS | {"path": None, "val_split": None, "val_path": "v"}),
+        "data.val_split=x",
+        {"data.val_path": None, "data.val_split": "x"},
+    ),
+    (
+        tree(data={"val_path": "v.txt"}),
+        "data.val_fraction=0.2",
+        {"data.val_path": None, "data.val_fraction": 0.2},
+    ),
+    (
+        tree(data=ROWS | {"path": None, "val_docs": 9}),
+        "data.val_fraction=0.2",
+        {"data.val_docs": None, "data.val_split": None},
+    ),
+    (
+        tree(data={"source": "hf", "dataset": "json"}),
+        "data.dataset=a/b",
+        {"data.path": None, "data.dataset": "a/b"},
+    ),
+    (
+        tree(tokenizer={"kind": "file", "path": "t.json"}),
+        "tokenizer.kind=char",
+        {"tokenizer.kind": "char", "tokenizer.path": None},
+    ),
+    (
+        tree(tokenizer={"kind": "bpe", "vocab_size": 500}),
+        "tokenizer.path=t.json",
+        {"tokenizer.kind": "file", "tokenizer.path": "t.json"},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("base", "override", "left"), ALTERNATIVES, ids=[override for _, override, _ in ALTERNATIVES])
+@pytest.mark.parametrize(
+    ("base", "override", "left"), ALTERNATIVES, ids=[override for _, override, _ in ALTERNATIVES]
+)
 def test_what_is_overridden_wins_over_what_the_file_says_for_an_alternative(base, override, left):
     if override == "data.path=rows.json":
         base["data"]["path"] = None
@@ -651,13 +890,22 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert load_config(None, ["data.path=~"], tree()).data.path == str(tmp_path)
     assert load_config(None, ["data.path=a~b/~"], tree()).data.path == "a~b/~"
     path = write(tmp_path, "data: {path: ~/book.txt}\ntraining: {max_steps: 1}\ncheckpoint: {dir: ~/run}\n")
-    assert (load_config(path).data.path, load_config(path).checkpoint.dir) == (f"{tmp_path}/book.txt", f"{tmp_path}/run")
+    assert (load_config(path).data.path, load_config(path).checkpoint.dir) == (
+        f"{tmp_path}/book.txt",
+        f"{tmp_path}/run",
+    )
 
 
 def test_the_home_of_nobody_is_an_error_whose_advice_works():
-    with pytest.raises(UserError, match=r"^checkpoint\.dir=~nobody-here/run: there is no user nobody-here.* is \./~nobody-here/run$"):
+    with pytest.raises(
+        UserError,
+        match=r"^checkpoint\.dir=~nobody-here/run: there is no user nobody-here.* is \./~nobody-here/run$",
+    ):
         load_config(None, ["checkpoint.dir=~nobody-here/run"], tree())
-    assert load_config(None, ["checkpoint.dir=./~nobody-here/run"], tree()).checkpoint.dir == "./~nobody-here/run"
+    assert (
+        load_config(None, ["checkpoint.dir=./~nobody-here/run"], tree()).checkpoint.dir
+        == "./~nobody-here/run"
+    )
 
 
 def test_every_key_that_is_a_path_is_among_them():
@@ -673,9 +921,18 @@ def test_every_key_that_is_a_path_is_among_them():
     "sections",
     [
         tree(),
-        tree(seed=3, model={"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "position": "learned"}, training={"lr": 1e-5, "eps": 1e-12}),
-        {"data": {"source": "hf", "dataset": "a/b", "config": "20231101.en", "streaming": True}, "training": {"max_steps": 10**9, "betas": [0, 0.5]}},
-        tree(training={"sample_prompts": ["é 👩‍👩‍👧", "null", "7", "a: b # c", ""]}, data={"text_field": "yes"}),
+        tree(
+            seed=3,
+            model={"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "position": "learned"},
+            training={"lr": 1e-5, "eps": 1e-12},
+        ),
+        {
+            "data": {"source": "hf", "dataset": "a/b", "config": "20231101.en", "streaming": True},
+            "training": {"max_steps": 10**9, "betas": [0, 0.5]},
+        },
+        tree(
+            training={"sample_prompts": ["é 👩‍👩‍👧", "null", "7", "a: b # c", ""]}, data={"text_field": "yes"}
+        ),
     ],
 )
 def test_a_config_survives_yaml_and_json(sections):
@@ -689,15 +946,20 @@ def test_a_config_survives_yaml_and_json(sections):
 
 
 @pytest.mark.parametrize(
-    "command", ["train.py --config c.yaml", "train.py --override training.sample_prompts=['two\nlines: [']"], ids=["one line", "two lines"]
+    "command",
+    ["train.py --config c.yaml", "train.py --override training.sample_prompts=['two\nlines: [']"],
+    ids=["one line", "two lines"],
 )
 @pytest.mark.parametrize("text", ["plain", "8e42519", "1e3", "null", "two\nlines", "", " # ", "é: 'x'"])
 def test_the_config_written_beside_a_run_is_read_back_the_same(tmp_path, text, command):
-    """Also where a text looks like a number to our reader (a commit such as 8e42519), and whatever the command line held."""
+    """Also where a text looks like a number to our reader (a commit such as 8e42519), and whatever the
+    command line held."""
     from support.run.folder import write_run_config
 
     data = {"source": "hf", "dataset": "a/b", "revision": text, "text_field": text}
-    config = validate_config({"data": data, "training": {"max_steps": 2, "sample_every": 1, "sample_prompts": [text]}})
+    config = validate_config(
+        {"data": data, "training": {"max_steps": 2, "sample_every": 1, "sample_prompts": [text]}}
+    )
     record = {"versions": {"python": "3.11"}, "git_commit": None, "command": command}
     write_run_config(tmp_path, config, record)
     assert load_config(tmp_path / "run_config.yaml") == config
@@ -716,7 +978,13 @@ def test_every_key_in_a_config_file_says_what_it_does(path):
 
 
 def test_the_config_files_are_found():
-    assert {"config.yaml", "config_smoke.yaml", "shakespeare_char.yaml", "sanity.yaml", "tinystories.yaml"} <= {p.name for p in CONFIG_FILES}
+    assert {
+        "config.yaml",
+        "config_smoke.yaml",
+        "shakespeare_char.yaml",
+        "sanity.yaml",
+        "tinystories.yaml",
+    } <= {p.name for p in CONFIG_FILES}
     assert [path.name for path in JSON_FILES] == ["sample_custom.json", "sample_custom_baseline.json"]
 
 
@@ -724,13 +992,28 @@ def test_the_config_files_are_found():
 def test_a_json_example_trains(tmp_path, capsys, path):
     import train
 
-    short = ("training.max_steps=2", "training.warmup_steps=0", "training.sample_every=2", f"checkpoint.dir={tmp_path / 'run'}")
-    train.main(["--config", str(path), "--device", "cpu", *(word for override in short for word in ("--override", override))])
+    short = (
+        "training.max_steps=2",
+        "training.warmup_steps=0",
+        "training.sample_every=2",
+        f"checkpoint.dir={tmp_path / 'run'}",
+    )
+    train.main(
+        [
+            "--config",
+            str(path),
+            "--device",
+            "cpu",
+            *(word for override in short for word in ("--override", override)),
+        ]
+    )
     assert "step      2 sample: 'Attention is" in capsys.readouterr().out
     assert load_config(tmp_path / "run" / "run_config.yaml").model == load_config(path).model
 
 
-@pytest.mark.parametrize(("training", "warned"), [({}, True), ({"sample_every": None}, False), ({"sample_every": 5}, False)])
+@pytest.mark.parametrize(
+    ("training", "warned"), [({}, True), ({"sample_every": None}, False), ({"sample_every": 5}, False)]
+)
 def test_prompts_that_nothing_samples_are_said_to_be_so(capsys, training, warned):
     from support.run.plan import check_samples
 
@@ -767,7 +1050,9 @@ def test_the_reference_lists_every_key_with_its_default():
 
 def test_the_reference_in_the_docs_is_the_schema():
     path = ROOT / "docs" / "CONFIG_REFERENCE.md"
-    assert path.read_text(encoding="utf-8") == reference_markdown(), "run: python3 -m support.config.schema > docs/CONFIG_REFERENCE.md"
+    assert path.read_text(encoding="utf-8") == reference_markdown(), (
+        "run: python3 -m support.config.schema > docs/CONFIG_REFERENCE.md"
+    )
 
 
 # ---- anything at all ----------------------------------------------------------------------------------------------
@@ -802,7 +1087,16 @@ def random_value(draw: random.Random, depth: int) -> object:
     if depth and kind < 0.15:
         return [random_value(draw, depth - 1) for _ in range(draw.randrange(4))]
     if depth and kind < 0.3:
-        keys = [*FOREIGN_NAMES, *(name.rsplit(".", 1)[-1] for name in key_names()), "", "a.b", 1, None, 2.5, (1, 2)]
+        keys = [
+            *FOREIGN_NAMES,
+            *(name.rsplit(".", 1)[-1] for name in key_names()),
+            "",
+            "a.b",
+            1,
+            None,
+            2.5,
+            (1, 2),
+        ]
         return {draw.choice(keys): random_value(draw, depth - 1) for _ in range(draw.randrange(4))}
     return draw.choice(SCALARS)
 
@@ -856,7 +1150,22 @@ def test_random_text_is_read_or_refused_with_a_user_error():
         "---\n",
         "<<",
     ]
-    fragments += ["%", "@", "`", "\t", "\x00", "é", "~", "=", "!!binary ", "2024-13-40", "0x", "1:30", "training", "..."]
+    fragments += [
+        "%",
+        "@",
+        "`",
+        "\t",
+        "\x00",
+        "é",
+        "~",
+        "=",
+        "!!binary ",
+        "2024-13-40",
+        "0x",
+        "1:30",
+        "training",
+        "...",
+    ]
     for _ in range(5000):
         text = "".join(draw.choice(fragments) for _ in range(draw.randrange(12)))
         try:

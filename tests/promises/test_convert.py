@@ -1,4 +1,5 @@
-"""Weights in, weights out: what convert.py reads and writes is compared with transformers and llama.cpp, text and logits."""
+"""Weights in, weights out: what convert.py reads and writes is compared with transformers and llama.cpp,
+text and logits."""
 
 import contextlib
 import importlib.util
@@ -46,7 +47,15 @@ HOSTILE = [
     "I'll we've they'd 12345678901234567890",
     "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \U0001f468\u200d\U0001f469\u200d\U0001f467",
 ]
-SIZES = {"vocab_size": 257, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "max_seq_len": 80}
+SIZES = {
+    "vocab_size": 257,
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 64,
+    "max_seq_len": 80,
+}
 GPT2 = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True, "n_kv_heads": 4}
 SHAPES = {
     "llama": {},
@@ -98,7 +107,8 @@ def same_weights(one: GPTMini, other: GPTMini) -> bool:
 
 @pytest.mark.parametrize("own", [True, False], ids=["another", "a copy of the embedding"])
 def test_a_head_beside_a_tied_embedding_is_kept_where_it_is_another(saved, tmp_path, own):
-    """As transformers 5 does, which is the witness of the conversion; older programs drop such a head without a word."""
+    """As transformers 5 does, which is the witness of the conversion; older programs drop such a head
+    without a word."""
     call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     weights = load_file(file)
@@ -113,12 +123,17 @@ def test_a_head_beside_a_tied_embedding_is_kept_where_it_is_another(saved, tmp_p
 
 
 def test_a_head_that_is_missing_is_named_with_what_to_do(saved, tmp_path):
-    call("--ckpt", saved("ours", random_model(tie_embeddings=False)), "--to", "hf", "--output", tmp_path / "hf")
+    call(
+        "--ckpt", saved("ours", random_model(tie_embeddings=False)), "--to", "hf", "--output", tmp_path / "hf"
+    )
     file, settings = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
     weights = load_file(file)
     del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lm_head.weight: expected .*, provided none; if its head .* write tie_word_embeddings: true"):
+    with pytest.raises(
+        UserError,
+        match=r"lm_head.weight: expected .*, provided none; if its head .* write tie_word_embeddings: true",
+    ):
         convert.main(["--from", str(tmp_path / "hf"), "--output", str(tmp_path / "back.ckpt")])
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tie_word_embeddings": True}))
     assert "verified" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
@@ -137,7 +152,14 @@ def test_a_model_goes_to_hugging_face_and_comes_back_with_the_same_bits(saved, t
         expected = theirs(input_ids=ids).logits
     assert expected.std() > 0.3, "logits near zero would agree by chance"
     torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
-    text = theirs.generate(ids[:1, :5], attention_mask=torch.ones(1, 5), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    text = theirs.generate(
+        ids[:1, :5],
+        attention_mask=torch.ones(1, 5),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert model.generate(ids[:1, :5], 64, SamplingConfig(temperature=0)).tolist() == text.tolist()
 
     said = call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
@@ -151,17 +173,42 @@ def test_a_model_goes_to_hugging_face_and_comes_back_with_the_same_bits(saved, t
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_what_transformers_saves_is_read(tmp_path, kind, sharded):
-    """Their own random models, also cut into several files, also with more rows than the tokenizer has tokens."""
+    """Their own random models, also cut into several files, also with more rows than the tokenizer has
+    tokens."""
     import transformers
 
-    llama = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    llama |= {"intermediate_size": 48, "max_position_embeddings": 90, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    llama = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    llama |= {
+        "intermediate_size": 48,
+        "max_position_embeddings": 90,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     made = {
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
-        "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**llama, sliding_window=70)),
-        "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**llama, head_dim=12, tie_word_embeddings=True)),
+        "mistral": lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(**llama, sliding_window=70)
+        ),
+        "qwen3": lambda: transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**llama, head_dim=12, tie_word_embeddings=True)
+        ),
         "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=90, bos_token_id=None, eos_token_id=None)
+            transformers.GPT2Config(
+                vocab_size=300,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=90,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
         ),
     }
     torch.manual_seed(0)
@@ -199,7 +246,11 @@ def test_a_pytorch_bin_from_before_1_6_is_read_safely(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_json(model.config, 256)))
     (folder / "tokenizer.json").write_text(tokenizer_json(ByteTokenizer()))
-    torch.save(to_theirs(model.config, model.state_dict()), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        to_theirs(model.config, model.state_dict()),
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
+    )
     assert (folder / "pytorch_model.bin").read_bytes()[:2] != b"PK"
     assert "verified: largest difference" in call("--from", folder, "--output", tmp_path / "ours.ckpt")
     assert same_weights(load_model(tmp_path / "ours.ckpt")[0], model)
@@ -208,7 +259,9 @@ def test_a_pytorch_bin_from_before_1_6_is_read_safely(tmp_path):
         (folder / "pytorch_model.bin").write_bytes(whole[:size])
         with pytest.raises(UserError, match="truncated or damaged"):
             call("--from", folder, "--output", tmp_path / "new.ckpt")
-    torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"model.norm.weight": print}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     with pytest.raises(UserError, match="would run code when opened"):
         call("--from", folder, "--output", tmp_path / "evil.ckpt")
 
@@ -223,51 +276,81 @@ def in_bfloat16(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_a_model_trained_in_bfloat16_goes_out_and_comes_back(saved, tmp_path, kind):
-    """Both sides compute in float32, in which bfloat16 weights are exact; each file says of which type its weights are."""
+    """Both sides compute in float32, in which bfloat16 weights are exact; each file says of which type its
+    weights are."""
     import transformers
 
     path = saved("ours", random_model(**SHAPES[kind]).bfloat16())
     assert "verified: largest difference" in call("--ckpt", path, "--to", "hf", "--output", tmp_path / "hf")
-    config, weights = json.loads((tmp_path / "hf" / "config.json").read_text()), load_file(tmp_path / "hf" / "model.safetensors")
-    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{config['dtype']}"} == {"torch.bfloat16"}
+    config, weights = (
+        json.loads((tmp_path / "hf" / "config.json").read_text()),
+        load_file(tmp_path / "hf" / "model.safetensors"),
+    )
+    assert (
+        {str(tensor.dtype) for tensor in weights.values()}
+        == {f"torch.{config['dtype']}"}
+        == {"torch.bfloat16"}
+    )
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
     call("--ckpt", path, "--to", "weights", "--output", tmp_path / "small.ckpt")
     assert same_weights(load_model(tmp_path / "small.ckpt")[0], load_model(path)[0])
 
-    assert "verified: largest difference" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
+    assert "verified: largest difference" in call(
+        "--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt"
+    )
     back = load_model(tmp_path / "back.ckpt")[0]
     assert same_weights(back, load_model(path)[0].float())
     call("--ckpt", tmp_path / "back.ckpt", "--to", "hf", "--output", tmp_path / "hf32")
-    config, weights = json.loads((tmp_path / "hf32" / "config.json").read_text()), load_file(tmp_path / "hf32" / "model.safetensors")
-    assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{config['dtype']}"} == {"torch.float32"}
+    config, weights = (
+        json.loads((tmp_path / "hf32" / "config.json").read_text()),
+        load_file(tmp_path / "hf32" / "model.safetensors"),
+    )
+    assert (
+        {str(tensor.dtype) for tensor in weights.values()}
+        == {f"torch.{config['dtype']}"}
+        == {"torch.float32"}
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_a_model_trained_in_bfloat16_becomes_gguf(saved, tmp_path, trained_bpe, dtype):
     pytest.importorskip("gguf", reason="gguf is not installed")
     path = saved("ours", random_model(vocab_size=trained_bpe.vocab_size).bfloat16(), trained_bpe)
-    assert call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf").startswith("verified: largest difference")
+    assert call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf").startswith(
+        "verified: largest difference"
+    )
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
-def test_a_quantized_folder_is_refused_by_the_name_of_its_method_or_read_where_its_weights_are_plain(saved, tmp_path, method):
+def test_a_quantized_folder_is_refused_by_the_name_of_its_method_or_read_where_its_weights_are_plain(
+    saved, tmp_path, method
+):
     call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, "bits": 4}}))
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method, "bits": 4}})
+    )
     said = call("--from", tmp_path / "hf", "--output", tmp_path / "plain.ckpt")
-    assert f"config.json says {method}, and they are plain floats" in said and "verified: largest difference" in said
+    assert (
+        f"config.json says {method}, and they are plain floats" in said
+        and "verified: largest difference" in said
+    )
     assert same_weights(load_model(tmp_path / "plain.ckpt")[0], random_model())
 
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     packed = {
         "gptq": weights | {name.replace("weight", "qweight"): torch.zeros(4, 32, dtype=torch.int32)},
-        "awq": {key: tensor for key, tensor in weights.items() if key != name} | {name.replace("weight", "qweight"): torch.zeros(4, 4)},
+        "awq": {key: tensor for key, tensor in weights.items() if key != name}
+        | {name.replace("weight", "qweight"): torch.zeros(4, 4)},
         "bitsandbytes": weights | {name: weights[name].to(torch.int8)},
         "fp8": weights | {name: weights[name].to(torch.float8_e4m3fn)},
     }[method]
     save_file(packed, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=rf"is quantized \({method}, by its config.json\); .*: take the model it was made from"):
+    with pytest.raises(
+        UserError,
+        match=rf"is quantized \({method}, by its config.json\); .*: take the model it was made from",
+    ):
         call("--from", tmp_path / "hf", "--output", tmp_path / "packed.ckpt")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"packed numbers|do not fit its config.json"):
@@ -325,8 +408,14 @@ def test_names_there_and_back_are_inverse(switches):
     back = {}
     for name, tensor in theirs.items():
         back |= to_ours(family_of(model.config), name, tensor)
-    expected = {name: t for name, t in model.state_dict().items() if not (model.config.tie_embeddings and name == "lm_head.weight")}
-    assert back.keys() == expected.keys() and all(torch.equal(back[name], tensor) for name, tensor in expected.items())
+    expected = {
+        name: t
+        for name, t in model.state_dict().items()
+        if not (model.config.tie_embeddings and name == "lm_head.weight")
+    }
+    assert back.keys() == expected.keys() and all(
+        torch.equal(back[name], tensor) for name, tensor in expected.items()
+    )
     fields = model_fields(config_json(model.config, 256))
     assert GPTConfig(**fields, vocab_size=257) == model.config
 
@@ -335,10 +424,14 @@ def test_the_fused_matrix_of_gpt2_is_cut_as_its_paper_code_does():
     """x W + b with W (D, 3 D): the first D columns are q, the next k, the last v."""
     W, b, x = torch.arange(48.0).view(4, 12), torch.arange(12.0), torch.randn(5, 4)
     q, k, v = (x @ W + b).split(4, dim=-1)
-    parts = to_ours("gpt2", "transformer.h.3.attn.c_attn.weight", W) | to_ours("gpt2", "h.3.attn.c_attn.bias", b)
+    parts = to_ours("gpt2", "transformer.h.3.attn.c_attn.weight", W) | to_ours(
+        "gpt2", "h.3.attn.c_attn.bias", b
+    )
     for letter, expected in zip("qkv", (q, k, v), strict=True):
         name = f"layers.3.self_attn.{letter}_proj"
-        torch.testing.assert_close(torch.nn.functional.linear(x, parts[f"{name}.weight"], parts[f"{name}.bias"]), expected)
+        torch.testing.assert_close(
+            torch.nn.functional.linear(x, parts[f"{name}.weight"], parts[f"{name}.bias"]), expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -351,8 +444,15 @@ def test_the_fused_matrix_of_gpt2_is_cut_as_its_paper_code_does():
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ({"num_attention_heads": 5}, "describes no model"),
-        ({"intermediate_size": 60}, r"layers.\*.mlp.gate_proj.weight: expected \(60, 32\), provided \(64, 32\) \(2 times\); .*up_.*; .*down_"),
-        ({"num_hidden_layers": 3}, r"layers.2.input_layernorm.weight: expected \(32,\), provided none; .*layers.2.mlp.down_proj"),
+        (
+            {"intermediate_size": 60},
+            r"layers.\*.mlp.gate_proj.weight: expected \(60, 32\), provided \(64, 32\) \(2 times\); "
+            r".*up_.*; .*down_",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            r"layers.2.input_layernorm.weight: expected \(32,\), provided none; .*layers.2.mlp.down_proj",
+        ),
         ({"num_hidden_layers": 1}, r"layers.1.input_layernorm.weight: expected none, provided \(32,\); "),
         ({"vocab_size": 200}, "its embedding has 200 rows, and its tokenizer 257"),
     ],
@@ -368,7 +468,11 @@ def test_what_does_not_fit_is_named_before_anything_is_written(saved, tmp_path, 
 
 def test_missing_and_damaged_files_are_one_line(saved, tmp_path):
     call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
-    missing = {"tokenizer.json": "has no tokenizer.json", "model.safetensors": "holds no weights", "config.json": "weights without their config"}
+    missing = {
+        "tokenizer.json": "has no tokenizer.json",
+        "model.safetensors": "holds no weights",
+        "config.json": "weights without their config",
+    }
     for name, said in missing.items():
         (tmp_path / "hf" / name).rename(tmp_path / "kept")
         with pytest.raises(UserError, match=said):
@@ -415,7 +519,9 @@ def test_a_wrong_conversion_is_noticed_and_leaves_nothing(saved, tmp_path, monke
     ],
 )
 @pytest.mark.parametrize("to", ["hf", "gguf"])
-def test_a_switch_that_no_family_has_is_refused_before_anything_is_written(saved, tmp_path, switches, said, to):
+def test_a_switch_that_no_family_has_is_refused_before_anything_is_written(
+    saved, tmp_path, switches, said, to
+):
     pytest.importorskip("gguf", reason="gguf is not installed") if to == "gguf" else None
     path = saved("ours", random_model(**switches), BPETokenizer.train(["some text to train on " * 20], 257))
     with pytest.raises(UserError, match=said):
@@ -427,10 +533,14 @@ def test_a_disk_that_refuses_the_weights_is_one_line_and_leaves_nothing(saved, t
     import safetensors.torch
 
     def refuse(*_, **__):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise safetensors.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(safetensors.torch, "save_file", refuse)
-    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device.*; make room, or name another"):
+    with pytest.raises(
+        UserError, match=r"cannot be written: .*No space left on device.*; make room, or name another"
+    ):
         call("--ckpt", saved("ours", random_model()), "--to", "hf", "--output", tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
 
@@ -465,7 +575,11 @@ def test_the_exported_tokenizer_is_ours(saved, tmp_path, kind):
 
     train_on = ["".join(HOSTILE) * 3, "some more text, " * 50]
     made = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
-    tokenizer = made[kind]() if kind in made else {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(train_on, 400)
+    tokenizer = (
+        made[kind]()
+        if kind in made
+        else {"char": CharTokenizer, "bpe": BPETokenizer}[kind].train(train_on, 400)
+    )
     path = saved("ours", random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     call("--ckpt", path, "--to", "hf", "--output", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -475,7 +589,10 @@ def test_the_exported_tokenizer_is_ours(saved, tmp_path, kind):
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == tokenizer.eos_id and len(theirs) <= tokenizer.vocab_size + 1
     again = FileTokenizer.from_file(tmp_path / "hf")
-    assert all(again.encode(text) == tokenizer.encode(text) for text in HOSTILE) and again.eos_id == tokenizer.eos_id
+    assert (
+        all(again.encode(text) == tokenizer.encode(text) for text in HOSTILE)
+        and again.eos_id == tokenizer.eos_id
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -487,10 +604,19 @@ def test_the_chat_template_lays_out_as_ours(tiny_run, tmp_path, name):
     checkpoint[KEY]["template"] = template.model_dump()
     torch.save(checkpoint, tmp_path / "chat.ckpt")
     call("--ckpt", tmp_path / "chat.ckpt", "--to", "hf", "--output", tmp_path / "hf")
-    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), load_model(tmp_path / "chat.ckpt")[1]
-    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And {instruction}?"}]
+    theirs, tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"),
+        load_model(tmp_path / "chat.ckpt")[1],
+    )
+    messages = [
+        {"role": "user", "content": "How?"},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "And {instruction}?"},
+    ]
     text = theirs.apply_chat_template(messages, tokenize=False)
-    ours = tokenizer.decode(conversation_ids(template, tokenizer, [("How?", "So.")], "And {instruction}?", 10**6))
+    ours = tokenizer.decode(
+        conversation_ids(template, tokenizer, [("How?", "So.")], "And {instruction}?", 10**6)
+    )
     assert text == ours
 
 
@@ -498,12 +624,15 @@ def with_bos(tokenizer: BPETokenizer) -> FileTokenizer:
     """Its rules put <s> before each text, as those of Llama and Mistral do."""
     backend = Backend.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens([AddedToken("<s>", special=True)])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
     return FileTokenizer(backend.to_str(), tokenizer.eos_text)
 
 
 def test_a_tokenizer_that_begins_each_text_with_a_token_does_so_everywhere(tmp_path, trained_bpe):
-    """Prompts, documents in training, whole or streamed in pieces, instructions: the ids of transformers' own tokenizer."""
+    """Prompts, documents in training, whole or streamed in pieces, instructions: the ids of transformers'
+    own tokenizer."""
     import transformers
 
     tokenizer = with_bos(trained_bpe)
@@ -550,15 +679,24 @@ def test_streamed_documents_begin_with_it_too(trained_bpe):
     tokenizer, documents = with_bos(trained_bpe), ["values", "attention is a sum. " * 5000, "of"]
 
     def stream(state: str | None = None):
-        return iter(StreamingPackedLMDataset(Documents(documents), tokenizer, 64, 64, StepShape(4, 1), seed=0, shuffle=False, state=state))
+        return iter(
+            StreamingPackedLMDataset(
+                Documents(documents), tokenizer, 64, 64, StepShape(4, 1), seed=0, shuffle=False, state=state
+            )
+        )
 
     expected = tokenize(documents, tokenizer).tolist()
     steps = list(itertools.islice(stream(), len(expected) // 256))
-    assert torch.cat([step[0]["input_ids"].flatten() for step in steps]).tolist() == expected[: len(steps) * 256]
+    assert (
+        torch.cat([step[0]["input_ids"].flatten() for step in steps]).tolist() == expected[: len(steps) * 256]
+    )
     n = len(steps) * 3 // 4  # the long document is read in two pieces, and this is in the second
     assert json.loads(steps[n][0]["stream_state"])["piece"] == 1
     again = list(itertools.islice(stream(steps[n][0]["stream_state"]), len(steps) - n - 1))
-    assert all(torch.equal(one[0]["input_ids"], other[0]["input_ids"]) for one, other in zip(again, steps[n + 1 :], strict=True))
+    assert all(
+        torch.equal(one[0]["input_ids"], other[0]["input_ids"])
+        for one, other in zip(again, steps[n + 1 :], strict=True)
+    )
 
 
 # ---- gguf ---------------------------------------------------------------------------------------------------------
@@ -569,15 +707,34 @@ def trained_bpe() -> BPETokenizer:
     return BPETokenizer.train(["".join(HOSTILE) * 3, "attention is a weighted sum of values. " * 50], 400)
 
 
-@pytest.mark.parametrize("switches", [SHAPES[name] for name in ("llama", "llama, untied", "qwen3", "gpt2")], ids=["llama", "untied", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    "switches",
+    [SHAPES[name] for name in ("llama", "llama, untied", "qwen3", "gpt2")],
+    ids=["llama", "untied", "qwen3", "gpt2"],
+)
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe, switches, dtype):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf", reason="gguf is not installed")
     model = random_model(vocab_size=trained_bpe.vocab_size, max_seq_len=256, **switches)
-    said = call("--ckpt", saved("ours", model, trained_bpe), "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
-    assert f"from llama.cpp ({dtype})" in said and said.startswith("verified: largest") and "texts and all" in said
-    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, verbose=False, flash_attn=False, type_k=0, type_v=0)
+    said = call(
+        "--ckpt",
+        saved("ours", model, trained_bpe),
+        "--to",
+        "gguf",
+        "--dtype",
+        dtype,
+        "--output",
+        tmp_path / "m.gguf",
+    )
+    assert (
+        f"from llama.cpp ({dtype})" in said
+        and said.startswith("verified: largest")
+        and "texts and all" in said
+    )
+    llama = llama_cpp.Llama(
+        str(tmp_path / "m.gguf"), n_ctx=256, verbose=False, flash_attn=False, type_k=0, type_v=0
+    )
     for text in HOSTILE:
         assert llama.tokenize(text.encode(), add_bos=False) == trained_bpe.encode(text), text
     if dtype == "f32":
@@ -586,14 +743,17 @@ def test_llama_cpp_gives_our_logits_tokens_and_text(saved, tmp_path, trained_bpe
             written.append(token)
             if len(written) == 64:
                 break
-        ours = model.generate(torch.tensor([prompt]), 64, SamplingConfig(temperature=0))[0].tolist()[len(prompt) :]
+        ours = model.generate(torch.tensor([prompt]), 64, SamplingConfig(temperature=0))[0].tolist()[
+            len(prompt) :
+        ]
         assert written == ours
     llama.close()
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama, untied", "qwen3", "gpt2"])
 def test_transformers_reads_the_gguf_and_gives_our_logits_and_tokens(saved, tmp_path, trained_bpe, kind):
-    """A second witness. Its reader takes GPT-2's context and MLP, and the width of Qwen3's heads, to be those of the published models."""
+    """A second witness. Its reader takes GPT-2's context and MLP, and the width of Qwen3's heads, to be
+    those of the published models."""
     import transformers
 
     pytest.importorskip("gguf", reason="gguf is not installed")
@@ -601,7 +761,9 @@ def test_transformers_reads_the_gguf_and_gives_our_logits_and_tokens(saved, tmp_
     as_published = {"qwen3": {"head_dim": 128}, "gpt2": {"d_ff": 128, "max_seq_len": 1024}}
     model = random_model(vocab_size=trained_bpe.vocab_size, **(SHAPES[kind] | as_published.get(kind, {})))
     call("--ckpt", saved("ours", model, trained_bpe), "--to", "gguf", "--output", tmp_path / "m.gguf")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
     ids = torch.randint(trained_bpe.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, model(ids), rtol=1e-4, atol=1e-4)
@@ -616,14 +778,25 @@ def split_like(name: str) -> FileTokenizer:
     backend = Backend(models.BPE())
     patterns = {called: pattern for pattern, called in PATTERNS.items()}
     if name == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        steps = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     else:
-        steps = [pre_tokenizers.Split(Regex(patterns[name]), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        steps = [
+            pre_tokenizers.Split(Regex(patterns[name]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=[EOS_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=500,
+        special_tokens=[EOS_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator([" ".join(HOSTILE) * 3, "attention is a weighted sum of 1234 values.\n\n DON'T! " * 50], trainer)
+    backend.train_from_iterator(
+        [" ".join(HOSTILE) * 3, "attention is a weighted sum of 1234 values.\n\n DON'T! " * 50], trainer
+    )
     return FileTokenizer(backend.to_str(), EOS_TEXT)
 
 
@@ -651,7 +824,9 @@ def test_a_wrong_gguf_is_noticed_and_leaves_nothing(saved, tmp_path, trained_bpe
             with pytest.raises(UserError, match="the conversion is wrong"):
                 call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
     monkeypatch.setattr("support.exchange.gguf_file.pre_tokenizer_name", lambda tree: "smollm")
-    with pytest.raises(UserError, match=r"reads .* as \[.*\], and this project as \[.*; the tokenizer is not carried over"):
+    with pytest.raises(
+        UserError, match=r"reads .* as \[.*\], and this project as \[.*; the tokenizer is not carried over"
+    ):
         call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
 
@@ -675,8 +850,19 @@ def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeyp
     call("--ckpt", saved("ours", random_model(max_seq_len=64)), "--to", "hf", "--output", tmp_path / "hf")
     call("--from", tmp_path / "hf", "--output", tmp_path / "base.ckpt")
     monkeypatch.setattr(train, "draw_loss", lambda folder: None)
-    overrides = [f"base_ckpt={tmp_path / 'base.ckpt'}", f"checkpoint.dir={tmp_path / 'sft'}", "training.epochs=null", "training.max_steps=2"]
-    argv = ["--config", "configs/finetune_tiny.yaml", "--device", "cpu", *(f"--override={o}" for o in [*overrides, "training.warmup_steps=0"])]
+    overrides = [
+        f"base_ckpt={tmp_path / 'base.ckpt'}",
+        f"checkpoint.dir={tmp_path / 'sft'}",
+        "training.epochs=null",
+        "training.max_steps=2",
+    ]
+    argv = [
+        "--config",
+        "configs/finetune_tiny.yaml",
+        "--device",
+        "cpu",
+        *(f"--override={o}" for o in [*overrides, "training.warmup_steps=0"]),
+    ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert finetune.main(argv) == 0
     rows = Run(tmp_path / "sft", 0, "", "").val_rows
@@ -687,7 +873,13 @@ def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeyp
         assert said in run_card(tmp_path / folder)
     card = (tmp_path / "hf2" / "README.md").read_text()
     row = rows[-1]
-    for said in ("trained for 2 steps", "data/tiny_instructions.json", "base.ckpt", f"- val_loss: {row['val_loss']:.4f}", "adamw, lr 0.003"):
+    for said in (
+        "trained for 2 steps",
+        "data/tiny_instructions.json",
+        "base.ckpt",
+        f"- val_loss: {row['val_loss']:.4f}",
+        "adamw, lr 0.003",
+    ):
         assert said in card, card
     assert "trained for" not in (tmp_path / "hf" / "README.md").read_text()
 
@@ -695,10 +887,19 @@ def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeyp
 HERE = re.compile(rb"/tmp/|/home/|/root|Users|secret|ada|\\.\\.")
 
 
-def test_a_card_of_an_import_says_so_and_no_exported_file_names_a_path(saved, tmp_path, trained_bpe, monkeypatch):
+def test_a_card_of_an_import_says_so_and_no_exported_file_names_a_path(
+    saved, tmp_path, trained_bpe, monkeypatch
+):
     """The name of a local folder is all that is published of where it was."""
     home = tmp_path / "home" / "ada" / "secret" / "small-model"
-    call("--ckpt", saved("ours", random_model(vocab_size=trained_bpe.vocab_size), trained_bpe), "--to", "hf", "--output", home)
+    call(
+        "--ckpt",
+        saved("ours", random_model(vocab_size=trained_bpe.vocab_size), trained_bpe),
+        "--to",
+        "hf",
+        "--output",
+        home,
+    )
     monkeypatch.setattr(sys, "argv", ["convert.py", "--from", str(home)])
     monkeypatch.chdir(home.parent)
     for given, name in ((home, "small-model"), (".", "secret"), ("../secret/small-model", "small-model")):
@@ -711,7 +912,10 @@ def test_a_card_of_an_import_says_so_and_no_exported_file_names_a_path(saved, tm
         monkeypatch.chdir(source)
         call("--ckpt", output, "--to", "hf", "--output", tmp_path / "out")
         card = (tmp_path / "out" / "README.md").read_text()
-        assert f"# {name}\n" in card and f"imported from `{name}` with Tiny Transformer; nothing was trained here." in card
+        assert (
+            f"# {name}\n" in card
+            and f"imported from `{name}` with Tiny Transformer; nothing was trained here." in card
+        )
         for file in (tmp_path / "out").iterdir():
             if file.name not in ("tokenizer.json", "model.safetensors"):
                 assert not HERE.search(file.read_bytes()), file.name
@@ -745,7 +949,10 @@ def test_a_card_of_a_run_shows_no_path_of_this_machine(tiny_run, tmp_path, path,
     assert card.count(f"`{shown}`") == 2 and "# plays\n" in card and "trained with Tiny Transformer." in card
     for name in ("README.md", "config.json", "generation_config.json", "tokenizer_config.json"):
         assert not HERE.search((tmp_path / "hf" / name).read_bytes()), name
-    assert b"/home" not in (tmp_path / "m.gguf").read_bytes() and b"secret" not in (tmp_path / "m.gguf").read_bytes()
+    assert (
+        b"/home" not in (tmp_path / "m.gguf").read_bytes()
+        and b"secret" not in (tmp_path / "m.gguf").read_bytes()
+    )
 
 
 def run_card(folder: Path) -> str:
@@ -779,7 +986,10 @@ def test_weights_alone_are_a_third_and_answer_the_same(tiny_run, tmp_path):
     assert (tmp_path / "small.ckpt").stat().st_size < 0.6 * (tiny_run.folder / "final.ckpt").stat().st_size
 
 
-@pytest.mark.parametrize("argv", [["--ckpt", "a"], ["--from", "a", "--to", "hf"], ["--ckpt", "a", "--to", "hf", "--dtype", "f16"], []])
+@pytest.mark.parametrize(
+    "argv",
+    [["--ckpt", "a"], ["--from", "a", "--to", "hf"], ["--ckpt", "a", "--to", "hf", "--dtype", "f16"], []],
+)
 def test_flags_that_do_not_go_together(argv, capsys):
     with pytest.raises(SystemExit) as end:
         convert.main([*argv, "--output", "b"])
@@ -790,7 +1000,14 @@ def test_flags_that_do_not_go_together(argv, capsys):
 
 
 def convert_process(environment: dict[str, str], *argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "convert.py", *argv], cwd=REPO, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "convert.py", *argv],
+        cwd=REPO,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.slow
@@ -804,14 +1021,21 @@ def test_a_model_of_the_hub_comes_in_and_opens_from_the_cache_later(saved, tmp_p
         assert done.returncode == 0 and "verified: largest difference" in done.stdout, done.stderr
         assert "Fetching" in done.stderr and not any("onnx" in request for request in hub.requests)
         assert same_weights(load_model(tmp_path / "one.ckpt")[0], random_model())
-        for argv, said in ((["some/other"], "no model on the hub has this name"), (["some/model", "--revision", "v9"], "has no revision 'v9'")):
+        for argv, said in (
+            (["some/other"], "no model on the hub has this name"),
+            (["some/model", "--revision", "v9"], "has no revision 'v9'"),
+        ):
             done = convert_process(online, "--from", *argv, "--output", str(tmp_path / "none.ckpt"))
-            assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+            assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, (
+                done.stderr
+            )
     done = convert_process(online, "--from", "some/model", "--output", str(tmp_path / "two.ckpt"))
     assert done.returncode == 0, done.stderr
     assert same_weights(load_model(tmp_path / "two.ckpt")[0], random_model())
     done = convert_process(online, "--from", "gpt2", "--output", str(tmp_path / "none.ckpt"))
-    assert done.returncode == 2 and done.stderr.startswith("error: --from gpt2: there is no such folder, the Hugging Face hub cannot be reached")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: --from gpt2: there is no such folder, the Hugging Face hub cannot be reached"
+    )
     assert not (tmp_path / "none.ckpt").exists()
 
 
@@ -819,9 +1043,20 @@ def test_a_model_of_the_hub_comes_in_and_opens_from_the_cache_later(saved, tmp_p
 def test_older_repositories_have_pytorch_bin(saved, tmp_path):
     model = random_model()
     torch.save(to_theirs(model.config, model.state_dict()), tmp_path / "w.bin")
-    files = {"config.json": json.dumps(config_json(model.config, 256)).encode(), "tokenizer.json": tokenizer_json(ByteTokenizer()).encode()}
-    with LoopbackHub("some/model", files | {"pytorch_model.bin": (tmp_path / "w.bin").read_bytes()}, "models") as hub:
-        done = convert_process(hub.environment(tmp_path / "cache"), "--from", "some/model", "--output", str(tmp_path / "one.ckpt"))
+    files = {
+        "config.json": json.dumps(config_json(model.config, 256)).encode(),
+        "tokenizer.json": tokenizer_json(ByteTokenizer()).encode(),
+    }
+    with LoopbackHub(
+        "some/model", files | {"pytorch_model.bin": (tmp_path / "w.bin").read_bytes()}, "models"
+    ) as hub:
+        done = convert_process(
+            hub.environment(tmp_path / "cache"),
+            "--from",
+            "some/model",
+            "--output",
+            str(tmp_path / "one.ckpt"),
+        )
     assert done.returncode == 0, done.stderr
     assert same_weights(load_model(tmp_path / "one.ckpt")[0], model)
 
@@ -851,7 +1086,13 @@ def smollm2_135m():
     import transformers
 
     sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "initializer_range": 0.04}
+    sizes |= {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.04,
+    }
     special = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **special)).bfloat16()
 
@@ -859,7 +1100,8 @@ def smollm2_135m():
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2_124m, smollm2_135m])
 def test_models_at_their_full_size(tmp_path, make):
-    """In, out again, and as GGUF; the text of transformers over 64 tokens; in memory for the model and its largest file."""
+    """In, out again, and as GGUF; the text of transformers over 64 tokens; in memory for the model and its
+    largest file."""
     import transformers
 
     torch.manual_seed(0)
@@ -868,26 +1110,61 @@ def test_models_at_their_full_size(tmp_path, make):
     if make is smollm2_135m:
         vocabulary, merges = gpt2_merges()
         kept = {token: id for token, id in vocabulary.items() if id < 49151}
-        backend = Backend(models.BPE(vocab=kept, merges=[pair for pair in merges if {*pair, "".join(pair)} <= kept.keys()]))
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        backend = Backend(
+            models.BPE(vocab=kept, merges=[pair for pair in merges if {*pair, "".join(pair)} <= kept.keys()])
+        )
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         backend.add_special_tokens([EOS_TEXT])
         (tmp_path / "hf" / "tokenizer.json").write_text(backend.to_str())
     argv = ["--from", str(tmp_path / "hf"), "--output", str(tmp_path / "ours.ckpt")]
-    done = subprocess.run([sys.executable, "-c", TELLS_ITS_PEAK, *argv], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TELLS_ITS_PEAK, *argv], cwd=REPO, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "verified: largest difference" in done.stdout, done.stderr
     model, tokenizer, _ = load_model(tmp_path / "ours.ckpt")
     [beyond] = re.findall(r"beyond (\d+)", done.stdout)
-    assert int(beyond) < 4 * model.n_params() + largest + 200e6, f"{int(beyond):,}"  # the rest: logits of the proof, the cache
+    assert int(beyond) < 4 * model.n_params() + largest + 200e6, (
+        f"{int(beyond):,}"
+    )  # the rest: logits of the proof, the cache
 
     ids = torch.tensor([tokenizer.encode("The history of the city")])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
-    text = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    text = theirs.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert model.generate(ids, 64, SamplingConfig(temperature=0)).tolist() == text.tolist()
     assert "verified" in call("--ckpt", tmp_path / "ours.ckpt", "--to", "hf", "--output", tmp_path / "out")
     if make is gpt2_124m:
-        again = {name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()}
-        first = {name: tensor for file in (tmp_path / "hf").glob("*.safetensors") for name, tensor in load_file(file).items()}
-        assert again.keys() == first.keys() and all(torch.equal(again[name], tensor) for name, tensor in first.items())
+        again = {
+            name: tensor
+            for file in (tmp_path / "out").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        first = {
+            name: tensor
+            for file in (tmp_path / "hf").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        assert again.keys() == first.keys() and all(
+            torch.equal(again[name], tensor) for name, tensor in first.items()
+        )
     if importlib.util.find_spec("gguf"):
-        assert "written" in call("--ckpt", tmp_path / "ours.ckpt", "--to", "gguf", "--dtype", "q8_0", "--output", tmp_path / "m.gguf")
+        assert "written" in call(
+            "--ckpt",
+            tmp_path / "ours.ckpt",
+            "--to",
+            "gguf",
+            "--dtype",
+            "q8_0",
+            "--output",
+            tmp_path / "m.gguf",
+        )
         assert (tmp_path / "m.gguf").stat().st_size < 1.1 * model.n_params() * 34 / 32 + 5e6

@@ -1,9 +1,10 @@
-"""Several processes train as one that accumulates; killed, told to stop or cut up differently, they go on to the same end.
+"""Several processes train as one that accumulates; killed, told to stop or cut up differently, they go on to
+the same end.
 
-`launched` runs a command as a user would, and Lightning or torchrun starts the further processes. That takes ten seconds
-of imports for each of them, so most runs here are `forked` from this process, which has PyTorch and Lightning loaded:
-with the environment variables a launcher sets, and everything else the same. Nothing here can hang: a group of processes
-that has not ended after LIMIT seconds is killed, and its test fails.
+`launched` runs a command as a user would, and Lightning or torchrun starts the further processes. That takes
+ten seconds of imports for each of them, so most runs here are `forked` from this process, which has PyTorch
+and Lightning loaded: with the environment variables a launcher sets, and everything else the same. Nothing
+here can hang: a group of processes that has not ended after LIMIT seconds is killed, and its test fails.
 """
 
 import contextlib
@@ -32,7 +33,14 @@ from support.messages import UserError
 from support.run.plan import check_processes
 
 LIMIT = 120  # seconds after which a group of processes has hung
-WORDS = (*BYTE, "model.dropout=0.1", "training.max_steps=16", "training.schedule_steps=16", "training.val_every=6", "checkpoint.save_every=6")
+WORDS = (
+    *BYTE,
+    "model.dropout=0.1",
+    "training.max_steps=16",
+    "training.schedule_steps=16",
+    "training.val_every=6",
+    "checkpoint.save_every=6",
+)
 ADAMW = "training.optimizer=adamw"
 TWO = ("hardware.devices=2", "training.grad_accum_steps=1")
 FSDP = (*TWO, "hardware.strategy=fsdp")
@@ -73,7 +81,9 @@ class Group:
             os.dup2(self.err.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            torch.set_num_threads(1)  # makes the pool anew that a fork breaks; left to several threads at once, PyTorch aborts
+            torch.set_num_threads(
+                1
+            )  # makes the pool anew that a fork breaks; left to several threads at once, PyTorch aborts
             code = work()
         except SystemExit as stop:
             code = stop.code
@@ -101,7 +111,12 @@ class Group:
 
     def children(self) -> list[int]:
         """Of the first process."""
-        return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(self.pids[0])], capture_output=True, text=True).stdout.split()]
+        return [
+            int(pid)
+            for pid in subprocess.run(
+                ["pgrep", "-P", str(self.pids[0])], capture_output=True, text=True
+            ).stdout.split()
+        ]
 
     def _give_up(self) -> None:
         self.hung = True
@@ -109,14 +124,17 @@ class Group:
 
     def kill(self) -> None:
         for pid in self.pids:  # torchrun gives its workers sessions of their own
-            for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split():
+            for child in subprocess.run(
+                ["pgrep", "-P", str(pid)], capture_output=True, text=True
+            ).stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(child), signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pids[0], signal.SIGKILL)
 
     def end(self) -> Run:
-        """Wait until nobody holds standard output any more, so until no process is left; the code is the first one's."""
+        """Wait until nobody holds standard output any more, so until no process is left; the code is the
+        first one's."""
         self.said += self.out.read()
         self.limit.cancel()
         self.codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
@@ -129,12 +147,17 @@ class Group:
 
 @pytest.fixture
 def launched(argv_of) -> Iterator[Callable[..., Group]]:
-    """launched(folder, words...): `python3 train.py`, or another launcher's command in front of train.py for each node."""
+    """launched(folder, words...): `python3 train.py`, or another launcher's command in front of train.py
+    for each node."""
     groups: list[Group] = []
 
-    def launch(folder: Path, *words: str, launchers: tuple[tuple[str, ...], ...] = ((sys.executable,),)) -> Group:
+    def launch(
+        folder: Path, *words: str, launchers: tuple[tuple[str, ...], ...] = ((sys.executable,),)
+    ) -> Group:
         commands = [[*launcher, "train.py", *argv_of(folder, *words)] for launcher in launchers]
-        groups.append(Group(folder, *(lambda command=command: os.execv(command[0], command) for command in commands)))
+        groups.append(
+            Group(folder, *(lambda command=command: os.execv(command[0], command) for command in commands))
+        )
         return groups[-1]
 
     yield launch
@@ -145,7 +168,8 @@ def launched(argv_of) -> Iterator[Callable[..., Group]]:
 
 @pytest.fixture
 def forked(argv_of) -> Iterator[Callable[..., Group]]:
-    """forked(folder, words...): a process for each rank, with what Lightning sets for it; `env(rank)` replaces that."""
+    """forked(folder, words...): a process for each rank, with what Lightning sets for it; `env(rank)`
+    replaces that."""
     groups: list[Group] = []
 
     def fork(folder: Path, *words: str, env: Callable[[int], dict] | None = None) -> Group:
@@ -153,7 +177,9 @@ def forked(argv_of) -> Iterator[Callable[..., Group]]:
 
         def rank(number: int) -> int:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ |= env(number) if env else {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+            os.environ |= (
+                env(number) if env else {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+            )
             sys.argv = ["train.py", *argv]
             train.draw_loss = lambda folder: None  # the pictures take half the time
             return guarded(train.main, argv)
@@ -174,13 +200,22 @@ def difference(one: Run, other: Run) -> float:
     """How far the weights are apart, relative to their size."""
     a, b = (run.checkpoint()["state_dict"] for run in (one, other))
     assert a.keys() == b.keys()
-    return (sum((a[name] - b[name]).square().sum() for name in a) / sum(weight.square().sum() for weight in b.values())).sqrt().item()
+    return (
+        (
+            sum((a[name] - b[name]).square().sum() for name in a)
+            / sum(weight.square().sum() for weight in b.values())
+        )
+        .sqrt()
+        .item()
+    )
 
 
 def assert_equal_but_for_rounding(one: Run, other: Run) -> None:
     assert (one.code, other.code) == (0, 0), one.err
     assert difference(one, other) < 1e-5
-    assert [(row["step"], row["tokens"]) for row in one.rows] == [(row["step"], row["tokens"]) for row in other.rows]
+    assert [(row["step"], row["tokens"]) for row in one.rows] == [
+        (row["step"], row["tokens"]) for row in other.rows
+    ]
     for name in ("loss", "lr", "grad_norm", "val_loss"):
         ours, theirs = ([row[name] for row in run.rows if name in row] for run in (one, other))
         assert ours == pytest.approx(theirs, rel=1e-5), name
@@ -210,11 +245,14 @@ def test_two_processes_end_as_one_that_accumulates(run, forked, tmp_path, layout
 
 
 def test_a_saved_optimizer_numbers_its_parameters_as_the_module_does(tiny_run):
-    """FSDP takes the n-th for the module's n-th. By groups, as PyTorch numbers them, it would give one the momentum of another."""
+    """FSDP takes the n-th for the module's n-th. By groups, as PyTorch numbers them, it would give one the
+    momentum of another."""
     saved = tiny_run.checkpoint()["optimizer_states"][0]
     model = load_model(tiny_run.folder / "final.ckpt")[0]
     shapes = {i: parameter.shape for i, parameter in enumerate(model.parameters())}
-    moments = {i: state.get("exp_avg", state.get("momentum_buffer")).shape for i, state in saved["state"].items()}
+    moments = {
+        i: state.get("exp_avg", state.get("momentum_buffer")).shape for i, state in saved["state"].items()
+    }
     assert moments == shapes
     assert sorted(i for group in saved["param_groups"] for i in group["params"]) == list(shapes)
 
@@ -257,7 +295,13 @@ def assert_same_end(resumed: Run, straight: Run) -> None:
 # ---- killed -------------------------------------------------------------------------------------------------------
 
 
-STREAM = ("data.source=hf", "data.dataset=json", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+STREAM = (
+    "data.source=hf",
+    "data.dataset=json",
+    "data.streaming=true",
+    "data.val_docs=4",
+    "data.val_fraction=0.1",
+)
 
 
 @pytest.fixture
@@ -273,7 +317,9 @@ def uneven_stream(tmp_path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "source"), [(DDP, "stream"), (FSDP, "text")], ids=["ddp, stream", "fsdp, text"])
+@pytest.mark.parametrize(
+    ("layout", "source"), [(DDP, "stream"), (FSDP, "text")], ids=["ddp, stream", "fsdp, text"]
+)
 def test_killed_processes_resume_to_the_same_bytes(forked, tmp_path, layout, source, uneven_stream):
     words = (*layout, *(uneven_stream if source == "stream" else ()))
     straight = forked(tmp_path / "straight", *words).end()
@@ -301,7 +347,18 @@ def assert_stopped(group: Group, ended: Run, signum: int) -> None:
     """Said once, by the main process, whose status tells."""
     assert ended.code == 128 + signum, ended.err
     assert len(re.findall(r"^stopped; saved .*; go on with: python3 train.py ", ended.out, re.M)) == 1
-    assert ended.err.split() == ["stopping", "after", "this", "step;", "once", "more", "to", "stop", "at", "once"]
+    assert ended.err.split() == [
+        "stopping",
+        "after",
+        "this",
+        "step;",
+        "once",
+        "more",
+        "to",
+        "stop",
+        "at",
+        "once",
+    ]
     assert not (group.folder / "final.ckpt").exists()
 
 
@@ -329,7 +386,9 @@ def assert_says_what_was_lost(err: str, beginning: str) -> None:
 def test_the_main_process_that_loses_another_says_so_and_ends(launched, forked, tmp_path):
     group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER).until(r"step +8/")
     ended = group.signal(signal.SIGKILL, *group.children()).end()
-    assert ended.code in (2, -signal.SIGKILL), "Lightning looks every five seconds, and kills what has not ended by then"
+    assert ended.code in (2, -signal.SIGKILL), (
+        "Lightning looks every five seconds, and kills what has not ended by then"
+    )
     assert_says_what_was_lost(ended.err, "error")
     assert_goes_on(forked, group)
 
@@ -366,11 +425,15 @@ def test_a_process_ends_when_whoever_started_it_is_gone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "signum"), [(DDP, signal.SIGINT), (FSDP, signal.SIGTERM)], ids=["ddp, Ctrl-C", "fsdp, SIGTERM"])
+@pytest.mark.parametrize(
+    ("layout", "signum"), [(DDP, signal.SIGINT), (FSDP, signal.SIGTERM)], ids=["ddp, Ctrl-C", "fsdp, SIGTERM"]
+)
 def test_a_signal_to_all_processes_stops_them_behind_the_same_step(forked, tmp_path, layout, signum):
     group = forked(tmp_path / "run", *layout, *FOR_EVER).until(r"step +8/").signal(signum)
     assert_stopped(group, group.end(), signum)
-    assert group.codes == [128 + signum, 0], "Lightning kills the main process where a further one ends with another status than 0"
+    assert group.codes == [128 + signum, 0], (
+        "Lightning kills the main process where a further one ends with another status than 0"
+    )
     assert_goes_on(forked, group, layout)
 
 
@@ -405,7 +468,10 @@ def test_torchrun_starts_the_same_run(launched, forked, tmp_path, machines):
     """The commands of the README; two machines are two agents here."""
     straight = forked(tmp_path / "straight", *DDP).end()
     devices, place = 2 // machines, ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
-    commands = tuple((*TORCHRUN, "--nnodes", str(machines), "--nproc-per-node", str(devices), *place) for _ in range(machines))
+    commands = tuple(
+        (*TORCHRUN, "--nnodes", str(machines), "--nproc-per-node", str(devices), *place)
+        for _ in range(machines)
+    )
     words = (*DDP, f"hardware.devices={devices}", f"hardware.num_nodes={machines}")
     group = launched(tmp_path / "run", *WORDS, *words, launchers=commands)
     ended = group.end()
@@ -417,12 +483,20 @@ def test_torchrun_starts_the_same_run(launched, forked, tmp_path, machines):
 @pytest.mark.slow
 def test_slurm_starts_the_same_run_and_a_finished_one_says_so_once(forked, tmp_path):
     def task(rank: int) -> dict[str, str]:
-        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1"}
+        job = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "train",
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2",
+            "SLURM_NODELIST": "127.0.0.1",
+        }
         return {**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
 
     straight = forked(tmp_path / "straight", *DDP).end()
     made = forked(tmp_path / "run", *DDP, env=task).end()
-    assert (made.code, made.sha256, made.timeless_rows) == (0, straight.sha256, straight.timeless_rows), made.err
+    assert (made.code, made.sha256, made.timeless_rows) == (0, straight.sha256, straight.timeless_rows), (
+        made.err
+    )
     again = forked(tmp_path / "run", *DDP, "--resume", env=task).end()
     assert (again.code, len(again.out.splitlines()), "nothing left to do" in again.out) == (0, 1, True)
 
@@ -431,7 +505,11 @@ def test_another_number_of_processes_than_the_config_asks_for_is_refused(run, tm
     monkeypatch.setattr("support.run.plan.is_main_process", lambda: True)
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"4 processes have been started, and the config asks for 2 \(hardware.devices=2 x hardware.num_nodes=1\)"):
+    with pytest.raises(
+        UserError,
+        match=r"4 processes have been started, and the config asks for 2 \(hardware.devices=2 x "
+        r"hardware.num_nodes=1\)",
+    ):
         run(tmp_path / "run", *WORDS, *DDP)
     assert not (tmp_path / "run").exists()
 

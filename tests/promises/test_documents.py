@@ -82,7 +82,9 @@ def test_a_path_without_files_is_an_error_that_names_it(tmp_path, path):
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.json"])
 def test_files_of_another_reader_are_answered_with_how_to_read_them(tmp_path, name):
-    with pytest.raises(UserError, match=rf"data\.source=hf --override data\.dataset={name.partition('.')[2]}"):
+    with pytest.raises(
+        UserError, match=rf"data\.source=hf --override data\.dataset={name.partition('.')[2]}"
+    ):
         documents(write(tmp_path / name, "[]"))
 
 
@@ -114,7 +116,8 @@ def test_an_ending_counts_in_any_case_and_ndjson_is_jsonl(tmp_path):
     ],
 )
 def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, said):
-    """It was read as text, or called binary, with the advice to replace what is not UTF-8. In a folder it is left out."""
+    """It was read as text, or called binary, with the advice to replace what is not UTF-8. In a folder it
+    is left out."""
     path = write(tmp_path / name, "not a text")
     with pytest.raises(UserError) as caught:
         documents(path)
@@ -134,11 +137,19 @@ def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, 
         (b"PK\3\4", "unzip"),
         (b"%PDF-1.7", "save its text"),
     ],
-    ids=["gz", "bz2", "xz", "zip", "pdf"],  # not their bytes: those of a .gz hold the time, and two processes would not agree
+    ids=[
+        "gz",
+        "bz2",
+        "xz",
+        "zip",
+        "pdf",
+    ],  # not their bytes: those of a .gz hold the time, and two processes would not agree
 )
 @pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "book"])
 @pytest.mark.parametrize("errors", ["strict", "replace"])
-def test_a_packed_file_under_the_name_of_a_text_is_refused_as_what_it_is(tmp_path, packed, said, name, errors):
+def test_a_packed_file_under_the_name_of_a_text_is_refused_as_what_it_is(
+    tmp_path, packed, said, name, errors
+):
     with pytest.raises(UserError, match=said):
         documents(write(tmp_path / name, packed), errors=errors)
 
@@ -169,19 +180,28 @@ def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path, capsys):
 
 
 def test_linked_folders_are_followed_and_each_file_is_read_once(tmp_path):
-    """Also where a link leads back to where it is, and where several names lead to one file: a text that is read twice would be
-    trained on and validated on."""
+    """Also where a link leads back to where it is, and where several names lead to one file: a text that
+    is read twice would be trained on and validated on."""
     write(tmp_path / "elsewhere" / "book.txt", "a book")
     write(tmp_path / "texts" / "a.txt", "a note")
     write(tmp_path / "texts" / "real" / "b.txt", "another")
-    for name, target in {"more": "../elsewhere", "again": "real", "circle": ".", "up/circle": "../.."}.items():
+    for name, target in {
+        "more": "../elsewhere",
+        "again": "real",
+        "circle": ".",
+        "up/circle": "../..",
+    }.items():
         (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "texts" / name).symlink_to(target)
     (tmp_path / "texts" / "link.txt").symlink_to("a.txt")
     (tmp_path / "texts" / "hard.txt").hardlink_to(tmp_path / "texts" / "real" / "b.txt")
     (tmp_path / "texts" / "up" / "circle").unlink()
     found = find_files(str(tmp_path / "texts"))
-    assert [file.relative_to(tmp_path / "texts").as_posix() for file in found] == ["a.txt", "hard.txt", "more/book.txt"]
+    assert [file.relative_to(tmp_path / "texts").as_posix() for file in found] == [
+        "a.txt",
+        "hard.txt",
+        "more/book.txt",
+    ]
     assert sorted(documents(f"{tmp_path}/texts/**/*.txt")) == ["a book", "a note", "another"]
 
 
@@ -194,17 +214,28 @@ def test_a_file_without_separators_is_one_document_byte_for_byte(tmp_path):
 
 
 def test_a_byte_order_mark_is_not_text_and_line_ends_become_one_character(tmp_path):
-    assert documents(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n\r\n\xef\xbb\xbfthree")) == ["one\ntwo\n\n\ufeffthree"]
+    assert documents(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n\r\n\xef\xbb\xbfthree")) == [
+        "one\ntwo\n\n\ufeffthree"
+    ]
 
 
 def test_lines_of_endoftext_separate_documents(tmp_path):
     """With spaces or a carriage return at the line's end, at the file's ends, and several in a row."""
-    content = EOS_LINE + b"one\n\nstill one\n<|endoftext|>\r\n\n  two \n\n <|endoftext|> \n" + EOS_LINE + b"   \n" + EOS_LINE
+    content = (
+        EOS_LINE
+        + b"one\n\nstill one\n<|endoftext|>\r\n\n  two \n\n <|endoftext|> \n"
+        + EOS_LINE
+        + b"   \n"
+        + EOS_LINE
+    )
     content += b"three\n<|endoftext|>"
     assert documents(write(tmp_path / "a.txt", content)) == ["one\n\nstill one", "  two ", "three"]
 
 
-@pytest.mark.parametrize("line", ["a <|endoftext|> b", "<|endoftext|><|endoftext|>", "<|endoftext|>.", "<| endoftext |>", "<|ENDOFTEXT|>"])
+@pytest.mark.parametrize(
+    "line",
+    ["a <|endoftext|> b", "<|endoftext|><|endoftext|>", "<|endoftext|>.", "<| endoftext |>", "<|ENDOFTEXT|>"],
+)
 def test_endoftext_within_a_line_is_text(tmp_path, line):
     assert documents(write(tmp_path / "a.txt", f"x\n{line}\ny")) == [f"x\n{line}\ny"]
 
@@ -216,7 +247,9 @@ def test_files_do_not_run_into_each_other(tmp_path):
     assert documents(tmp_path) == ["one", "two", "three", "four"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \t\r\n", EOS_LINE * 3, b"\xef\xbb\xbf", "\u3000\n".encode()], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"\n \t\r\n", EOS_LINE * 3, b"\xef\xbb\xbf", "\u3000\n".encode()], ids=repr
+)
 def test_a_corpus_without_text_is_an_error(tmp_path, content):
     with pytest.raises(UserError, match=rf"a\.txt holds no text \(1 file, {len(content)} bytes\)"):
         documents(write(tmp_path / "a.txt", content))
@@ -259,7 +292,10 @@ def test_with_errors_replace_they_are_read_as_the_replacement_character(tmp_path
     assert documents(write(tmp_path / "a.txt", content), errors="replace") == [expected]
 
 
-@pytest.mark.parametrize(("content", "offset"), [(b"ab\0c", 2), (b"line\nab\0", 7), ("text".encode("utf-16-le"), 1), (b"\xef\xbb\xbf\0", 3)])
+@pytest.mark.parametrize(
+    ("content", "offset"),
+    [(b"ab\0c", 2), (b"line\nab\0", 7), ("text".encode("utf-16-le"), 1), (b"\xef\xbb\xbf\0", 3)],
+)
 def test_a_nul_byte_is_binary_and_named_with_its_offset(tmp_path, content, offset):
     with pytest.raises(UserError, match=rf"NUL byte at offset {offset}, .*UTF-16"):
         documents(write(tmp_path / "a.txt", content))
@@ -270,16 +306,31 @@ def test_a_nul_byte_is_binary_and_named_with_its_offset(tmp_path, content, offse
 
 
 def test_a_jsonl_row_is_a_document_whatever_is_in_it(tmp_path):
-    texts = ["one\ntwo", "<|endoftext|>", "a\n<|endoftext|>\nb", "\u2028 é 👩‍👩‍👧", "  spaces  ", "\x00 control"]
-    rows = "\n".join(json.dumps({"text": t, "title": 3}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts))
+    texts = [
+        "one\ntwo",
+        "<|endoftext|>",
+        "a\n<|endoftext|>\nb",
+        "\u2028 é 👩‍👩‍👧",
+        "  spaces  ",
+        "\x00 control",
+    ]
+    rows = "\n".join(
+        json.dumps({"text": t, "title": 3}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts)
+    )
     assert documents(write(tmp_path / "a.jsonl", "\ufeff" + rows.replace("\n", "\r\n", 1))) == texts
 
 
 def test_rows_without_text_are_left_out_and_counted_and_the_field_can_be_chosen(tmp_path, capsys):
     """A blank line is no row."""
-    path = write(tmp_path / "a.jsonl", '{"story": "one"}\n\n{"story": ""}\n{"story": null}\n{"story": "  \\n"}\n{"story": "two"}\n\n')
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"story": "one"}\n\n{"story": ""}\n{"story": null}\n{"story": "  \\n"}\n{"story": "two"}\n\n',
+    )
     assert documents(path, text_field="story") == ["one", "two"]
-    assert capsys.readouterr().err == f"warning: 3 rows without text left out; the first: {path}, line 3 has no text\n"
+    assert (
+        capsys.readouterr().err
+        == f"warning: 3 rows without text left out; the first: {path}, line 3 has no text\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,8 +340,15 @@ def test_rows_without_text_are_left_out_and_counted_and_the_field_can_be_chosen(
         ("plain text", "line 3 is not JSON"),
         ('["text"]', "line 3 is not a JSON object"),
         ('"text"', "line 3 is not a JSON object"),
-        ('{"title": "t", "body": "b"}', r"line 3 has no text in field 'text' \(fields: title, body\); set data\.text_field"),
-        ('{"text": 5}', r"line 3 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set data\.text_field"),
+        (
+            '{"title": "t", "body": "b"}',
+            r"line 3 has no text in field 'text' \(fields: title, body\); set data\.text_field",
+        ),
+        (
+            '{"text": 5}',
+            r"line 3 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set "
+            r"data\.text_field",
+        ),
         ('{"text": ["a", "b"]}', r"it holds \[\"a\", \"b\"\]; remove the row"),
         ('{"text": "a" "b"}', "line 3 is not JSON: .*; each line of a .jsonl file is a whole object"),
         ("{}", "line 3 has no text in field 'text'"),
@@ -363,7 +421,9 @@ def test_something_is_left_on_both_sides_of_the_cut(fraction):
         for seed in range(10):
             train, val = split_documents(documents_, fraction, seed)
             assert "".join(train) and "".join(val)
-            assert sorted("".join(train + val)) == sorted("".join(documents_)), "nothing is lost, nothing is in both"
+            assert sorted("".join(train + val)) == sorted("".join(documents_)), (
+                "nothing is lost, nothing is in both"
+            )
 
 
 def book(n: int, letter: str = "b") -> str:
@@ -377,20 +437,26 @@ CORPORA = {
     "a book beside many notes": [*(book(200, chr(0x4E00 + i)) for i in range(300)), book(40_000)],
     "six chapters": [book(9_000 + 300 * i, chr(97 + i)) for i in range(6)],
     "twelve chapters": [book(9_000 + 300 * i, chr(97 + i)) for i in range(12)],
-    "letters, two of them long": [*(book(100 + 10 * i, chr(0x4E00 + i)) for i in range(40)), book(2_500), book(2_000, "c")],
+    "letters, two of them long": [
+        *(book(100 + 10 * i, chr(0x4E00 + i)) for i in range(40)),
+        book(2_500),
+        book(2_000, "c"),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", CORPORA)
 def test_about_nine_tenths_are_trained_on_whatever_the_seed(name, capsys):
-    """Documents were drawn until validation held its share, so with half of the seeds the book was held out whole, and the
-    notes alone were trained on."""
+    """Documents were drawn until validation held its share, so with half of the seeds the book was held
+    out whole, and the notes alone were trained on."""
     documents_, total = CORPORA[name], sum(map(len, CORPORA[name]))
     for seed in range(30):
         train, val = split_documents(documents_, 0.1, seed)
         assert 0.8 <= sum(map(len, train)) / total <= 0.95, seed
         assert sum(map(len, train + val)) == total
-        stretches = [{text[i : i + 10] for text in part for i in range(0, len(text), 10)} for part in (train, val)]
+        stretches = [
+            {text[i : i + 10] for text in part for i in range(0, len(text), 10)} for part in (train, val)
+        ]
         assert len(stretches[0] & stretches[1]) == 0, "no text is on both sides"
     assert capsys.readouterr().err == ""
 
@@ -411,7 +477,9 @@ def test_of_many_similar_documents_the_same_are_held_out_as_ever(fraction):
     corpus = text_documents("data/tiny_corpus.txt", DataConfig(path="data/tiny_corpus.txt"))
     for documents_ in (corpus, STORIES, [f"{i} " + "word " * (i * i * 7 % 31 + 20) for i in range(1000)]):
         for seed in (0, 7, 42):
-            assert split_documents(documents_, fraction, seed)[1] == drawn_until_full(documents_, fraction, seed)
+            assert split_documents(documents_, fraction, seed)[1] == drawn_until_full(
+                documents_, fraction, seed
+            )
 
 
 def test_a_share_that_cannot_be_met_is_told_with_both_sizes(capsys):
@@ -419,7 +487,10 @@ def test_a_share_that_cannot_be_met_is_told_with_both_sizes(capsys):
     assert capsys.readouterr().err == ""
     for held in (20, 400):
         check_share(held, 1000, 0.1, "characters", "give more")
-        said = f"validation holds {held} characters and training {1000 - held}, where 0.1 of the text was to be held out; give more"
+        said = (
+            f"validation holds {held} characters and training {1000 - held}, where 0.1 of the text was to "
+            "be held out; give more"
+        )
         assert said in capsys.readouterr().err
 
 
@@ -429,7 +500,9 @@ def test_a_single_document_is_cut_at_its_end():
 
 
 def corpus_of(folder: Path, **data):
-    return load_corpus(validate_config({"data": data, "training": {"max_steps": 1}, "checkpoint": {"dir": str(folder)}}))
+    return load_corpus(
+        validate_config({"data": data, "training": {"max_steps": 1}, "checkpoint": {"dir": str(folder)}})
+    )
 
 
 def test_validation_text_of_its_own_is_taken_whole(tmp_path):

@@ -34,7 +34,13 @@ def score(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("data.document_mask=true",), ("data.stride=16",), ("training.seq_len=24",), ("hardware.precision=bf16-mixed",)],
+    [
+        (),
+        ("data.document_mask=true",),
+        ("data.stride=16",),
+        ("training.seq_len=24",),
+        ("hardware.precision=bf16-mixed",),
+    ],
     ids=["plain", "document mask", "stride", "short blocks", "bf16"],
 )
 def test_the_loss_is_what_training_logged_at_that_step(run, tmp_path, score, words):
@@ -49,7 +55,10 @@ def test_the_loss_is_what_training_logged_at_that_step(run, tmp_path, score, wor
 def test_the_whole_set_is_scored_where_training_looked_at_a_part(run, tmp_path, score, tiny_run):
     """The weights are the same: validation has no part in training."""
     part = run(tmp_path / "run", "training.val_batches=1")
-    found, whole = score("--ckpt", part.folder / "final.ckpt"), score("--ckpt", tiny_run.folder / "final.ckpt")
+    found, whole = (
+        score("--ckpt", part.folder / "final.ckpt"),
+        score("--ckpt", tiny_run.folder / "final.ckpt"),
+    )
     assert found["loss"] == whole["loss"]
     assert found["logged_val_loss"] != pytest.approx(whole["loss"], rel=1e-5)
 
@@ -65,7 +74,10 @@ def test_the_loss_is_that_of_a_naive_loop(run, tmp_path, score):
     made = run(tmp_path / "run", *BYTE)
     model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
     documents = load_corpus(load_config(None, [], metadata["config"])).val
-    row, window = [i for text in documents for i in [*text.encode(), tokenizer.eos_id]], model.config.max_seq_len
+    row, window = (
+        [i for text in documents for i in [*text.encode(), tokenizer.eos_id]],
+        model.config.max_seq_len,
+    )
     losses = []
     for start in range(0, len(row) - 1, window):
         ids = torch.tensor(row[start : start + window + 1])
@@ -73,7 +85,11 @@ def test_the_loss_is_that_of_a_naive_loop(run, tmp_path, score):
         losses += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
     found = score("--ckpt", made.folder / "final.ckpt")
     n_bytes = sum(len(text.encode()) for text in documents)
-    assert (found["n_documents"], found["n_tokens"], found["n_bytes"]) == (len(documents), len(row) - 1, n_bytes - 1)
+    assert (found["n_documents"], found["n_tokens"], found["n_bytes"]) == (
+        len(documents),
+        len(row) - 1,
+        n_bytes - 1,
+    )
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / (n_bytes - 1), rel=1e-6)
@@ -84,11 +100,18 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, t
     """With all weights zero every token has probability 1 / V: bits per byte follow from counts alone."""
     made = run(tmp_path / "run", "training.max_steps=0", f"tokenizer.kind={kind}")
     checkpoint = made.checkpoint()
-    checkpoint["state_dict"] = {name: torch.zeros_like(weight) for name, weight in checkpoint["state_dict"].items()}
+    checkpoint["state_dict"] = {
+        name: torch.zeros_like(weight) for name, weight in checkpoint["state_dict"].items()
+    }
     torch.save(checkpoint, tmp_path / "zero.ckpt")
-    found, vocab_size = score("--ckpt", tmp_path / "zero.ckpt"), checkpoint["tiny_transformer"]["model"]["vocab_size"]
+    found, vocab_size = (
+        score("--ckpt", tmp_path / "zero.ckpt"),
+        checkpoint["tiny_transformer"]["model"]["vocab_size"],
+    )
     assert found["loss"] == pytest.approx(math.log(vocab_size), rel=1e-6)
-    assert found["bits_per_byte"] == pytest.approx(found["n_tokens"] * math.log2(vocab_size) / found["n_bytes"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(
+        found["n_tokens"] * math.log2(vocab_size) / found["n_bytes"], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,9 +130,12 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, t
     ],
 )
 def test_the_bytes_are_those_of_all_text_that_is_predicted(name, text, n_unpredicted):
-    """Of a text as of token files. BOS is no text; the first token of a text is not predicted where there is none."""
+    """Of a text as of token files. BOS is no text; the first token of a text is not predicted where there
+    is none."""
     tokenizer = tokenizer_like(name)
-    _, n_documents, n_bytes = text_blocks([text, "tock"], tokenizer, validate_config({"data": {"path": "x"}, "training": {"max_steps": 1}}), 32)
+    _, n_documents, n_bytes = text_blocks(
+        [text, "tock"], tokenizer, validate_config({"data": {"path": "x"}, "training": {"max_steps": 1}}), 32
+    )
     assert (n_documents, n_bytes) == (2, len(text.encode()) + 4 - n_unpredicted)
 
 
@@ -119,16 +145,26 @@ def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_
     (tmp_path / "book.txt").write_text(text)
     found = score("--ckpt", ckpt, "--data", tmp_path / "book.txt")
     assert (found["n_documents"], found["n_bytes"] > len(text) - 10) == (1, True)
-    other = score("--ckpt", ckpt, "--config", REPO / "config_smoke.yaml", "--override", f"data.path={tmp_path}/book.txt")
+    other = score(
+        "--ckpt", ckpt, "--config", REPO / "config_smoke.yaml", "--override", f"data.path={tmp_path}/book.txt"
+    )
     assert other["n_bytes"] < found["n_bytes"], "a tenth is validation"
-    assert eval_val.main(["--ckpt", str(ckpt), "--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"]) == 0
+    assert (
+        eval_val.main(["--ckpt", str(ckpt), "--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"])
+        == 0
+    )
     said = capsys.readouterr()
     assert "the model reads 32 tokens, so blocks of as many are scored" in said.err
     assert "blocks of 32" in said.out
 
 
 def test_what_it_says(tiny_run, capsys):
-    assert eval_val.main(["--ckpt", str(tiny_run.folder / "best.ckpt"), "--tokenizer", "gpt2", "--device", "cpu"]) == 0
+    assert (
+        eval_val.main(
+            ["--ckpt", str(tiny_run.folder / "best.ckpt"), "--tokenizer", "gpt2", "--device", "cpu"]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     assert "--tokenizer gpt2 is not what this model was trained with" in said.err
     logged = min(row["val_loss"] for row in tiny_run.val_rows)
@@ -152,7 +188,9 @@ def test_what_it_says(tiny_run, capsys):
 def test_mistakes_are_answered(tiny_run, tmp_path, argv, said):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=said.replace(".", r"\.").replace("?", r"\?")):
-        eval_val.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), *(word.format(tmp=tmp_path) for word in argv)])
+        eval_val.main(
+            ["--ckpt", str(tiny_run.folder / "final.ckpt"), *(word.format(tmp=tmp_path) for word in argv)]
+        )
 
 
 def test_a_checkpoint_without_a_config_needs_one_to_be_named(tiny_run, tmp_path):
@@ -161,7 +199,10 @@ def test_a_checkpoint_without_a_config_needs_one_to_be_named(tiny_run, tmp_path)
     torch.save(checkpoint, tmp_path / "bare.ckpt")
     with pytest.raises(UserError, match="does not hold the config of its run"):
         eval_val.main(["--ckpt", str(tmp_path / "bare.ckpt")])
-    assert eval_val.main(["--ckpt", str(tmp_path / "bare.ckpt"), "--config", str(REPO / "config_smoke.yaml")]) == 0
+    assert (
+        eval_val.main(["--ckpt", str(tmp_path / "bare.ckpt"), "--config", str(REPO / "config_smoke.yaml")])
+        == 0
+    )
 
 
 def test_a_text_with_characters_the_tokenizer_does_not_know_is_refused(run, tmp_path):
@@ -185,8 +226,19 @@ def rows(tmp_path) -> Path:
 
 
 def fine_tune(folder: Path, *words: str) -> Path:
-    overrides = [f"checkpoint.dir={folder}", "training.warmup_steps=0", "training.epochs=2", "hardware.accelerator=cpu", *words]
-    assert finetune.main(["--config", "configs/finetune_tiny.yaml", *(f"--override={override}" for override in overrides)]) == 0
+    overrides = [
+        f"checkpoint.dir={folder}",
+        "training.warmup_steps=0",
+        "training.epochs=2",
+        "hardware.accelerator=cpu",
+        *words,
+    ]
+    assert (
+        finetune.main(
+            ["--config", "configs/finetune_tiny.yaml", *(f"--override={override}" for override in overrides)]
+        )
+        == 0
+    )
     return folder / "final.ckpt"
 
 
@@ -198,7 +250,11 @@ def test_instructions_are_scored_by_the_same_flag_as_a_text(rows, tiny_run, scor
     by_hand = validate(model, tokenizer, [Pair(**row, where="") for row in ROWS[:3]], config)
     for name in ("rows.json", "rows.ndjson"):
         found = score("--ckpt", ckpt, "--data", rows / name)
-        assert (found["loss"], found["n_documents"], found["token_accuracy"]) == (by_hand.loss, 3, by_hand.token_accuracy)
+        assert (found["loss"], found["n_documents"], found["token_accuracy"]) == (
+            by_hand.loss,
+            3,
+            by_hand.token_accuracy,
+        )
         assert (found["set"], found["logged_val_loss"]) == (str(rows / name), None)
     own = score("--ckpt", ckpt)
     assert own["loss"] == pytest.approx(own["logged_val_loss"], rel=1e-5)
@@ -206,14 +262,21 @@ def test_instructions_are_scored_by_the_same_flag_as_a_text(rows, tiny_run, scor
     capsys.readouterr()
     assert eval_val.main(["--ckpt", str(ckpt), "--override", f"data.val_path={rows}/rows.json"]) == 0
     said = capsys.readouterr().out
-    assert "3 instructions of the validation set of its config with the overrides" in said and "in training" not in said
-    assert score("--ckpt", ckpt, "--data", REPO / "README.md")["token_accuracy"] is None, "a text is still a text"
+    assert (
+        "3 instructions of the validation set of its config with the overrides" in said
+        and "in training" not in said
+    )
+    assert score("--ckpt", ckpt, "--data", REPO / "README.md")["token_accuracy"] is None, (
+        "a text is still a text"
+    )
 
 
 def test_a_model_that_was_not_taught_to_answer_is_told_how_to_be(rows, tiny_run, score):
     """The command that is named works as it is, on three rows too."""
     for name in ("rows.json", "rows.ndjson"):
-        with pytest.raises(UserError, match="holds instructions, and this model has not been taught to answer any") as caught:
+        with pytest.raises(
+            UserError, match="holds instructions, and this model has not been taught to answer any"
+        ) as caught:
             eval_val.main(["--ckpt", str(tiny_run.folder / "final.ckpt"), "--data", str(rows / name)])
     words = shlex.split(str(caught.value).splitlines()[-1])
     assert words[:4] == ["python3", "finetune.py", "--config", "configs/finetune_tiny.yaml"]

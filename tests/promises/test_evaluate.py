@@ -71,7 +71,13 @@ def naive(model, context: list[int], following: list[int]) -> tuple[float, bool]
 def test_likelihoods_equal_a_naive_loop_however_they_are_batched(loaded, monkeypatch, logits):
     model, tokenizer = loaded
     monkeypatch.setattr(support.evaluation.likelihoods, "LOGITS", logits)
-    texts = [("A token is", " a piece of text."), ("The", " x"), ("", "Attention is"), ("Loss", "."), ("training" * 3, " a model of language")]
+    texts = [
+        ("A token is", " a piece of text."),
+        ("The", " x"),
+        ("", "Attention is"),
+        ("Loss", "."),
+        ("training" * 3, " a model of language"),
+    ]
     pairs = [(tokenizer.encode(a) or [tokenizer.eos_id], tokenizer.encode(b)) for a, b in texts]
     greedy = tokenizer.encode(generate_text(model, tokenizer, "The model", 3, temperature=0))
     pairs.append((tokenizer.encode("The model"), greedy))
@@ -99,10 +105,16 @@ def test_continuations_are_those_of_infer_whatever_their_lengths(loaded, monkeyp
     model, tokenizer = loaded
     prompts = ["A", "The loss is", "Attention is a way to", "training a model " * 4, "word " * 30, "x"]
     lengths = [20, 1, 7, 12, 5, 40]
-    expected = [generate_text(model, tokenizer, prompt, n, temperature=0) for prompt, n in zip(prompts, lengths, strict=True)]
+    expected = [
+        generate_text(model, tokenizer, prompt, n, temperature=0)
+        for prompt, n in zip(prompts, lengths, strict=True)
+    ]
     for rows in (128, 2):
         monkeypatch.setattr(support.evaluation.likelihoods, "ROWS", rows)
-        assert continuations(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], lengths) == expected
+        assert (
+            continuations(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], lengths)
+            == expected
+        )
 
 
 def test_a_continuation_ends_before_eos(loaded):
@@ -138,10 +150,14 @@ def judged(likelihoods: list[float], text: str | None = None, **fields) -> CaseR
 
 def test_the_score_of_a_case_is_the_mean_of_its_parts():
     assert judged([-6.0], target="four").score == pytest.approx(math.exp(-6 / 4))
-    assert judged([-6.0], target="zwölf").score == pytest.approx(math.exp(-6 / 6)), "per byte, not per character"
+    assert judged([-6.0], target="zwölf").score == pytest.approx(math.exp(-6 / 6)), (
+        "per byte, not per character"
+    )
     assert judged([-6.0, -5.0], choices=["a", "b"], target="b").parts == {"choices": 1.0}
     assert judged([-6.0, -5.0], choices=["a", "b"], target="a").parts == {"choices": 0.0}
-    assert judged([-5.0, -5.0, -9.0], choices=["a", "b", "c"], target="b").score == 0.5, "equally likely: its share"
+    assert judged([-5.0, -5.0, -9.0], choices=["a", "b", "c"], target="b").score == 0.5, (
+        "equally likely: its share"
+    )
     assert judged([], "one two", contains=["two", "one"]).score == 1
     assert judged([], "one two", contains=["two", "three"]).score == 0
     assert judged([], "one 22", regex=r"\d+$").score == 1
@@ -163,7 +179,9 @@ def test_what_a_tokenizer_cannot_say_scores_nothing():
 def test_a_model_that_knows_nothing_scores_what_its_vocabulary_gives(run, tmp_path, kind):
     made = run(tmp_path / "run", "training.max_steps=0", f"tokenizer.kind={kind}")
     checkpoint = made.checkpoint()
-    checkpoint["state_dict"] = {name: torch.zeros_like(weight) for name, weight in checkpoint["state_dict"].items()}
+    checkpoint["state_dict"] = {
+        name: torch.zeros_like(weight) for name, weight in checkpoint["state_dict"].items()
+    }
     torch.save(checkpoint, tmp_path / "zero.ckpt")
     model, tokenizer, _ = load_model(tmp_path / "zero.ckpt")
     [result] = score_cases(model, tokenizer, [Case(prompt="The", target=" learning rate")])
@@ -174,7 +192,9 @@ def test_a_model_that_knows_nothing_scores_what_its_vocabulary_gives(run, tmp_pa
 
 def test_an_empty_prompt_is_the_start_of_a_document(loaded):
     model, tokenizer = loaded
-    [result] = score_cases(model, tokenizer, [Case(prompt="", choices=["It is.", "It are."], target="It is.")])
+    [result] = score_cases(
+        model, tokenizer, [Case(prompt="", choices=["It is.", "It are."], target="It is.")]
+    )
     assert result.continuation is None
     for value, text in zip(result.logprobs, ("It is.", "It are."), strict=True):
         assert value == pytest.approx(naive(model, [tokenizer.eos_id], tokenizer.encode(text))[0], rel=1e-5)
@@ -185,11 +205,22 @@ def test_an_empty_prompt_is_the_start_of_a_document(loaded):
 
 @pytest.mark.parametrize("name", ["llama", "llama + bos", "space first + bos", "bytes + bos", "bpe"])
 def test_a_target_is_scored_with_the_ids_that_it_has_after_its_prompt(name):
-    """The witness encodes prompt and target as one text: encoded apart, some of these tokenizers put a space of their own before it."""
+    """The witness encodes prompt and target as one text: encoded apart, some of these tokenizers put a
+    space of their own before it."""
     tokenizer = tokenizer_like(name)
     torch.manual_seed(0)
-    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=32)).eval()
-    pairs = [("tick", " tock"), ("Who are", " you?"), ("", "tick tock"), ("tick tock.\n", "Who"), ("the clock says ", "12345")]
+    model = GPTMini(
+        GPTConfig(
+            vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=32
+        )
+    ).eval()
+    pairs = [
+        ("tick", " tock"),
+        ("Who are", " you?"),
+        ("", "tick tock"),
+        ("tick tock.\n", "Who"),
+        ("the clock says ", "12345"),
+    ]
     cases = [Case(prompt=prompt, target=target, choices=[target, target + "!"]) for prompt, target in pairs]
     for case, result in zip(cases, score_cases(model, tokenizer, cases), strict=True):
         context = tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
@@ -197,12 +228,17 @@ def test_a_target_is_scored_with_the_ids_that_it_has_after_its_prompt(name):
         known = len(tokenizer.encode(case.prompt))
         if whole[:known] == tokenizer.encode(case.prompt):
             [(expected, _)] = log_likelihoods(model, [(context, whole[known:])])
-            assert result.logprobs[0] == pytest.approx(expected, abs=1e-5) and result.n_tokens == len(whole) - known
+            assert (
+                result.logprobs[0] == pytest.approx(expected, abs=1e-5)
+                and result.n_tokens == len(whole) - known
+            )
         else:
             assert case.prompt.endswith(" "), "only there a token reaches over the border"
 
 
-TEMPLATE = Template(system="Be. ", prompt="Ask {instruction} Say ", prompt_with_input="Ask {instruction} {input} Say ")
+TEMPLATE = Template(
+    system="Be. ", prompt="Ask {instruction} Say ", prompt_with_input="Ask {instruction} {input} Say "
+)
 INSTRUCTIONS = [
     Case(prompt="the loss", instruction=True, target="is high."),
     Case(prompt="a head", input="it", instruction=True, choices=["one", "none", "two"], target="none"),
@@ -217,8 +253,14 @@ def test_an_instruction_is_laid_out_by_the_models_template_and_else_by_the_one_n
     results = score_cases(model, tokenizer, INSTRUCTIONS, template)
     layout = template or TEMPLATES["chat"]
     for case, result in zip(INSTRUCTIONS, results, strict=True):
-        prompt = prompt_ids(layout, tokenizer, case.prompt, case.input) if case.instruction else tokenizer.encode(case.prompt)
-        following = [tokenizer.encode(text) for text in case.choices or ([case.target] if case.target else [])]
+        prompt = (
+            prompt_ids(layout, tokenizer, case.prompt, case.input)
+            if case.instruction
+            else tokenizer.encode(case.prompt)
+        )
+        following = [
+            tokenizer.encode(text) for text in case.choices or ([case.target] if case.target else [])
+        ]
         expected = log_likelihoods(model, [(prompt, ids) for ids in following])
         assert result.logprobs == pytest.approx([value for value, _ in expected], rel=1e-5)
         assert result.continuation == continuations(model, tokenizer, [prompt], [case.max_new_tokens])[0]
@@ -226,19 +268,29 @@ def test_an_instruction_is_laid_out_by_the_models_template_and_else_by_the_one_n
 
 def test_the_layout_matters_to_instructions_and_to_nothing_else(loaded):
     model, tokenizer = loaded
-    other = TEMPLATE.model_copy(update={"prompt": "{instruction}? ", "prompt_with_input": "{instruction}: {input}? "})
-    results = [score_cases(model, tokenizer, INSTRUCTIONS[:3], template) for template in (TEMPLATE, other, None)]
+    other = TEMPLATE.model_copy(
+        update={"prompt": "{instruction}? ", "prompt_with_input": "{instruction}: {input}? "}
+    )
+    results = [
+        score_cases(model, tokenizer, INSTRUCTIONS[:3], template) for template in (TEMPLATE, other, None)
+    ]
     for n, case in enumerate(INSTRUCTIONS[:3]):
-        assert len({tuple(round(value, 4) for value in found[n].logprobs) for found in results}) == (3 if case.instruction else 1)
+        assert len({tuple(round(value, 4) for value in found[n].logprobs) for found in results}) == (
+            3 if case.instruction else 1
+        )
 
 
 def test_likelihoods_of_an_answer_equal_a_naive_loop_over_the_written_out_text(loaded):
     model, tokenizer = loaded
     [one, two] = score_cases(model, tokenizer, INSTRUCTIONS[:2], TEMPLATE)
     [value] = one.logprobs
-    assert value == pytest.approx(naive(model, tokenizer.encode("Be. Ask the loss Say "), tokenizer.encode("is high."))[0], rel=1e-5)
+    assert value == pytest.approx(
+        naive(model, tokenizer.encode("Be. Ask the loss Say "), tokenizer.encode("is high."))[0], rel=1e-5
+    )
     prompt = tokenizer.encode("Be. Ask a head it Say ")
-    assert two.logprobs == pytest.approx([naive(model, prompt, tokenizer.encode(text))[0] for text in ("one", "none", "two")], rel=1e-5)
+    assert two.logprobs == pytest.approx(
+        [naive(model, prompt, tokenizer.encode(text))[0] for text in ("one", "none", "two")], rel=1e-5
+    )
 
 
 def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tmp_path):
@@ -247,7 +299,9 @@ def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tm
     for name, template in (("own", TEMPLATE), ("none", None)):
         checkpoint[KEY]["template"] = template and template.model_dump()
         torch.save(checkpoint, tmp_path / f"{name}.ckpt")
-        found = evaluate_checkpoints.evaluate_checkpoint(tmp_path / f"{name}.ckpt", INSTRUCTIONS, args, "cpu", {})
+        found = evaluate_checkpoints.evaluate_checkpoint(
+            tmp_path / f"{name}.ckpt", INSTRUCTIONS, args, "cpu", {}
+        )
         assert found.results == score_cases(model, tokenizer, INSTRUCTIONS, template)
     checkpoint[KEY]["template"] = {"prompt": "no slot"}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
@@ -256,17 +310,33 @@ def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tm
 
 
 def test_a_layout_that_the_tokenizer_cannot_write_scores_nothing():
-    """The template named chat has characters that this vocabulary lacks; the same words without it are readable."""
+    """The template named chat has characters that this vocabulary lacks; the same words without it are
+    readable."""
     tokenizer = CharTokenizer.train(["the loss is high."])
-    model = GPTMini(GPTConfig(vocab_size=tokenizer.vocab_size, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=40)).eval()
-    results = score_cases(model, tokenizer, [INSTRUCTIONS[0], INSTRUCTIONS[2], Case(prompt="the loss", instruction=True, contains=["i"])])
+    model = GPTMini(
+        GPTConfig(
+            vocab_size=tokenizer.vocab_size, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=40
+        )
+    ).eval()
+    results = score_cases(
+        model,
+        tokenizer,
+        [INSTRUCTIONS[0], INSTRUCTIONS[2], Case(prompt="the loss", instruction=True, contains=["i"])],
+    )
     assert [result.logprobs == [-math.inf] for result in results[:2]] == [True, False]
     assert (results[0].score, results[2].score, results[2].continuation) == (0, 0, None)
 
 
 def test_the_command_reads_files_of_instructions(evaluate, tiny_run, tmp_path):
     file = tmp_path / "c.json"
-    file.write_text(json.dumps({"instructions": True, "cases": [{"prompt": "Name it.", "input": "a", "choices": ["one", "two"], "target": "two"}]}))
+    file.write_text(
+        json.dumps(
+            {
+                "instructions": True,
+                "cases": [{"prompt": "Name it.", "input": "a", "choices": ["one", "two"], "target": "two"}],
+            }
+        )
+    )
     [row], _ = evaluate("--checkpoints", tiny_run.folder / "final.ckpt", "--cases", file)
     model, tokenizer, _ = load_model(tiny_run.folder / "final.ckpt")
     prompt = prompt_ids(TEMPLATES["chat"], tokenizer, "Name it.", "a")
@@ -292,11 +362,21 @@ def cases_of(n: int, **fields) -> list[Case]:
 def test_ranks_with_ties():
     cases = cases_of(4)
     ranked = rank(
-        [checkpoint_of("c", 0, 0, 1, 1), checkpoint_of("a", 1, 1, 0, 0), checkpoint_of("b", 0, 0, 0, 0), checkpoint_of("d", 1, 1, 1, 1)],
+        [
+            checkpoint_of("c", 0, 0, 1, 1),
+            checkpoint_of("a", 1, 1, 0, 0),
+            checkpoint_of("b", 0, 0, 0, 0),
+            checkpoint_of("d", 1, 1, 1, 1),
+        ],
         cases,
         seed=1,
     )
-    assert [(c.file, c.rank, c.tied, c.score) for c in ranked] == [("d", 1, False, 1), ("a", 2, True, 0.5), ("c", 2, True, 0.5), ("b", 4, False, 0)]
+    assert [(c.file, c.rank, c.tied, c.score) for c in ranked] == [
+        ("d", 1, False, 1),
+        ("a", 2, True, 0.5),
+        ("c", 2, True, 0.5),
+        ("b", 4, False, 0),
+    ]
 
 
 def test_weights_and_categories():
@@ -311,23 +391,42 @@ def test_the_interval_is_that_of_the_normal_approximation():
     n, wins = 400, 120
     [found] = rank([checkpoint_of("a", *[1] * wins, *[0] * (n - wins))], cases_of(n), seed=3)
     half = 1.96 * math.sqrt(0.3 * 0.7 / n)
-    assert (found.low, found.high) == (pytest.approx(0.3 - half, abs=0.006), pytest.approx(0.3 + half, abs=0.006))
+    assert (found.low, found.high) == (
+        pytest.approx(0.3 - half, abs=0.006),
+        pytest.approx(0.3 + half, abs=0.006),
+    )
 
 
 def test_the_first_is_told_from_others_by_differences_case_by_case():
-    """Both differ from the first by 0.1. One is always a little worse, the other sometimes much better, sometimes worse."""
+    """Both differ from the first by 0.1. One is always a little worse, the other sometimes much better,
+    sometimes worse."""
     dice = np.random.default_rng(5)
     first = dice.uniform(0.3, 0.7, 60)
     steady, noisy = first - 0.1, first - 0.1 + np.where(np.arange(60) % 2, 0.6, -0.6)
     found = {
-        c.file: c for c in rank([checkpoint_of("first", *first), checkpoint_of("steady", *steady), checkpoint_of("noisy", *noisy)], cases_of(60), 0)
+        c.file: c
+        for c in rank(
+            [
+                checkpoint_of("first", *first),
+                checkpoint_of("steady", *steady),
+                checkpoint_of("noisy", *noisy),
+            ],
+            cases_of(60),
+            0,
+        )
     }
     assert found["steady"].score == pytest.approx(found["noisy"].score, abs=1e-5)
-    assert (found["first"].same_as_first, found["steady"].same_as_first, found["noisy"].same_as_first) == (True, False, True)
+    assert (found["first"].same_as_first, found["steady"].same_as_first, found["noisy"].same_as_first) == (
+        True,
+        False,
+        True,
+    )
 
 
 def test_the_bootstrap_is_a_function_of_the_seed():
-    made = [rank([checkpoint_of("a", *np.linspace(0, 1, 30) ** 2)], cases_of(30), seed)[0] for seed in (1, 1, 2)]
+    made = [
+        rank([checkpoint_of("a", *np.linspace(0, 1, 30) ** 2)], cases_of(30), seed)[0] for seed in (1, 1, 2)
+    ]
     assert made[0] == made[1]
     assert (made[0].low, made[0].high) != (made[2].low, made[2].high)
 
@@ -335,11 +434,15 @@ def test_the_bootstrap_is_a_function_of_the_seed():
 def test_what_guessing_wins():
     four = Case(prompt="p", choices=["a", "b", "c", "d"], target="a", category="x")
     two = Case(prompt="p", choices=["a", "b"], target="a", category="x", weight=3)
-    assert chance_of([four, two, *cases_of(1, category="y"), *cases_of(1, category="z"), four.model_copy(update={"category": "z"})]) == {
-        "x": pytest.approx((0.25 + 3 * 0.5) / 4),
-        "y": None,
-        "z": pytest.approx(0.125),
-    }
+    assert chance_of(
+        [
+            four,
+            two,
+            *cases_of(1, category="y"),
+            *cases_of(1, category="z"),
+            four.model_copy(update={"category": "z"}),
+        ]
+    ) == {"x": pytest.approx((0.25 + 3 * 0.5) / 4), "y": None, "z": pytest.approx(0.125)}
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
@@ -364,26 +467,46 @@ def test_validation_losses_are_those_of_the_training(evaluate, tiny_run):
 
 
 def test_without_cases_the_validation_loss_decides_the_rank(evaluate, tiny_run, tmp_path):
-    """In the table, in --json, and in files: no scores anywhere, and no cases.csv of an earlier evaluation remains."""
+    """In the table, in --json, and in files: no scores anywhere, and no cases.csv of an earlier evaluation
+    remains."""
     (tmp_path / "cases.csv").write_text("of an earlier evaluation")
     rows, _ = evaluate("--checkpoints", tiny_run.folder, "--val", "--output-dir", tmp_path)
     logged = sorted((row["val_loss"], row["step"]) for row in tiny_run.val_rows)
-    assert [(row["val_loss"], row["step"]) for row in rows] == [(pytest.approx(loss, rel=1e-5), step) for loss, step in logged]
+    assert [(row["val_loss"], row["step"]) for row in rows] == [
+        (pytest.approx(loss, rel=1e-5), step) for loss, step in logged
+    ]
     assert [row["rank"] for row in rows] == [1, 2, 3]
     assert all(row[name] is None for row in rows for name in ("score", "low", "high", "same_as_first"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation_results.csv", "report.html", "scores.png", "scores.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation_results.csv",
+        "report.html",
+        "scores.png",
+        "scores.svg",
+    ]
     with open(tmp_path / "evaluation_results.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [float(row["val_loss"]) for row in table] == [row["val_loss"] for row in rows] and {row["score"] for row in table} == {""}
+    assert [float(row["val_loss"]) for row in table] == [row["val_loss"] for row in rows] and {
+        row["score"] for row in table
+    } == {""}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "by their validation loss" in page and "Loss over step" in page and "bits per byte of the validation text" in page
+    assert (
+        "by their validation loss" in page
+        and "Loss over step" in page
+        and "bits per byte of the validation text" in page
+    )
     assert "bootstrap" not in page and "Score" not in page and "<script>" not in page
     assert all(f"{row['val_loss']:.4f}" in page for row in rows)
 
 
 def test_an_untrained_checkpoint_is_compared_whatever_its_warmup(evaluate, run, tmp_path):
-    """A run of 0 steps writes a schedule of 1 step, shorter than the warmup of its config, and its validation text can still be read."""
-    run(tmp_path / "untrained", "training.max_steps=0", "training.schedule_steps=null", "training.warmup_steps=5")
+    """A run of 0 steps writes a schedule of 1 step, shorter than the warmup of its config, and its
+    validation text can still be read."""
+    run(
+        tmp_path / "untrained",
+        "training.max_steps=0",
+        "training.schedule_steps=null",
+        "training.warmup_steps=5",
+    )
     [row], err = evaluate("--checkpoints", tmp_path, "--val")
     assert row["step"] == 0 and row["val_loss"] == pytest.approx(math.log(400), abs=0.2) and err == ""
 
@@ -396,31 +519,59 @@ def test_the_table_without_cases_shows_losses_alone(tiny_run, capsys):
 
 
 def test_losses_are_ranked_in_bits_per_byte_and_equal_ones_share_a_rank():
-    """A byte tokenizer has a lower loss on more tokens; a model that predicts nothing well is last, also where its loss is not a number."""
+    """A byte tokenizer has a lower loss on more tokens; a model that predicts nothing well is last, also
+    where its loss is not a number."""
     plain = {"names": [], "run": "", "step": 1, "tokens": 1, "n_params": 1, "results": []}
     losses = {"bpe": (3.0, 2.0), "byte": (1.5, 2.2), "same": (3.0, 2.0), "broken": (math.nan, math.nan)}
-    made = [CheckpointResult(name, tokenizer=name, val_loss=loss, bits_per_byte=bits, **plain) for name, (loss, bits) in losses.items()]
+    made = [
+        CheckpointResult(name, tokenizer=name, val_loss=loss, bits_per_byte=bits, **plain)
+        for name, (loss, bits) in losses.items()
+    ]
     ranked = rank(made, [], 42)
-    assert [(c.file, c.rank, c.tied) for c in ranked] == [("bpe", 1, True), ("same", 1, True), ("byte", 3, False), ("broken", 4, False)]
+    assert [(c.file, c.rank, c.tied) for c in ranked] == [
+        ("bpe", 1, True),
+        ("same", 1, True),
+        ("byte", 3, False),
+        ("broken", 4, False),
+    ]
 
 
 def test_results_are_files_that_say_the_same(evaluate, tiny_run, tmp_path):
-    rows, _ = evaluate("--checkpoints", tiny_run.folder, "--cases", CORPUS_CASES, "--output-dir", tmp_path / "results" / "baseline")
+    rows, _ = evaluate(
+        "--checkpoints",
+        tiny_run.folder,
+        "--cases",
+        CORPUS_CASES,
+        "--output-dir",
+        tmp_path / "results" / "baseline",
+    )
     folder, cases = tmp_path / "results" / "baseline", read_cases([CORPUS_CASES])
-    assert sorted(path.name for path in folder.iterdir()) == ["cases.csv", "evaluation_results.csv", "report.html", "scores.png", "scores.svg"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cases.csv",
+        "evaluation_results.csv",
+        "report.html",
+        "scores.png",
+        "scores.svg",
+    ]
     with open(folder / "evaluation_results.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(row["file"], float(row["score"])) for row in table] == [(row["file"], row["score"]) for row in rows]
+    assert [(row["file"], float(row["score"])) for row in table] == [
+        (row["file"], row["score"]) for row in rows
+    ]
     with open(folder / "cases.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(rows) * len(cases)
     best = [row for row in table if row["checkpoint"] == rows[0]["file"]]
-    weighted = sum(float(row["score"]) * float(row["weight"]) for row in best) / sum(float(row["weight"]) for row in best)
+    weighted = sum(float(row["score"]) * float(row["weight"]) for row in best) / sum(
+        float(row["weight"]) for row in best
+    )
     assert weighted == pytest.approx(rows[0]["score"], abs=1e-6)
     for row in best:
         if row["score_target"]:
             assert math.exp(float(row["logprob_per_byte"])) == pytest.approx(float(row["score_target"]))
-            assert float(row["logprob_per_byte"]) == pytest.approx(float(row["logprob"]) / len(row["target"].encode()))
+            assert float(row["logprob_per_byte"]) == pytest.approx(
+                float(row["logprob"]) / len(row["target"].encode())
+            )
     assert {row["id"]: row["chosen"] == row["target"] for row in best if row["score_choices"]} == {
         row["id"]: row["score_choices"] == "1.0" for row in best if row["score_choices"]
     }
@@ -429,8 +580,15 @@ def test_results_are_files_that_say_the_same(evaluate, tiny_run, tmp_path):
 
 
 def test_the_table_shows_ranks_intervals_and_guessing(tiny_run, tmp_path, capsys):
-    cases = write_cases(tmp_path / "c.yaml", [{"prompt": "", "choices": ["is", "are"], "target": "is", "category": "[bold]"}])
-    assert evaluate_checkpoints.main(["--checkpoints", str(tiny_run.folder), "--cases", str(cases), "--device", "cpu"]) == 0
+    cases = write_cases(
+        tmp_path / "c.yaml", [{"prompt": "", "choices": ["is", "are"], "target": "is", "category": "[bold]"}]
+    )
+    assert (
+        evaluate_checkpoints.main(
+            ["--checkpoints", str(tiny_run.folder), "--cases", str(cases), "--device", "cpu"]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["rank", "file", "step", "score", "95%", "interval", "[bold]"]
     assert "guessing" in lines[4] and lines[4].split()[-1] == "0.500"
@@ -453,7 +611,12 @@ def test_tokenizers_compare_and_unknown_characters_are_told(evaluate, run, tmp_p
     for kind in ("byte", "char"):
         run(tmp_path / kind, *short, f"tokenizer.kind={kind}")
     cases = write_cases(
-        tmp_path / "c.yaml", [{"prompt": "λ", "target": " a"}, {"prompt": "The", "target": " loss"}, {"prompt": "A", "contains": "λ"}]
+        tmp_path / "c.yaml",
+        [
+            {"prompt": "λ", "target": " a"},
+            {"prompt": "The", "target": " loss"},
+            {"prompt": "A", "contains": "λ"},
+        ],
     )
     rows, err = evaluate("--checkpoints", tmp_path, "--cases", cases, "--tokenizer", "byte")
     assert {row["tokenizer"].split()[0] for row in rows} == {"byte", "char"}
@@ -465,7 +628,17 @@ def test_a_bad_output_folder_is_noticed_before_the_work(tiny_run, tmp_path, monk
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate_checkpoints, "evaluate", None)
     with pytest.raises(SystemExit) as end:
-        guarded(evaluate_checkpoints.main, ["--checkpoints", str(tiny_run.folder), "--cases", CORPUS_CASES, "--output-dir", str(tmp_path / "file")])
+        guarded(
+            evaluate_checkpoints.main,
+            [
+                "--checkpoints",
+                str(tiny_run.folder),
+                "--cases",
+                CORPUS_CASES,
+                "--output-dir",
+                str(tmp_path / "file"),
+            ],
+        )
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
@@ -490,19 +663,34 @@ def test_mistakes_are_answered(tiny_run, argv, said):
 
 
 def next_word_cases(path: Path, shuffled: bool) -> Path:
-    """200 places in the bundled corpus: which of four words comes next? With `shuffled`, a random one is declared right."""
+    """200 places in the bundled corpus: which of four words comes next? With `shuffled`, a random one is
+    declared right."""
     dice = np.random.default_rng(7)
-    sentences = [line.split() for line in (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8").splitlines() if len(line.split()) > 10]
+    sentences = [
+        line.split()
+        for line in (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8").splitlines()
+        if len(line.split()) > 10
+    ]
     words = sorted({f" {word}" for sentence in sentences for word in sentence})
     cases = []
     for _ in range(200):
         sentence = sentences[dice.integers(len(sentences))]
         place = dice.integers(5, len(sentence))
         target = f" {sentence[place]}"
-        choices = [target, *dice.choice([word for word in words if word != target], 3, replace=False).tolist()]
+        choices = [
+            target,
+            *dice.choice([word for word in words if word != target], 3, replace=False).tolist(),
+        ]
         dice.shuffle(choices)
         right = str(dice.choice(choices)) if shuffled else target
-        cases.append({"prompt": " ".join(sentence[max(0, place - 8) : place]), "choices": choices, "target": right, "max_new_tokens": 1})
+        cases.append(
+            {
+                "prompt": " ".join(sentence[max(0, place - 8) : place]),
+                "choices": choices,
+                "target": right,
+                "max_new_tokens": 1,
+            }
+        )
     return write_cases(path, cases)
 
 
@@ -513,9 +701,17 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 @pytest.mark.slow
 def test_the_rank_follows_the_training_and_not_if_targets_are_shuffled(evaluate, run, tmp_path):
-    words = ("model.d_model=64", "tokenizer.vocab_size=512", "data.stride=8", "training.micro_batch_size=16", "training.grad_accum_steps=1")
+    words = (
+        "model.d_model=64",
+        "tokenizer.vocab_size=512",
+        "data.stride=8",
+        "training.micro_batch_size=16",
+        "training.grad_accum_steps=1",
+    )
     steps = ("training.schedule_steps=120", "training.val_every=120", "checkpoint.save_every=20")
-    true, shuffled = (next_word_cases(tmp_path / f"{name}.json", name == "shuffled") for name in ("true", "shuffled"))
+    true, shuffled = (
+        next_word_cases(tmp_path / f"{name}.json", name == "shuffled") for name in ("true", "shuffled")
+    )
     gained: dict[str, list[float]] = {"true": [], "shuffled": []}
     for seed in (1, 2, 3):
         for name, n in (("trained", 120), ("untrained", 0)):
@@ -525,7 +721,10 @@ def test_the_rank_follows_the_training_and_not_if_targets_are_shuffled(evaluate,
         assert rows[-1]["step"] == 0, "the untrained one is last"
         assert spearman([row["step"] for row in rows], [row["score"] for row in rows]) >= 0.8
         for name, cases in (("true", true), ("shuffled", shuffled)):
-            scores = {row["step"]: row["score"] for row in evaluate("--checkpoints", tmp_path / str(seed), "--cases", cases)[0]}
+            scores = {
+                row["step"]: row["score"]
+                for row in evaluate("--checkpoints", tmp_path / str(seed), "--cases", cases)[0]
+            }
             gained[name].append(scores[120] - scores[0])
         assert all(0.15 < score < 0.35 for score in scores.values()), "with shuffled targets all guess"
     assert np.mean(gained["true"]) > 0.1

@@ -1,4 +1,5 @@
-"""Fine-tuning, run as a user runs it: what it starts from, what it trains, what it measures, and that it resumes exactly."""
+"""Fine-tuning, run as a user runs it: what it starts from, what it trains, what it measures, and that it
+resumes exactly."""
 
 import contextlib
 import io
@@ -37,14 +38,24 @@ def rows(n: int) -> list[dict]:
     """Questions of unequal length, with answers of unequal length, half of them with an input."""
     words = ["loss", "head", "step", "data", "the", "of", "is", "text", "and", "word"]
     return [
-        {"instruction": f"{words[i % 10]} {i}?", "input": words[i % 7] if i % 2 else "", "output": " ".join([words[i % 10]] * (1 + i % 4)) + "."}
+        {
+            "instruction": f"{words[i % 10]} {i}?",
+            "input": words[i % 7] if i % 2 else "",
+            "output": " ".join([words[i % 10]] * (1 + i % 4)) + ".",
+        }
         for i in range(n)
     ]
 
 
 @pytest.fixture(scope="session")
 def instructions(shared_once: Callable[..., Path]) -> Path:
-    return shared_once("instructions", lambda folder: (folder.mkdir(), (folder / "rows.json").write_text(json.dumps(rows(24))))) / "rows.json"
+    return (
+        shared_once(
+            "instructions",
+            lambda folder: (folder.mkdir(), (folder / "rows.json").write_text(json.dumps(rows(24)))),
+        )
+        / "rows.json"
+    )
 
 
 @pytest.fixture
@@ -58,7 +69,13 @@ def sft(instructions: Path, tiny_run: Run) -> Callable[..., Run]:
             f"checkpoint.dir={folder}",
             PLAIN,
             "data.val_docs=6",
-            *("training.epochs=null", "training.max_steps=6", "training.schedule_steps=6", "training.warmup_steps=1", "training.log_every=1"),
+            *(
+                "training.epochs=null",
+                "training.max_steps=6",
+                "training.schedule_steps=6",
+                "training.warmup_steps=1",
+                "training.log_every=1",
+            ),
             *(
                 "training.micro_batch_size=3",
                 "training.grad_accum_steps=2",
@@ -69,11 +86,22 @@ def sft(instructions: Path, tiny_run: Run) -> Callable[..., Run]:
             *(word for word in words if not word.startswith("--")),
         ]
         flags = [part for word in words if word.startswith("--") for part in word.split("=", 1)]
-        return ["--config", "config_finetune.yaml", "--device", "cpu", *(f"--override={override}" for override in overrides), *flags]
+        return [
+            "--config",
+            "config_finetune.yaml",
+            "--device",
+            "cpu",
+            *(f"--override={override}" for override in overrides),
+            *flags,
+        ]
 
     def run(folder: Path, *words: str) -> Run:
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.MonkeyPatch.context() as patch,
+        ):
             patch.setattr(train, "draw_loss", lambda folder: None)
             code = finetune.main(argv(folder, *words))
         return Run(folder, code, out.getvalue(), err.getvalue())
@@ -96,12 +124,16 @@ def same(one: dict, other: dict) -> bool:
 def test_it_starts_from_the_base_and_leaves_it_alone(sft, tiny_run, tmp_path):
     base = tiny_run.folder / "final.ckpt"
     before = base.read_bytes()
-    untrained = sft(tmp_path / "zero", "training.max_steps=0", "training.schedule_steps=null", "training.warmup_steps=0")
+    untrained = sft(
+        tmp_path / "zero", "training.max_steps=0", "training.schedule_steps=null", "training.warmup_steps=0"
+    )
     assert same(weights_of(untrained.folder / "final.ckpt"), weights_of(base))
     made = sft(tmp_path / "sft")
     assert not same(weights_of(made.folder / "final.ckpt"), weights_of(base))
     ours, theirs = made.checkpoint()[KEY], tiny_run.checkpoint()[KEY]
-    assert ours["tokenizer"] == theirs["tokenizer"] and ours["model"] == theirs["model"] | {"dropout": ours["model"]["dropout"]}
+    assert ours["tokenizer"] == theirs["tokenizer"] and ours["model"] == theirs["model"] | {
+        "dropout": ours["model"]["dropout"]
+    }
     assert Template.model_validate(ours["template"]).fill("a", "b") == "Ask a b Say "
     assert base.read_bytes() == before
 
@@ -135,7 +167,10 @@ def test_a_base_in_bf16_is_trained_in_float32(sft, tiny_run, tmp_path):
         ("data.streaming=true", "streaming does not belong to source=instructions"),
         ("data.document_mask=true", "document_mask does not belong to source=instructions"),
         ("data.fields={question: instruction}", "fields: question is none of instruction, input, output"),
-        ("data.val_split=test", "--override data.path and --override data.val_split exclude each other; give one of them"),
+        (
+            "data.val_split=test",
+            "--override data.path and --override data.val_split exclude each other; give one of them",
+        ),
         ("training.seq_len=2", r"none of \d+ instructions fits training.seq_len=2"),
     ],
 )
@@ -146,7 +181,14 @@ def test_what_contradicts_the_base_or_makes_no_sense_is_refused(sft, tmp_path, o
 
 
 def test_dropout_is_no_contradiction_and_nulls_and_equal_values_are_none(sft, tmp_path):
-    made = sft(tmp_path, "model.dropout=0.1", "model.gradient_checkpointing=true", "model.d_model=32", "model.d_ff=null", "training.max_steps=1")
+    made = sft(
+        tmp_path,
+        "model.dropout=0.1",
+        "model.gradient_checkpointing=true",
+        "model.d_model=32",
+        "model.d_ff=null",
+        "training.max_steps=1",
+    )
     assert made.checkpoint()[KEY]["config"]["model"]["dropout"] == 0.1
 
 
@@ -166,35 +208,56 @@ def test_pretraining_takes_no_adapters_and_no_template(argv_of, tmp_path, overri
 
 
 def test_a_model_is_asked_as_it_was_taught(sft, tmp_path):
-    """Under another config, whose template is another, its own layout is used; the config says only which rows."""
+    """Under another config, whose template is another, its own layout is used; the config says only which
+    rows."""
     made = sft(tmp_path / "sft", "training.max_steps=1")
     model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
-    (tmp_path / "other.yaml").write_text((made.folder / "run_config.yaml").read_text().replace("Ask {instruction}", "Q {instruction}"))
+    (tmp_path / "other.yaml").write_text(
+        (made.folder / "run_config.yaml").read_text().replace("Ask {instruction}", "Q {instruction}")
+    )
     config = scoring_config(model, metadata, "final.ckpt", str(tmp_path / "other.yaml"))
     assert config.template.model_dump() == metadata["template"]
-    assert validate(model, tokenizer, documents_of(config, None), config).loss == pytest.approx(made.val_rows[-1]["val_loss"], rel=1e-5)
+    assert validate(model, tokenizer, documents_of(config, None), config).loss == pytest.approx(
+        made.val_rows[-1]["val_loss"], rel=1e-5
+    )
 
 
 def test_plain_text_can_be_trained_on_too(sft, tmp_path):
-    """Nothing of instructions, the rest as for pretraining: and the change of the loss on the new text is there."""
+    """Nothing of instructions, the rest as for pretraining: and the change of the loss on the new text is
+    there."""
     text = f"data={{source: text, path: {REPO / 'README.md'}}}"
-    argv = [word for word in sft.argv(tmp_path, text, *LORA) if "data." not in word and not word.startswith("--override=template")]
+    argv = [
+        word
+        for word in sft.argv(tmp_path, text, *LORA)
+        if "data." not in word and not word.startswith("--override=template")
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         assert finetune.main(argv) == 0
     made = Run(tmp_path, 0, "", "")
-    assert [row["val_loss_change"] for row in made.val_rows] == [row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows]
+    assert [row["val_loss_change"] for row in made.val_rows] == [
+        row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows
+    ]
     assert made.val_rows[-1]["val_loss_change"] < 0 and "token_accuracy" not in made.val_rows[0]
     assert made.checkpoint()[KEY]["template"] is None, "more text does not make a model answer"
 
 
 def test_the_template_of_an_instruction_model_is_passed_on(sft, tmp_path):
     first = sft(tmp_path / "first", "training.max_steps=1")
-    argv = [word for word in sft.argv(tmp_path / "second", f"base_ckpt={first.folder / 'final.ckpt'}") if not word.startswith("--override=template")]
+    argv = [
+        word
+        for word in sft.argv(tmp_path / "second", f"base_ckpt={first.folder / 'final.ckpt'}")
+        if not word.startswith("--override=template")
+    ]
     config = tmp_path / "config.yaml"
-    config.write_text("".join(line for line in (REPO / "config_finetune.yaml").open() if not line.startswith("template:")))
+    config.write_text(
+        "".join(line for line in (REPO / "config_finetune.yaml").open() if not line.startswith("template:"))
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         finetune.main(["--config", str(config), *argv[2:]])
-    assert read_checkpoint(tmp_path / "second" / "final.ckpt")[KEY]["template"] == first.checkpoint()[KEY]["template"]
+    assert (
+        read_checkpoint(tmp_path / "second" / "final.ckpt")[KEY]["template"]
+        == first.checkpoint()[KEY]["template"]
+    )
 
 
 # ---- what is measured ---------------------------------------------------------------------------------------------
@@ -203,24 +266,42 @@ def test_the_template_of_an_instruction_model_is_passed_on(sft, tmp_path):
 def test_validation_begins_with_the_base_and_equals_what_eval_val_finds(sft, tiny_run, tmp_path):
     made = sft(tmp_path)
     assert [row["step"] for row in made.val_rows] == [0, 3, 6]
-    for path, row in ((tiny_run.folder / "final.ckpt", made.val_rows[0]), (made.folder / "final.ckpt", made.val_rows[-1])):
+    for path, row in (
+        (tiny_run.folder / "final.ckpt", made.val_rows[0]),
+        (made.folder / "final.ckpt", made.val_rows[-1]),
+    ):
         model, tokenizer, metadata = load_model(path)
         config = scoring_config(model, metadata, str(path), str(made.folder / "run_config.yaml"))
         found = validate(model, tokenizer, documents_of(config, None), config)
-        for ours, theirs in (("loss", "val_loss"), ("token_accuracy",) * 2, ("response_accuracy",) * 2, ("perplexity",) * 2):
+        for ours, theirs in (
+            ("loss", "val_loss"),
+            ("token_accuracy",) * 2,
+            ("response_accuracy",) * 2,
+            ("perplexity",) * 2,
+        ):
             assert getattr(found, ours) == pytest.approx(row[theirs], rel=1e-5), ours
     changes = [row["val_loss_change"] for row in made.val_rows]
-    assert changes == [row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows] and changes[-1] < -0.02
+    assert (
+        changes == [row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows]
+        and changes[-1] < -0.02
+    )
     metrics = made.checkpoint()[KEY]["metrics"]
-    assert metrics["base_val_loss"] == made.val_rows[0]["val_loss"] and metrics["token_accuracy"] == made.val_rows[-1]["token_accuracy"]
+    assert (
+        metrics["base_val_loss"] == made.val_rows[0]["val_loss"]
+        and metrics["token_accuracy"] == made.val_rows[-1]["token_accuracy"]
+    )
 
 
 def naive_gradient(path: Path, pairs: list[Pair], template: Template) -> dict[str, torch.Tensor]:
-    """Of the mean loss over all response tokens of the pairs, one pair at a time, without padding, labels or masks."""
+    """Of the mean loss over all response tokens of the pairs, one pair at a time, without padding, labels
+    or masks."""
     model, tokenizer, _ = load_model(path)
     losses, n = [], 0
     for pair in pairs:
-        prompt, response = tokenizer.encode(template.fill(pair.instruction, pair.input)), [*tokenizer.encode(pair.output), tokenizer.eos_id]
+        prompt, response = (
+            tokenizer.encode(template.fill(pair.instruction, pair.input)),
+            [*tokenizer.encode(pair.output), tokenizer.eos_id],
+        )
         ids = torch.tensor([prompt + response])
         log_p = model(ids[:, :-1]).log_softmax(dim=-1)[0, len(prompt) - 1 :]
         losses.append(-log_p.gather(1, ids[0, len(prompt) :, None]).sum())
@@ -237,11 +318,19 @@ def gradient_of(sft, tmp_path, monkeypatch) -> Callable[..., dict[str, torch.Ten
         found = {}
 
         def keep(self, step: int, loss: float, grad_norm: float) -> None:
-            found.update({name: p.grad.clone() for name, p in self.net.named_parameters()} if step == 0 else {})
+            found.update(
+                {name: p.grad.clone() for name, p in self.net.named_parameters()} if step == 0 else {}
+            )
 
         with monkeypatch.context() as patch:
             patch.setattr(train.LitCausalLM, "refuse_bad_numbers", keep)
-            sft(tmp_path / str(len(list(tmp_path.iterdir()))), "training.grad_clip=null", "training.max_steps=1", "data.shuffle=false", *words)
+            sft(
+                tmp_path / str(len(list(tmp_path.iterdir()))),
+                "training.grad_clip=null",
+                "training.max_steps=1",
+                "data.shuffle=false",
+                *words,
+            )
         return found
 
     return get
@@ -281,7 +370,12 @@ def test_packing_trains_on_the_same_sum(gradient_of):
     padded = gradient_of("training.micro_batch_size=18", "training.grad_accum_steps=1")
     config = ("data.packing=true", "training.micro_batch_size=1")
     with pytest.raises(AssertionError):  # one block holds only some of the pairs
-        torch.testing.assert_close(gradient_of(*config, "training.grad_accum_steps=1")["norm.weight"], padded["norm.weight"], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            gradient_of(*config, "training.grad_accum_steps=1")["norm.weight"],
+            padded["norm.weight"],
+            rtol=1e-3,
+            atol=1e-6,
+        )
     n_blocks = 1
     while True:  # as many blocks as there are
         n_blocks += 1
@@ -294,27 +388,44 @@ def test_packing_trains_on_the_same_sum(gradient_of):
 
 
 def test_without_the_mask_prompts_are_trained_on_and_validation_is_the_same(sft, tmp_path):
-    masked, unmasked = sft(tmp_path / "masked", "training.max_steps=1"), sft(tmp_path / "unmasked", "training.max_steps=1", "data.mask_prompt=false")
+    masked, unmasked = (
+        sft(tmp_path / "masked", "training.max_steps=1"),
+        sft(tmp_path / "unmasked", "training.max_steps=1", "data.mask_prompt=false"),
+    )
     assert unmasked.val_rows[0] == masked.val_rows[0]
     assert unmasked.train_rows[0]["tokens"] > 1.5 * masked.train_rows[0]["tokens"]
     assert unmasked.train_rows[0]["loss"] != pytest.approx(masked.train_rows[0]["loss"], rel=0.01)
 
 
 def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
-    """End to end: eight questions, trained until each answer is the likeliest, are then answered word by word, and ended."""
+    """End to end: eight questions, trained until each answer is the likeliest, are then answered word by
+    word, and ended."""
     asked = [
-        {"instruction": word, "input": "", "output": word[::-1] + "!"} for word in ["loss", "head", "token", "model", "layer", "mask", "step", "data"]
+        {"instruction": word, "input": "", "output": word[::-1] + "!"}
+        for word in ["loss", "head", "token", "model", "layer", "mask", "step", "data"]
     ]
     (tmp_path / "eight.json").write_text(json.dumps(asked))
     made = sft(
         tmp_path / "sft",
-        *(f"data.path={tmp_path / 'eight.json'}", f"data.val_path={tmp_path / 'eight.json'}", "data.val_docs=null"),
-        *("training.max_steps=60", "training.schedule_steps=60", "training.val_every=60", "training.lr=0.01", "training.micro_batch_size=8"),
+        *(
+            f"data.path={tmp_path / 'eight.json'}",
+            f"data.val_path={tmp_path / 'eight.json'}",
+            "data.val_docs=null",
+        ),
+        *(
+            "training.max_steps=60",
+            "training.schedule_steps=60",
+            "training.val_every=60",
+            "training.lr=0.01",
+            "training.micro_batch_size=8",
+        ),
         "training.grad_accum_steps=1",
     )
     assert made.val_rows[-1]["response_accuracy"] == 1.0 and made.val_rows[-1]["token_accuracy"] == 1.0
     model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
-    chat = Chat(model, tokenizer, Template.model_validate(metadata["template"]), 16, SamplingConfig(temperature=0))
+    chat = Chat(
+        model, tokenizer, Template.model_validate(metadata["template"]), 16, SamplingConfig(temperature=0)
+    )
     assert ["".join(chat.answer(row["instruction"], 1)) for row in asked] == [row["output"] for row in asked]
 
 
@@ -324,7 +435,10 @@ def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
 @pytest.mark.parametrize(
     ("patterns", "frozen"),
     [
-        ("[embed_tokens]", lambda name: name in ("embed_tokens.weight", "lm_head.weight")),  # the head is tied
+        (
+            "[embed_tokens]",
+            lambda name: name in ("embed_tokens.weight", "lm_head.weight"),
+        ),  # the head is tied
         ("[lm_head]", lambda name: name in ("embed_tokens.weight", "lm_head.weight")),
         ("[layers.0, norm]", lambda name: name.startswith(("layers.0.", "norm."))),
         ("['layers.*.mlp', '*layernorm*']", lambda name: ".mlp." in name or "layernorm" in name),
@@ -333,14 +447,21 @@ def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
 def test_frozen_parameters_do_not_move_and_all_others_do(sft, tiny_run, tmp_path, patterns, frozen):
     made = sft(tmp_path, f"training.freeze={patterns}", "training.max_steps=2")
     before, after = weights_of(tiny_run.folder / "final.ckpt"), weights_of(tmp_path / "final.ckpt")
-    assert {name for name in before if torch.equal(before[name], after[name])} == {name for name in before if frozen(name)}
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if frozen(name)
+    }
     n_states = len(made.checkpoint()["optimizer_states"][0]["state"])
     assert n_states == sum(not frozen(name) for name in before if name != "lm_head.weight")
     assert "of which" in made.out
 
 
 @pytest.mark.parametrize(
-    ("patterns", "said"), [("[embed]", "did you mean embed_tokens"), ("['*']", "leaves nothing to train"), ("[layers.7]", "names no")]
+    ("patterns", "said"),
+    [
+        ("[embed]", "did you mean embed_tokens"),
+        ("['*']", "leaves nothing to train"),
+        ("[layers.7]", "names no"),
+    ],
 )
 def test_freezing_nothing_or_everything_is_refused(sft, tmp_path, patterns, said):
     with pytest.raises(UserError, match=said):
@@ -352,7 +473,9 @@ def test_lora_trains_adapters_and_leaves_a_plain_model(sft, tiny_run, tmp_path):
     base, step, final = tiny_run.checkpoint(), made.checkpoint("step-0000006"), made.checkpoint("final")
     adapters = {name for name in step["state_dict"] if "lora_" in name}
     assert step["state_dict"].keys() - adapters == base["state_dict"].keys() == final["state_dict"].keys()
-    assert all(torch.equal(step["state_dict"][name], weight) for name, weight in base["state_dict"].items()), "a base weight moved"
+    assert all(
+        torch.equal(step["state_dict"][name], weight) for name, weight in base["state_dict"].items()
+    ), "a base weight moved"
     assert len(step["optimizer_states"][0]["state"]) == len(adapters)
     assert step[KEY]["lora"] == {"rank": 2, "alpha": 4.0, "targets": None} and final[KEY]["lora"] is None
     assert "optimizer_states" not in final
@@ -366,7 +489,9 @@ def test_logits_are_the_same_before_and_after_the_merge(sft, tmp_path):
     merged, tokenizer, _ = load_model(tmp_path / "final.ckpt")
     adapted = GPTMini(merged.config)
     add_adapters(adapted, 2, 4.0)
-    adapted.load_state_dict({name.removeprefix("net."): weight for name, weight in step["state_dict"].items()}, strict=True)
+    adapted.load_state_dict(
+        {name.removeprefix("net."): weight for name, weight in step["state_dict"].items()}, strict=True
+    )
     ids = torch.randint(merged.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(merged(ids), adapted.eval()(ids), rtol=1e-5, atol=1e-5)
     assert same(weights_of(tmp_path / "step-0000006.ckpt"), weights_of(tmp_path / "final.ckpt"))
@@ -380,10 +505,14 @@ def test_any_checkpoint_of_a_lora_run_can_be_a_base(sft, tmp_path, name):
     made = sft(tmp_path / "lora", *LORA)
     again = sft(tmp_path / "again", f"base_ckpt={made.folder / name}.ckpt", "training.max_steps=1")
     step = {"final": 6, "step-0000003": 3, "best": made.checkpoint("best")[KEY]["metrics"]["step"]}[name]
-    assert again.val_rows[0]["val_loss"] == pytest.approx(next(row for row in made.val_rows if row["step"] == step)["val_loss"], rel=1e-5)
+    assert again.val_rows[0]["val_loss"] == pytest.approx(
+        next(row for row in made.val_rows if row["step"] == step)["val_loss"], rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("changed", [{"rank": 3}, {"rank": "2"}, {"alpha": None}, {"rank": 0}, {"rank": 10**30}])
+@pytest.mark.parametrize(
+    "changed", [{"rank": 3}, {"rank": "2"}, {"alpha": None}, {"rank": 0}, {"rank": 10**30}]
+)
 def test_a_checkpoint_with_adapters_that_do_not_fit_is_one_line(sft, tmp_path, changed):
     made = sft(tmp_path / "lora", *LORA, "training.max_steps=1")
     checkpoint = made.checkpoint("last")
@@ -397,7 +526,13 @@ def test_a_checkpoint_with_adapters_that_do_not_fit_is_one_line(sft, tmp_path, c
 
 KINDS = pytest.mark.parametrize(
     "words",
-    [(), LORA, ("training.freeze=[embed_tokens]",), (*LORA, "data.packing=true"), ("training.optimizer=muon",)],
+    [
+        (),
+        LORA,
+        ("training.freeze=[embed_tokens]",),
+        (*LORA, "data.packing=true"),
+        ("training.optimizer=muon",),
+    ],
     ids=["full", "lora", "frozen", "lora, packed", "muon"],
 )
 
@@ -424,7 +559,19 @@ def test_a_run_goes_on_without_its_base(sft, tiny_run, tmp_path):
     sft(tmp_path / "cut", *words, "training.max_steps=3")
     (tmp_path / "base.ckpt").unlink()
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert finetune.main(["--resume", str(tmp_path / "cut" / "last.ckpt"), "--override", "training.max_steps=6", "--device", "cpu"]) == 0
+        assert (
+            finetune.main(
+                [
+                    "--resume",
+                    str(tmp_path / "cut" / "last.ckpt"),
+                    "--override",
+                    "training.max_steps=6",
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 0
+        )
     assert out.getvalue().splitlines()[-1] == whole.out.splitlines()[-1]
 
 
@@ -433,13 +580,17 @@ def test_a_base_that_would_be_moved_aside_is_refused(sft, tmp_path):
     first = sft(tmp_path / "sft", "training.max_steps=1")
     files = sorted(path.name for path in first.folder.iterdir())
     for name in ("final", "step-0000001"):
-        with pytest.raises(UserError, match=r"lies in checkpoint.dir, whose run this one would move aside; write elsewhere by .*sft-2"):
+        with pytest.raises(
+            UserError,
+            match=r"lies in checkpoint.dir, whose run this one would move aside; write elsewhere by .*sft-2",
+        ):
             sft(tmp_path / "sft", f"base_ckpt={first.folder / name}.ckpt")
     assert sorted(path.name for path in first.folder.iterdir()) == files
 
 
 def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypatch):
-    """The step file is there, the plain model does not fit: a warning, and --resume writes it once there is room."""
+    """The step file is there, the plain model does not fit: a warning, and --resume writes it once there
+    is room."""
     whole = sft(tmp_path / "whole", *LORA)
 
     def full(*_: object) -> None:
@@ -448,7 +599,9 @@ def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("support.run.saving.write_merged", full)
         made = sft(tmp_path / "full", *LORA)
-    assert made.code == 0 and "final.ckpt could not be written" in made.err and "--resume writes it" in made.out
+    assert (
+        made.code == 0 and "final.ckpt could not be written" in made.err and "--resume writes it" in made.out
+    )
     assert not (made.folder / "final.ckpt").exists() and (made.folder / "last.ckpt").exists()
     assert sft(tmp_path / "full", *LORA, "--resume").sha256 == whole.sha256
 
@@ -462,7 +615,11 @@ def test_the_merged_file_is_no_place_to_go_on_from(sft, tmp_path):
 
 def test_other_adapters_or_another_template_are_another_run(sft, tmp_path):
     sft(tmp_path, *LORA, "training.max_steps=3")
-    for change, key in (("lora.rank=3", "lora.rank"), ("template=chat", "template.prompt"), ("training.freeze=[norm]", "training.freeze")):
+    for change, key in (
+        ("lora.rank=3", "lora.rank"),
+        ("template=chat", "template.prompt"),
+        ("training.freeze=[norm]", "training.freeze"),
+    ):
         with pytest.raises(UserError, match=f"cannot resume .* {key} was"):
             sft(tmp_path, *LORA, change, "--resume")
 
@@ -476,13 +633,21 @@ def test_other_rows_are_another_run(sft, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(sft, tmp_path):
-    """Adapters and padded rows over processes, started as a user starts them: copies (DDP) give the same bits; pieces (FSDP),
-    stopped and resumed, the same but for rounding."""
-    words = (*LORA, "data.shuffle=false", "training.micro_batch_size=3", "training.val_every=6", "checkpoint.save_every=6")
+    """Adapters and padded rows over processes, started as a user starts them: copies (DDP) give the same
+    bits; pieces (FSDP), stopped and resumed, the same but for rounding."""
+    words = (
+        *LORA,
+        "data.shuffle=false",
+        "training.micro_batch_size=3",
+        "training.val_every=6",
+        "checkpoint.save_every=6",
+    )
 
     def by_command(name: str, *more: str) -> str:
         argv = sft.argv(tmp_path / name, *words, "training.grad_accum_steps=1", "hardware.devices=2", *more)
-        process = subprocess.run([sys.executable, "finetune.py", *argv], capture_output=True, text=True, timeout=300)
+        process = subprocess.run(
+            [sys.executable, "finetune.py", *argv], capture_output=True, text=True, timeout=300
+        )
         assert process.returncode == 0, process.stderr
         return process.stdout.splitlines()[-1]
 
@@ -537,7 +702,10 @@ def test_wrong_flags(flags, said):
 
 def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
     words = "one two three four five"
-    long_prompt = f"template={{prompt: '{words} {{instruction}} Say ', prompt_with_input: '{words} {{instruction}} {{input}} Say '}}"
+    long_prompt = (
+        f"template={{prompt: '{words} {{instruction}} Say ', prompt_with_input: '{words} {{instruction}} "
+        f"{{input}} Say '}}"
+    )
     for words in ((), LORA, ("data.packing=true",), (long_prompt,)):
         with pytest.raises(SystemExit) as end:
             finetune.main(sft.argv(tmp_path / "sft", "--check", *words))
@@ -551,15 +719,24 @@ def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_config_finetune_yaml_downloads_its_rows_from_the_hub(tiny_run, tmp_path):
-    """As it is, but for the base and the number of steps, in a process as a user starts it; the second time from the cache,
-    where there is no hub any more."""
+    """As it is, but for the base and the number of steps, in a process as a user starts it; the second
+    time from the cache, where there is no hub any more."""
     import pyarrow
     import pyarrow.parquet
 
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"text": "-"} for row in rows(60)]), file)
-    files = {"README.md": dataset_card({"default": {"train": "data/train-*"}}), "data/train-00000-of-00001.parquet": file.getvalue()}
-    overrides = (f"base_ckpt={tiny_run.folder / 'final.ckpt'}", PLAIN, "training.epochs=null", "training.max_steps=2", "training.warmup_steps=1")
+    files = {
+        "README.md": dataset_card({"default": {"train": "data/train-*"}}),
+        "data/train-00000-of-00001.parquet": file.getvalue(),
+    }
+    overrides = (
+        f"base_ckpt={tiny_run.folder / 'final.ckpt'}",
+        PLAIN,
+        "training.epochs=null",
+        "training.max_steps=2",
+        "training.warmup_steps=1",
+    )
 
     def by_command(name: str, environment: dict[str, str]) -> Run:
         argv = [f"--override={override}" for override in (*overrides, f"checkpoint.dir={tmp_path / name}")]
@@ -574,11 +751,13 @@ def test_config_finetune_yaml_downloads_its_rows_from_the_hub(tiny_run, tmp_path
 
     with LoopbackHub("tatsu-lab/alpaca", files) as hub:
         online = by_command("online", hub.environment(tmp_path / "cache"))
-    assert online.code == 0 and "57 instructions" in online.out and "val:   3 instructions" in online.out, online.err
+    assert online.code == 0 and "57 instructions" in online.out and "val:   3 instructions" in online.out, (
+        online.err
+    )
     assert [row["step"] for row in online.val_rows] == [0, 2]
     cached = by_command("cached", {**hub.environment(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"})
     assert cached.code == 0 and cached.sha256 == online.sha256, cached.err
     nowhere = by_command("nowhere", hub.environment(tmp_path / "empty"))
-    assert nowhere.code == 2 and re.match(r"(?s)error: data.dataset=tatsu-lab/alpaca: .* cannot be reached.*data.path=my_rows.json", nowhere.err), (
-        nowhere.err
-    )
+    assert nowhere.code == 2 and re.match(
+        r"(?s)error: data.dataset=tatsu-lab/alpaca: .* cannot be reached.*data.path=my_rows.json", nowhere.err
+    ), nowhere.err

@@ -1,4 +1,5 @@
-"""A flag of another program, or ours in another spelling, is answered with what to write here; and a path flag knows ~."""
+"""A flag of another program, or ours in another spelling, is answered with what to write here; and a path
+flag knows ~."""
 
 import argparse
 import re
@@ -75,8 +76,12 @@ def test_a_foreign_flag_of_training_is_answered_with_ours_and_the_value(capsys, 
     """And what is proposed is itself accepted, by the parser and by the config."""
     assert answers(capsys, "train", typed) == [f"for {typed} write {answer}"]
     args = train.parse_args(shlex.split(answer))
-    if overrides := [override for override in args.override if "source=hf" not in override and "dataset" not in override]:
-        assert isinstance(load_config(None, overrides, {"data": {"path": "x"}, "training": {"max_steps": 5}}), Config)
+    if overrides := [
+        override for override in args.override if "source=hf" not in override and "dataset" not in override
+    ]:
+        assert isinstance(
+            load_config(None, overrides, {"data": {"path": "x"}, "training": {"max_steps": 5}}), Config
+        )
 
 
 OTHERS = [
@@ -98,7 +103,9 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "typed", "said"), OTHERS, ids=[f"{script} {typed}" for script, typed, _ in OTHERS])
+@pytest.mark.parametrize(
+    ("script", "typed", "said"), OTHERS, ids=[f"{script} {typed}" for script, typed, _ in OTHERS]
+)
 def test_a_foreign_flag_of_any_script_is_answered(capsys, script, typed, said):
     assert answers(capsys, script, typed) == said
 
@@ -126,7 +133,12 @@ def parsers(monkeypatch) -> dict[str, list[Parser]]:
 
 
 def flags(monkeypatch) -> list[tuple[str, argparse.Action]]:
-    return [(name, action) for name, family in parsers(monkeypatch).items() for parser in family for action in parser._actions]
+    return [
+        (name, action)
+        for name, family in parsers(monkeypatch).items()
+        for parser in family
+        for action in parser._actions
+    ]
 
 
 def test_every_flag_of_the_table_is_a_flag_or_a_key(monkeypatch):
@@ -137,7 +149,9 @@ def test_every_flag_of_the_table_is_a_flag_or_a_key(monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_whatever_name_is_typed_the_answer_is_a_flag_of_that_script(capsys, monkeypatch, script):
     with monkeypatch.context() as patch:
-        known = {option for name, action in flags(patch) if name == script for option in action.option_strings}
+        known = {
+            option for name, action in flags(patch) if name == script for option in action.option_strings
+        }
     names = {*FOREIGN_NAMES, *(name for _, theirs in FLAGS for name in theirs.split())}
     typed = " ".join(f"--{name.split('.')[-1]} odd" for name in sorted(names))
     for line in answers(capsys, script, ("tokens " if script == "prepare" else "") + typed):
@@ -146,13 +160,21 @@ def test_whatever_name_is_typed_the_answer_is_a_flag_of_that_script(capsys, monk
 
 def test_every_flag_that_takes_a_path_knows_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    paths = [(name, action) for name, action in flags(monkeypatch) if action.metavar in ("FILE", "PATH", "DIR", "CKPT")]
+    paths = [
+        (name, action)
+        for name, action in flags(monkeypatch)
+        if action.metavar in ("FILE", "PATH", "DIR", "CKPT")
+    ]
     assert len(paths) > 20
     for name, action in paths:
         assert action.type is not None, f"{name} {action.option_strings}"
         assert action.type("~/x/*.txt") == f"{tmp_path}/x/*.txt", f"{name} {action.option_strings}"
     for name, flag in (("convert", "--from"), ("prepare", "--tokenizer")):  # names, or paths
-        assert {action.type("~/x") for script, action in flags(monkeypatch) if script == name and flag in action.option_strings} == {f"{tmp_path}/x"}
+        assert {
+            action.type("~/x")
+            for script, action in flags(monkeypatch)
+            if script == name and flag in action.option_strings
+        } == {f"{tmp_path}/x"}
 
 
 def test_the_home_of_nobody_is_said(capsys):

@@ -39,7 +39,9 @@ REPO = Path(__file__).parents[2]
 
 def tiny_model() -> GPTMini:
     torch.manual_seed(0)
-    return GPTMini(GPTConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=32))
+    return GPTMini(
+        GPTConfig(vocab_size=257, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32, max_seq_len=32)
+    )
 
 
 def model_folder(folder: Path, **changes) -> Path:
@@ -106,7 +108,10 @@ def folder_with(*names: str, **texts: str) -> Callable[[Path], Path]:
 
 def shards_missing(path: Path) -> Path:
     model_folder(path)
-    names = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    names = {
+        "model.norm.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
     return path
@@ -124,33 +129,113 @@ def scripted(path: Path) -> Path:
     return path
 
 
-NANOGPT = {"model": {"transformer.wte.weight": torch.zeros(2, 2)}, "model_args": {"n_layer": 1}, "iter_num": 3, "config": {}}
-LIGHTNING = {"state_dict": {"a": torch.zeros(2)}, "pytorch-lightning_version": "2.0", "epoch": 1, "global_step": 2}
+NANOGPT = {
+    "model": {"transformer.wte.weight": torch.zeros(2, 2)},
+    "model_args": {"n_layer": 1},
+    "iter_num": 3,
+    "config": {},
+}
+LIGHTNING = {
+    "state_dict": {"a": torch.zeros(2)},
+    "pytorch-lightning_version": "2.0",
+    "epoch": 1,
+    "global_step": 2,
+}
 STATE = {"layer.weight": torch.zeros(2, 2)}
 TRAINER = {"model_state_dict": STATE, "optimizer_state_dict": {}}
 ADAPTERS = '{"base_model_name_or_path": "some/base"}'
 FOLDER_STEP = "convert.py reads a model as a folder"
 FOREIGN = {
     "hf": ("hf", model_folder, "a Hugging Face model folder (llama)", "python3 convert.py --from"),
-    "hf-bert": ("bert", lambda path: model_folder(path, model_type="bert"), "a Hugging Face model folder (bert)", "cannot be read"),
-    "hf-weights": ("w", lambda path: model_folder(path) / "model.safetensors", "a safetensors file in a Hugging Face", "python3 convert.py --from"),
-    "hf-config": ("c", lambda path: model_folder(path) / "config.json", "a file in a Hugging Face model folder", "python3 convert.py --from"),
+    "hf-bert": (
+        "bert",
+        lambda path: model_folder(path, model_type="bert"),
+        "a Hugging Face model folder (bert)",
+        "cannot be read",
+    ),
+    "hf-weights": (
+        "w",
+        lambda path: model_folder(path) / "model.safetensors",
+        "a safetensors file in a Hugging Face",
+        "python3 convert.py --from",
+    ),
+    "hf-config": (
+        "c",
+        lambda path: model_folder(path) / "config.json",
+        "a file in a Hugging Face model folder",
+        "python3 convert.py --from",
+    ),
     "hf-no-weights": ("n", no_weights, "a model folder without weights", "model.safetensors"),
-    "hf-tf": ("t", folder_with("tf_model.h5", config="{}"), "without weights (only tf_model.h5)", "model.safetensors"),
-    "hf-cache": ("models--a--b", lambda path: model_folder(path / "snapshots" / "abc").parents[1], "Hugging Face cache", "snapshots/abc"),
-    "hf-trainer": ("out", lambda path: model_folder(path / "checkpoint-20").parent, "transformers' Trainer", "checkpoint-20"),
-    "peft": ("lora", folder_with("adapter_model.safetensors", adapter_config=ADAPTERS), "adapters (PEFT) for some/base", "merge"),
+    "hf-tf": (
+        "t",
+        folder_with("tf_model.h5", config="{}"),
+        "without weights (only tf_model.h5)",
+        "model.safetensors",
+    ),
+    "hf-cache": (
+        "models--a--b",
+        lambda path: model_folder(path / "snapshots" / "abc").parents[1],
+        "Hugging Face cache",
+        "snapshots/abc",
+    ),
+    "hf-trainer": (
+        "out",
+        lambda path: model_folder(path / "checkpoint-20").parent,
+        "transformers' Trainer",
+        "checkpoint-20",
+    ),
+    "peft": (
+        "lora",
+        folder_with("adapter_model.safetensors", adapter_config=ADAPTERS),
+        "adapters (PEFT) for some/base",
+        "merge",
+    ),
     "meta": ("llama", folder_with("consolidated.00.pth", params="{}"), "in Meta's own layout", FOLDER_STEP),
     "distcp": ("dcp", folder_with(".metadata", "__0_0.distcp"), "torch.distributed", FOLDER_STEP),
     "tensorflow": ("tf", folder_with("saved_model.pb"), "a SavedModel of TensorFlow", FOLDER_STEP),
-    "tokens": ("tokens", folder_with("train.bin", "val.bin", meta="{}"), "a folder of token files", "data.source=tokens"),
-    "odd-names": ("odd", folder_with("a.gguf\x1b[2J.gguf"), "a folder with a.gguf\\x1b[2J.gguf, a GGUF file", "does not read it"),
-    "gguf-folder": ("g", folder_with("model-q8.gguf"), "a folder with model-q8.gguf, a GGUF file", "does not read it"),
+    "tokens": (
+        "tokens",
+        folder_with("train.bin", "val.bin", meta="{}"),
+        "a folder of token files",
+        "data.source=tokens",
+    ),
+    "odd-names": (
+        "odd",
+        folder_with("a.gguf\x1b[2J.gguf"),
+        "a folder with a.gguf\\x1b[2J.gguf, a GGUF file",
+        "does not read it",
+    ),
+    "gguf-folder": (
+        "g",
+        folder_with("model-q8.gguf"),
+        "a folder with model-q8.gguf, a GGUF file",
+        "does not read it",
+    ),
     "bare-weights": ("b", folder_with("model.safetensors"), "weights without their config.json", FOLDER_STEP),
-    "gguf": ("model.gguf", file_of(b"GGUF\x03\x00\x00\x00"), "a GGUF file", "convert.py writes GGUF and does not read it"),
-    "safetensors": ("model.safetensors", weights_alone, "a safetensors file", "beside the model's config.json"),
-    "bin": ("pytorch_model.bin", saved(STATE), "a PyTorch file of another program", "beside the model's config.json"),
-    "old-bin": ("old.bin", saved(STATE, _use_new_zipfile_serialization=False), "before version 1.6", "beside the model's config.json"),
+    "gguf": (
+        "model.gguf",
+        file_of(b"GGUF\x03\x00\x00\x00"),
+        "a GGUF file",
+        "convert.py writes GGUF and does not read it",
+    ),
+    "safetensors": (
+        "model.safetensors",
+        weights_alone,
+        "a safetensors file",
+        "beside the model's config.json",
+    ),
+    "bin": (
+        "pytorch_model.bin",
+        saved(STATE),
+        "a PyTorch file of another program",
+        "beside the model's config.json",
+    ),
+    "old-bin": (
+        "old.bin",
+        saved(STATE, _use_new_zipfile_serialization=False),
+        "before version 1.6",
+        "beside the model's config.json",
+    ),
     "nanogpt": ("ckpt.pt", saved(NANOGPT), "a checkpoint of nanoGPT", "configs/shakespeare_char.yaml"),
     "lightning": ("epoch=1.ckpt", saved(LIGHTNING), "a Lightning checkpoint of another program", FOLDER_STEP),
     "training": ("train.pth", saved(TRAINER), "a training checkpoint of another program", FOLDER_STEP),
@@ -164,7 +249,12 @@ FOREIGN = {
     "zip": ("model.zip", zipped, "a zip archive", "unpack it"),
     "tar": ("model.tar", tarred, "a tar archive", "unpack it"),
     "gz": ("model.tar.gz", file_of(gzip.compress(b"x")), "a gzip archive", "unpack it"),
-    "lfs": ("big.ckpt", file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a pointer of Git LFS", "git lfs pull"),
+    "lfs": (
+        "big.ckpt",
+        file_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "a pointer of Git LFS",
+        "git lfs pull",
+    ),
     "html": ("page.ckpt", file_of(b"<!DOCTYPE html><html>"), "an HTML page", "download the file itself"),
     "text": ("notes.yaml", file_of(b"a: 1\n"), "a text file", "python3 list.py"),
 }
@@ -185,12 +275,32 @@ def said_by(main: Callable, *argv: object) -> str:
 FLAGS = {
     "infer": lambda path: (infer.main, "--ckpt", path, "--prompt", "x"),
     "eval_val": lambda path: (eval_val.main, "--ckpt", path, "--data", REPO / "data/tiny_corpus.txt"),
-    "evaluate": lambda path: (evaluate_checkpoints.main, "--checkpoints", path, "--cases", REPO / "cases/tiny_corpus.yaml"),
+    "evaluate": lambda path: (
+        evaluate_checkpoints.main,
+        "--checkpoints",
+        path,
+        "--cases",
+        REPO / "cases/tiny_corpus.yaml",
+    ),
     "list": lambda path: (listing.main, path),
-    "convert --ckpt": lambda path: (convert.main, "--ckpt", path, "--to", "weights", "--output", path.parent / "new.ckpt"),
+    "convert --ckpt": lambda path: (
+        convert.main,
+        "--ckpt",
+        path,
+        "--to",
+        "weights",
+        "--output",
+        path.parent / "new.ckpt",
+    ),
     "convert --from": lambda path: (convert.main, "--from", path, "--output", path.parent / "new.ckpt"),
     "resume": lambda path: (train.main, "--resume", path),
-    "base_ckpt": lambda path: (finetune.main, "--config", "configs/finetune_tiny.yaml", "--override", f"base_ckpt={path}"),
+    "base_ckpt": lambda path: (
+        finetune.main,
+        "--config",
+        "configs/finetune_tiny.yaml",
+        "--override",
+        f"base_ckpt={path}",
+    ),
 }
 
 
@@ -208,11 +318,22 @@ def test_each_flag_that_takes_a_model_names_what_it_was_given(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", sorted(FOREIGN.keys() - {"hf", "hf-bert", "hf-no-weights"}))
 def test_what_is_no_tokenizer_is_refused_as_one(tmp_path, kind):
-    """`prepare.py --tokenizer` and `tokenizer.path` read a tokenizer.json; whatever else they get, they say so."""
+    """`prepare.py --tokenizer` and `tokenizer.path` read a tokenizer.json; whatever else they get, they
+    say so."""
     name, make, _, _ = FOREIGN[kind]
     path = make(tmp_path / name)
     with pytest.raises((UserError, FileNotFoundError)):
-        prepare.main(["tokens", "--input", "data/tiny_corpus.txt", "--tokenizer", str(path), "--output", str(tmp_path / "made")])
+        prepare.main(
+            [
+                "tokens",
+                "--input",
+                "data/tiny_corpus.txt",
+                "--tokenizer",
+                str(path),
+                "--output",
+                str(tmp_path / "made"),
+            ]
+        )
     assert not (tmp_path / "made").exists()
 
 
@@ -220,7 +341,9 @@ def test_what_is_no_tokenizer_is_refused_as_one(tmp_path, kind):
 def test_the_command_in_the_answer_works(tmp_path, kind, monkeypatch):
     name, make, _, _ = FOREIGN[kind]
     path = make(tmp_path / name)
-    [command] = re.findall(r"python3 convert\.py (--from .*)", said_by(infer.main, "--ckpt", path, "--prompt", "x"))
+    [command] = re.findall(
+        r"python3 convert\.py (--from .*)", said_by(infer.main, "--ckpt", path, "--prompt", "x")
+    )
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(command)
     assert "verified: largest difference" in said_by(convert.main, *argv)
@@ -240,35 +363,53 @@ def test_checkpoints_of_ours_are_sent_to_ckpt(tmp_path, monkeypatch):
     assert f"is a folder; name a file in it, e.g. {tmp_path / 'run' / 'final.ckpt'}" in said
     (tmp_path / "run" / "final.ckpt").unlink()
     assert "step-0000004.ckpt" in said_by(infer.main, "--ckpt", tmp_path / "run", "--prompt", "x")
-    assert own_checkpoint(tmp_path / "export") is None and what_is(tmp_path / "run" / "step-0000004.ckpt") is None
+    assert (
+        own_checkpoint(tmp_path / "export") is None
+        and what_is(tmp_path / "run" / "step-0000004.ckpt") is None
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "some/model"])
 def test_a_name_of_the_hub_is_sent_to_convert(name):
     said = said_by(infer.main, "--ckpt", name, "--prompt", "x")
     assert (
-        f"does not exist; python3 list.py shows those there are; if it is a model of the Hugging Face hub: python3 convert.py --from {name}" in said
+        "does not exist; python3 list.py shows those there are; if it is a model of the Hugging Face hub: "
+        f"python3 convert.py --from {name}" in said
     )
     assert "convert" not in said_by(infer.main, "--ckpt", "runs/final.ckpt", "--prompt", "x")
-    assert f"convert.py --from {name}" in said_by(finetune.main, "--config", "configs/finetune_tiny.yaml", "--override", f"base_ckpt={name}")
+    assert f"convert.py --from {name}" in said_by(
+        finetune.main, "--config", "configs/finetune_tiny.yaml", "--override", f"base_ckpt={name}"
+    )
 
 
 def test_a_folder_of_runs_is_listed(tmp_path):
     write_model(tmp_path / "runs" / "a" / "final.ckpt", tiny_model(), ByteTokenizer(), {})
     said = said_by(infer.main, "--ckpt", tmp_path / "runs", "--prompt", "x")
-    assert f"a folder of runs; name a checkpoint in it; python3 list.py {tmp_path / 'runs'} shows them" in said
+    assert (
+        f"a folder of runs; name a checkpoint in it; python3 list.py {tmp_path / 'runs'} shows them" in said
+    )
     assert "final.ckpt" in said_by(listing.main, tmp_path / "runs")
 
 
 def test_folders_that_are_not_whole_are_named_where_they_are_read(tmp_path):
-    for kind, said in (("hf-no-weights", "holds no weights"), ("hf-tf", "cannot be read"), ("hf-bert", "'bert' cannot be read")):
+    for kind, said in (
+        ("hf-no-weights", "holds no weights"),
+        ("hf-tf", "cannot be read"),
+        ("hf-bert", "'bert' cannot be read"),
+    ):
         name, make, _, _ = FOREIGN[kind]
-        assert said in said_by(convert.main, "--from", make(tmp_path / name), "--output", tmp_path / "new.ckpt")
-    said = said_by(convert.main, "--from", shards_missing(tmp_path / "shards"), "--output", tmp_path / "new.ckpt")
+        assert said in said_by(
+            convert.main, "--from", make(tmp_path / name), "--output", tmp_path / "new.ckpt"
+        )
+    said = said_by(
+        convert.main, "--from", shards_missing(tmp_path / "shards"), "--output", tmp_path / "new.ckpt"
+    )
     assert "1 of 2 weight files are missing, the first is model-00002-of-00002.safetensors" in said
     pointer = model_folder(tmp_path / "pointer")
     (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "a pointer of Git LFS" in said_by(convert.main, "--from", pointer, "--output", tmp_path / "new.ckpt")
+    assert "a pointer of Git LFS" in said_by(
+        convert.main, "--from", pointer, "--output", tmp_path / "new.ckpt"
+    )
     (tmp_path / "empty").mkdir()
     for flags in FLAGS.values():
         said = said_by(*flags(tmp_path / "empty"))

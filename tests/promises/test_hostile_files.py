@@ -1,5 +1,6 @@
-"""Files made to do harm: a checkpoint or a config that would run code, fill the memory, wait for ever, or write to the
-terminal is one line, at once. What runs out of memory does so in a process of its own, which may have little."""
+"""Files made to do harm: a checkpoint or a config that would run code, fill the memory, wait for ever, or
+write to the terminal is one line, at once. What runs out of memory does so in a process of its own, which
+may have little."""
 
 import importlib
 import io
@@ -35,9 +36,19 @@ NAME = "net.layers.1.self_attn.k_proj.weight"
 def checkpoint_of(**changes) -> dict:
     """The least that is a checkpoint of ours; `changes` go into our fields."""
     torch.manual_seed(0)
-    model = GPTMini(GPTConfig(vocab_size=257, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16))
-    ours = {"format_version": 1, "model": model.config.model_dump(), "tokenizer": ByteTokenizer().to_dict(), "metrics": {"step": 3, "tokens": 9}}
-    return {"state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()}, KEY: ours | changes}
+    model = GPTMini(
+        GPTConfig(vocab_size=257, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16)
+    )
+    ours = {
+        "format_version": 1,
+        "model": model.config.model_dump(),
+        "tokenizer": ByteTokenizer().to_dict(),
+        "metrics": {"step": 3, "tokens": 9},
+    }
+    return {
+        "state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()},
+        KEY: ours | changes,
+    }
 
 
 def with_weight(weight: object, name: object = NAME) -> dict:
@@ -90,8 +101,13 @@ def in_little_memory(*paths: Path) -> list[str]:
         resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
         resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 
-    command, environment = [sys.executable, "-c", OPENS, *map(str, paths)], os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, preexec_fn=limit, env=environment)
+    command, environment = (
+        [sys.executable, "-c", OPENS, *map(str, paths)],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, preexec_fn=limit, env=environment
+    )
     assert (done.returncode, done.stderr) == (0, "")  # no signal, no traceback
     lines = done.stdout.splitlines()
     assert len(lines) == len(paths)
@@ -108,7 +124,9 @@ def entries_of(checkpoint: dict) -> list[tuple[str, bytes]]:
         return [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
 
 
-def write_archive(path: Path, entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> Path:
+def write_archive(
+    path: Path, entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED
+) -> Path:
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in entries:
             archive.writestr(name, content)
@@ -117,13 +135,18 @@ def write_archive(path: Path, entries: list[tuple[str, bytes]], compression: int
 
 def test_an_archive_written_by_another_zip_writer_opens(tmp_path):
     """The tests below change such archives: they are refused for the change, and not for their writer."""
-    assert load_model(write_archive(tmp_path / "plain.ckpt", entries_of(checkpoint_of())))[2]["metrics"]["step"] == 3
+    assert (
+        load_model(write_archive(tmp_path / "plain.ckpt", entries_of(checkpoint_of())))[2]["metrics"]["step"]
+        == 3
+    )
 
 
 def test_what_unfolds_is_refused(tmp_path):
     """256 MB of weights, or of pickle, in less than a megabyte."""
     entries = entries_of(checkpoint_of())
-    bomb = write_archive(tmp_path / "bomb.ckpt", [*entries, ("archive/data/99", bytes(2**28))], zipfile.ZIP_DEFLATED)
+    bomb = write_archive(
+        tmp_path / "bomb.ckpt", [*entries, ("archive/data/99", bytes(2**28))], zipfile.ZIP_DEFLATED
+    )
     header = tmp_path / "header.ckpt"
     with zipfile.ZipFile(header, "w") as archive:
         for name, content in entries:
@@ -138,10 +161,13 @@ def test_what_unfolds_is_refused(tmp_path):
 
 
 def test_the_format_from_before_1_6_is_held_to_the_same_rules(tmp_path):
-    """A number of it poses as two billion; a function takes the place of a tensor; a tuple of tuples takes for ever; it just ends."""
+    """A number of it poses as two billion; a function takes the place of a tensor; a tuple of tuples takes
+    for ever; it just ends."""
     torch.save(with_weight(torch.zeros(777)), tmp_path / "whole.ckpt", _use_new_zipfile_serialization=False)
     whole = (tmp_path / "whole.ckpt").read_bytes()
-    assert "expected (12, 24), provided (777,)" in refusal(tmp_path / "whole.ckpt"), "it opens: what follows is refused for its change"
+    assert "expected (12, 24), provided (777,)" in refusal(tmp_path / "whole.ckpt"), (
+        "it opens: what follows is refused for its change"
+    )
     (tmp_path / "long.ckpt").write_bytes(whole.replace(b"M\x09\x03", b"J" + struct.pack("<i", 2**31 - 1)))
     torch.save(with_weight(os.system), tmp_path / "code.ckpt", _use_new_zipfile_serialization=False)
     start = [place for place in range(len(whole)) if whole[place : place + 2] == b"\x80\x02"][3]
@@ -150,7 +176,9 @@ def test_the_format_from_before_1_6_is_held_to_the_same_rules(tmp_path):
     (tmp_path / "short.ckpt").write_bytes(whole[:30])
     expected = {"code": "would run code when opened", "tuples": "unfold without end"}
     names = ("long", "code", "tuples", "half", "short")
-    for name, line in zip(names, in_little_memory(*(tmp_path / f"{name}.ckpt" for name in names)), strict=True):
+    for name, line in zip(
+        names, in_little_memory(*(tmp_path / f"{name}.ckpt" for name in names)), strict=True
+    ):
         assert expected.get(name, "truncated or damaged") in line and len(line) < 500, line
 
 
@@ -184,12 +212,14 @@ def test_entries_that_lie_over_each_other_are_refused(saved):
     path = saved(checkpoint_of())
     with zipfile.ZipFile(path) as archive:
         first = archive.infolist()[4]
-    assert "over each other" in refusal(changed(path, directory_record(path, 6) + 42, "<I", first.header_offset))
+    assert "over each other" in refusal(
+        changed(path, directory_record(path, 6) + 42, "<I", first.header_offset)
+    )
 
 
 def test_a_local_header_that_lies_does_no_harm(saved):
-    """torch finds a weight behind its local header. A name (26) or extra field (28) that is longer than it was moves that
-    place: other numbers, or none, but no crash."""
+    """torch finds a weight behind its local header. A name (26) or extra field (28) that is longer than it
+    was moves that place: other numbers, or none, but no crash."""
     path = saved(checkpoint_of())
     with zipfile.ZipFile(path) as archive:
         offsets = [archive.infolist()[number].header_offset for number in (0, 6, -3)]
@@ -205,7 +235,10 @@ def test_two_headers_are_refused(tmp_path):
 
 
 def test_thousands_of_entries_are_no_trouble(tmp_path):
-    path = write_archive(tmp_path / "many.ckpt", entries_of(checkpoint_of()) + [(f"archive/data/x{i}", b"") for i in range(20_000)])
+    path = write_archive(
+        tmp_path / "many.ckpt",
+        entries_of(checkpoint_of()) + [(f"archive/data/x{i}", b"") for i in range(20_000)],
+    )
     assert in_little_memory(path) == ["opened"]
 
 
@@ -223,7 +256,9 @@ class Call:
 
 
 def with_pickle(path: Path, data: bytes) -> Path:
-    return write_archive(path, [("archive/data.pkl", data), ("archive/byteorder", b"little"), ("archive/version", b"3\n")])
+    return write_archive(
+        path, [("archive/data.pkl", data), ("archive/byteorder", b"little"), ("archive/version", b"3\n")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +285,8 @@ def test_a_name_that_no_checkpoint_of_ours_holds_is_refused_and_told(saved, cont
 
 
 def tuples_of_tuples(levels: int) -> bytes:
-    """A dict whose key is a pair of pairs of pairs ... of one: 4 bytes a level, and 2**levels steps to hash it."""
+    """A dict whose key is a pair of pairs of pairs ... of one: 4 bytes a level, and 2**levels steps to
+    hash it."""
     pickled = b"\x80\x02}K\x01"
     for level in range(levels):
         pickled += b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86"
@@ -278,7 +314,16 @@ def test_nesting_without_end_is_refused(tmp_path):
     assert all("no 'tiny_transformer' in it" in line for line in in_little_memory(*paths))
 
 
-NO_PICKLES = [b"", b".", b"\x80\x02", b"\x80\x02(.", b"\x80\x02K\x01s.", b"\x80\x02t.", b"\x80\x02h\x07.", b"\xff" * 9]
+NO_PICKLES = [
+    b"",
+    b".",
+    b"\x80\x02",
+    b"\x80\x02(.",
+    b"\x80\x02K\x01s.",
+    b"\x80\x02t.",
+    b"\x80\x02h\x07.",
+    b"\xff" * 9,
+]
 
 
 @pytest.mark.parametrize("data", NO_PICKLES, ids=repr)
@@ -299,7 +344,11 @@ def holds_itself() -> list:
     return loop
 
 
-@pytest.mark.parametrize("value", [shared_lists(12), holds_itself(), [[[]]], torch.ones(2)], ids=["shared", "loop", "nested", "tensor"])
+@pytest.mark.parametrize(
+    "value",
+    [shared_lists(12), holds_itself(), [[[]]], torch.ones(2)],
+    ids=["shared", "loop", "nested", "tensor"],
+)
 @pytest.mark.parametrize("field", ["format_version", "run", "config", "extra"])
 def test_fields_that_are_no_plain_tree_are_refused(saved, value, field):
     """Whatever prints a field would print it in full: a hundred bytes, ten to the twelfth characters."""
@@ -310,20 +359,33 @@ def test_fields_that_are_no_plain_tree_are_refused(saved, value, field):
 
 
 def test_lists_that_are_filled_only_after_they_were_shared_are_refused(tmp_path):
-    """Written by hand, a pickle may put ten of an empty list into the one above, and fill it later: no part of it is large."""
+    """Written by hand, a pickle may put ten of an empty list into the one above, and fill it later: no
+    part of it is large."""
 
     def text(word: str) -> bytes:
         return b"X" + struct.pack("<I", len(word)) + word.encode()
 
     lists = b"".join(b"]q" + bytes([i]) for i in range(12))
     filled = b"".join(b"h" + bytes([i]) + b"(" + (b"h" + bytes([i + 1])) * 10 + b"e" for i in range(11))
-    data = b"\x80\x02}(" + text("state_dict") + b"}" + text(KEY) + b"}" + text("extra") + b"(" + lists + filled + b"tsu."
+    data = (
+        b"\x80\x02}("
+        + text("state_dict")
+        + b"}"
+        + text(KEY)
+        + b"}"
+        + text("extra")
+        + b"("
+        + lists
+        + filled
+        + b"tsu."
+    )
     check_pickle(data)
     assert "nested without end" in refusal(with_pickle(tmp_path / "above.ckpt", data))
 
 
 class Covered(dict):
-    """Pickled, it is an OrderedDict with an attribute `items`, which hides the method from the next loop over it."""
+    """Pickled, it is an OrderedDict with an attribute `items`, which hides the method from the next loop
+    over it."""
 
     def __reduce__(self):
         return OrderedDict, (), {"items": "no method"}, None, iter(self.items())
@@ -343,7 +405,8 @@ def test_a_dict_whose_methods_are_hidden_is_refused(saved, name):
 
 
 def lengthened(checkpoint: dict, numel: int) -> bytes:
-    """The pickle of a checkpoint whose first weight has 12 * 24 = 288 elements, with another number in their place."""
+    """The pickle of a checkpoint whose first weight has 12 * 24 = 288 elements, with another number in
+    their place."""
     [data] = [content for name, content in entries_of(checkpoint) if name.endswith("data.pkl")]
     old, new = b"M" + struct.pack("<H", 288), b"J" + struct.pack("<i", numel)
     assert data.count(old) >= 1
@@ -353,14 +416,21 @@ def lengthened(checkpoint: dict, numel: int) -> bytes:
 @pytest.mark.parametrize("numel", [289, 2**31 - 1])
 def test_a_tensor_that_claims_a_longer_storage_does_no_harm(tmp_path, numel):
     checkpoint = with_weight(torch.ones(288))
-    entries = [(name, lengthened(checkpoint, numel) if name.endswith("data.pkl") else content) for name, content in entries_of(checkpoint)]
+    entries = [
+        (name, lengthened(checkpoint, numel) if name.endswith("data.pkl") else content)
+        for name, content in entries_of(checkpoint)
+    ]
     [line] = in_little_memory(write_archive(tmp_path / "longer.ckpt", entries))
     assert "longer.ckpt" in line
 
 
 def test_a_tensor_of_one_number_that_poses_as_a_terabyte_is_refused(saved):
-    assert f"{NAME} claims more elements than the file holds" in refusal(saved(with_weight(torch.ones(1).expand(10**6, 10**6))))
-    checkpoint = checkpoint_of() | {"optimizer_states": [{"state": {0: {"exp_avg": torch.ones(1).expand(10**12)}}}]}
+    assert f"{NAME} claims more elements than the file holds" in refusal(
+        saved(with_weight(torch.ones(1).expand(10**6, 10**6)))
+    )
+    checkpoint = checkpoint_of() | {
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(1).expand(10**12)}}}]
+    }
     assert "optimizer_states.0.state.0.exp_avg claims" in refusal(saved(checkpoint))
 
 
@@ -457,17 +527,23 @@ def test_a_damaged_tokenizer_is_one_line(saved, state):
 
 
 def test_a_model_of_absurd_size_is_refused_in_little_memory(saved):
-    for line in in_little_memory(*(saved(checkpoint_of(model=MODEL | sizes), f"{number}.ckpt") for number, sizes in enumerate(HUGE))):
+    for line in in_little_memory(
+        *(saved(checkpoint_of(model=MODEL | sizes), f"{number}.ckpt") for number, sizes in enumerate(HUGE))
+    ):
         assert "but its weights allow" in line
 
 
 def test_escape_sequences_in_the_names_of_weights_are_shown_as_escapes(saved):
-    for checkpoint in (with_weight(torch.ones(2), f"net.{ESCAPE}"), with_weight("no tensor", f"net.{ESCAPE}")):
+    for checkpoint in (
+        with_weight(torch.ones(2), f"net.{ESCAPE}"),
+        with_weight("no tensor", f"net.{ESCAPE}"),
+    ):
         assert "x1b[2J" in refusal(saved(checkpoint))
 
 
 def test_list_has_a_row_for_each_of_them(saved, tmp_path, capsys):
-    """Whatever is in the folder: two lines for each file, its row and the reason, and nothing that a terminal obeys."""
+    """Whatever is in the folder: two lines for each file, its row and the reason, and nothing that a
+    terminal obeys."""
     for number, fields in enumerate(FIELDS.values()):
         saved(checkpoint_of(**fields), f"{number}.ckpt")
     saved(with_weight(torch.ones(1).expand(10**12)), "wide.ckpt")
@@ -519,7 +595,9 @@ def make(kind: str, path: Path) -> None:
         path.write_text("Attention is all you need.")
 
 
-@pytest.mark.parametrize("kind", ["folder", "link to nothing", "link to itself", "pipe", "socket", "device", "text"])
+@pytest.mark.parametrize(
+    "kind", ["folder", "link to nothing", "link to itself", "pipe", "socket", "device", "text"]
+)
 @pytest.mark.parametrize("name", ["step-0000009.ckpt", "last.ckpt"])
 def test_the_newest_checkpoint_is_found_behind_what_is_none(saved, tmp_path, capsys, monkeypatch, kind, name):
     good = saved(checkpoint_of(), "step-0000003.ckpt" if name.startswith("step") else "final.ckpt")
@@ -527,7 +605,9 @@ def test_the_newest_checkpoint_is_found_behind_what_is_none(saved, tmp_path, cap
     make(kind, tmp_path / name)
     assert find_latest_checkpoint(tmp_path) == good
     err = capsys.readouterr().err
-    if name.startswith("step") or not kind.startswith("link"):  # a link to nothing named last is as if it was not there
+    if name.startswith("step") or not kind.startswith(
+        "link"
+    ):  # a link to nothing named last is as if it was not there
         [line] = err.splitlines()
         assert line.startswith("warning: ")
         assert name in line
@@ -574,7 +654,9 @@ def laughs(form: str, first: str) -> str:
     return "\n".join(lines)
 
 
-INLINE = "[" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11))]) + "]"
+INLINE = (
+    "[" + ", ".join(["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11))]) + "]"
+)
 YAML = {
     "laughs": laughs("[{}]", "[x]"),
     "laughs in dicts": laughs("{{k: [{}]}}", "{k: x}"),
@@ -631,7 +713,11 @@ def test_a_pipe_is_no_config_and_is_not_waited_for(tmp_path):
         read_config_file(tmp_path / "pipe.yaml")
 
 
-@pytest.mark.parametrize("number", ["0x" + "f" * 10_000, "1" + ":1" * 100_000, "9" * 100_000], ids=["hexadecimal", "sixties", "decimal"])
+@pytest.mark.parametrize(
+    "number",
+    ["0x" + "f" * 10_000, "1" + ":1" * 100_000, "9" * 100_000],
+    ids=["hexadecimal", "sixties", "decimal"],
+)
 def test_a_number_without_end_is_never_computed(tmp_path, number):
     (tmp_path / "c.yaml").write_text(f"data: {{path: x}}\ntraining: {{max_steps: 1}}\nseed: {number}")
     with pytest.raises(UserError, match="seed=") as caught:
@@ -640,4 +726,8 @@ def test_a_number_without_end_is_never_computed(tmp_path, number):
 
 
 def test_plain_aliases_stay_allowed():
-    assert typed(parse_yaml("a: &x [1, 2]\nb: *x\nc: {d: *x}", "text")) == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+    assert typed(parse_yaml("a: &x [1, 2]\nb: *x\nc: {d: *x}", "text")) == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"d": [1, 2]},
+    }

@@ -1,7 +1,8 @@
-"""Text of a size or a kind that nobody planned for is trained on in bounded memory, or refused in one line that says why.
+"""Text of a size or a kind that nobody planned for is trained on in bounded memory, or refused in one line
+that says why.
 
-Long documents are encoded in pieces. Here the pieces are a few characters long, so that every rule about them is met
-often; the slow half runs train.py on lines of 200 MB and looks at the memory it took.
+Long documents are encoded in pieces. Here the pieces are a few characters long, so that every rule about them
+is met often; the slow half runs train.py on lines of 200 MB and looks at the memory it took.
 """
 
 import itertools
@@ -30,7 +31,15 @@ from support.config.read import validate_config
 from support.config.schema import DataConfig
 from support.messages import UserError
 from support.text.documents import DocumentStream, hf_documents, text_documents
-from tokenizer import EOS_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer
+from tokenizer import (
+    EOS_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    FileTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 CORPUS = (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
@@ -58,9 +67,12 @@ ATOMS = [
     "🙂",
 ]
 ATOMS += ["👩‍👩‍👧", "🇩🇪", "!?", "...", "_", "ﬁ", "\ufeff", "\ufffd", "<|endoftext|>", "</s>"]
-ATOMS += list("\x0b\x0c\x1b\x1c\x1d\x1f\x85\u00a0\u1680\u180e\u200b\u2003\u2028\u2029\u3000")  # blank to one library, not to another
+ATOMS += list(
+    "\x0b\x0c\x1b\x1c\x1d\x1f\x85\u00a0\u1680\u180e\u200b\u2003\u2028\u2029\u3000"
+)  # blank to one library, not to another
 GPT4 = (  # digits by threes, and line ends stay with the punctuation before them
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -69,30 +81,40 @@ def mixture(seed: int, n: int) -> str:
 
 
 def file_tokenizer(pre_tokenizer=None, normalizer=None) -> FileTokenizer:
-    """A tokenizer.json with rules of its own, trained on the bundled corpus and on Chinese with a full stop at each line's end."""
+    """A tokenizer.json with rules of its own, trained on the bundled corpus and on Chinese with a full
+    stop at each line's end."""
     backend = Backend(models.BPE())
     backend.normalizer, bytes_ = normalizer, pre_tokenizers.ByteLevel.alphabet()
     backend.decoder = decoders.ByteLevel()
     if pre_tokenizer is not None:
         backend.pre_tokenizer = pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[EOS_TEXT], initial_alphabet=bytes_, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[EOS_TEXT], initial_alphabet=bytes_, show_progress=False
+    )
     backend.train_from_iterator([*CORPUS[:20000].splitlines(), "语言。\n模型。\n" * 50], trainer)
     return FileTokenizer(backend.to_str(), EOS_TEXT)
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
-    bytes_only, bpe = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), BPETokenizer.train([CORPUS], 600)
+    bytes_only, bpe = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        BPETokenizer.train([CORPUS], 600),
+    )
     return {
         "byte": ByteTokenizer(),
         "char": CharTokenizer.train(ATOMS),
         "bpe": bpe,
         "gpt2": GPT2Tokenizer(),
         "file": FileTokenizer(bpe.backend.to_str(), EOS_TEXT),
-        "like gpt4": file_tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GPT4), "isolated"), bytes_only])),
+        "like gpt4": file_tokenizer(
+            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GPT4), "isolated"), bytes_only])
+        ),
         "space before": file_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "sentencepiece": file_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"), normalizers.NFKC()),
-        "one word": file_tokenizer(None, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])),
+        "one word": file_tokenizer(
+            None, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        ),
     }
 
 
@@ -106,7 +128,8 @@ def joined(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
 @pytest.mark.parametrize("limit", [20, 60])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ids_of_the_pieces_are_the_ids_of_the_whole(tokenizers, monkeypatch, kind, limit):
-    """Where a word ends within the limit; bpe and gpt2 also cut a longer stretch, and what they lose there is the next test."""
+    """Where a word ends within the limit; bpe and gpt2 also cut a longer stretch, and what they lose there
+    is the next test."""
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", limit)
     tokenizer, compared = tokenizers[kind], 0
     for seed in range(300):
@@ -118,12 +141,20 @@ def test_the_ids_of_the_pieces_are_the_ids_of_the_whole(tokenizers, monkeypatch,
         if kind not in ("bpe", "gpt2") or at_words:
             assert joined(tokenizer, pieces) == tokenizer.encode(text), (seed, list(map(ascii, pieces)))
             compared += len(pieces) > 1
-    assert compared > 30 or (kind == "one word" and compared == 0), "a file that puts a sign before every text cannot be cut"
+    assert compared > 30 or (kind == "one word" and compared == 0), (
+        "a file that puts a sign before every text cannot be cut"
+    )
 
 
-@pytest.mark.parametrize("stretch", ["x" * 5000, "语言模型" * 1000, " " * 5000, "\0" * 5000, "🙂" * 3000, "YWJj" * 2000], ids=lambda s: ascii(s[:2]))
+@pytest.mark.parametrize(
+    "stretch",
+    ["x" * 5000, "语言模型" * 1000, " " * 5000, "\0" * 5000, "🙂" * 3000, "YWJj" * 2000],
+    ids=lambda s: ascii(s[:2]),
+)
 @pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2", "file", "like gpt4"])
-def test_a_stretch_without_words_is_cut_anywhere_and_still_the_same_text(tokenizers, monkeypatch, kind, stretch):
+def test_a_stretch_without_words_is_cut_anywhere_and_still_the_same_text(
+    tokenizers, monkeypatch, kind, stretch
+):
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 100)
     tokenizer = tokenizers[kind]
     pieces = list(tokenizer.pieces(stretch))
@@ -149,7 +180,11 @@ def test_a_document_that_a_tokenizer_file_cannot_cut_is_refused_when_it_is_too_l
     monkeypatch.setattr(tokenizer_module, "WHOLE_CHARS", 500)
     tokenizer = tokenizers["space before"]
     assert list(tokenizer.pieces("x" * 500)) == ["x" * 500]
-    with pytest.raises(UserError, match=r"a document of 6,000 characters is too long for this tokenizer\.json.*at most 500, or train with"):
+    with pytest.raises(
+        UserError,
+        match=r"a document of 6,000 characters is too long for this tokenizer\.json.*at most 500, or train "
+        r"with",
+    ):
         list(tokenizer.pieces("x" * 6000))
 
 
@@ -192,9 +227,13 @@ def long_documents(seed: int) -> list[str]:
     return [mixture(100 * seed + i, random_.choice([1, 5, 60, 400])) or "x" for i in range(9)]
 
 
-def stream(texts: list[str], tokenizer: Tokenizer, state: str | None = None, stride: int = 7, shuffle: bool = True) -> Iterator[list[dict]]:
+def stream(
+    texts: list[str], tokenizer: Tokenizer, state: str | None = None, stride: int = 7, shuffle: bool = True
+) -> Iterator[list[dict]]:
     documents = DocumentStream(datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(), "text")
-    return iter(StreamingPackedLMDataset(documents, tokenizer, 7, stride, StepShape(2, 2), 42, shuffle, state=state))
+    return iter(
+        StreamingPackedLMDataset(documents, tokenizer, 7, stride, StepShape(2, 2), 42, shuffle, state=state)
+    )
 
 
 def tokens_of(steps: list[list[dict]]) -> list[int]:
@@ -208,9 +247,12 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(data_module, "SHUFFLE_GROUP", 4)
 
 
-@pytest.mark.parametrize(("kind", "stride", "seed"), [("byte", 7, 1), ("byte", 3, 2), ("file", 7, 3), ("file", 2, 4)])
+@pytest.mark.parametrize(
+    ("kind", "stride", "seed"), [("byte", 7, 1), ("byte", 3, 2), ("file", 7, 3), ("file", 2, 4)]
+)
 def test_a_stream_of_long_documents_resumes_from_any_step(tokenizers, small_pieces, kind, stride, seed):
-    """In the middle of a piece, at its end, between documents, groups and epochs; and what the state carries stays small."""
+    """In the middle of a piece, at its end, between documents, groups and epochs; and what the state
+    carries stays small."""
     texts, tokenizer = long_documents(seed), tokenizers[kind]
     n = 2 * sum(len(tokenizer.encode(text)) + 1 for text in texts) // (4 * stride)
     whole = list(itertools.islice(stream(texts, tokenizer, stride=stride), n))
@@ -236,7 +278,10 @@ def test_the_state_of_an_older_checkpoint_still_loads(tokenizers, small_pieces):
     texts, tokenizer = long_documents(6), tokenizers["byte"]
     old = {"epoch": 0, "group": 0, "source": None, "used": 2, "tokens": [7, 8, 9]}
     row = [7, 8, 9, *tokenize(texts[2:], tokenizer).tolist()]
-    assert tokens_of(list(itertools.islice(stream(texts, tokenizer, json.dumps(old), shuffle=False), 5))) == row[:140]
+    assert (
+        tokens_of(list(itertools.islice(stream(texts, tokenizer, json.dumps(old), shuffle=False), 5)))
+        == row[:140]
+    )
 
 
 # ---- what is read -------------------------------------------------------------------------------------------------
@@ -260,7 +305,9 @@ def refusal(path: Path, **keys) -> str:
 
 
 @pytest.mark.parametrize("offset", [0, 70_000, 139_999])
-@pytest.mark.parametrize(("byte", "what"), [(b"\xff", "byte 0xff at offset {} is not UTF-8"), (b"\0", "NUL byte at offset {}")])
+@pytest.mark.parametrize(
+    ("byte", "what"), [(b"\xff", "byte 0xff at offset {} is not UTF-8"), (b"\0", "NUL byte at offset {}")]
+)
 @pytest.mark.parametrize("name", ["a.txt", "folder", "rows.jsonl"])
 def test_a_bad_byte_is_named_with_file_and_offset_and_replaced_on_request(tmp_path, name, byte, what, offset):
     """In the first, a middle, or the last byte of a long line; in a .jsonl that offset is the file's too."""
@@ -283,12 +330,21 @@ def test_a_bad_byte_is_named_with_file_and_offset_and_replaced_on_request(tmp_pa
 
 
 def test_text_that_looks_broken_and_is_not_is_read_as_it_is(tmp_path):
-    """A byte order mark, line separators, no line end, a NUL and a pair of surrogates as JSON writes them, a long row."""
-    assert read(write(tmp_path / "a.txt", "\ufeffone\u2028two\u2029\x85three\r\n<|endoftext|> four".encode())) == [
-        "one\u2028two\u2029\x85three\n<|endoftext|> four"
+    """A byte order mark, line separators, no line end, a NUL and a pair of surrogates as JSON writes them,
+    a long row."""
+    assert read(
+        write(tmp_path / "a.txt", "\ufeffone\u2028two\u2029\x85three\r\n<|endoftext|> four".encode())
+    ) == ["one\u2028two\u2029\x85three\n<|endoftext|> four"]
+    rows = [
+        r'{"text": "a\u0000b \ud83d\ude42 \u2028"}',
+        json.dumps({"text": "long " * 400_000}),
+        '{"text": "no end"}',
     ]
-    rows = [r'{"text": "a\u0000b \ud83d\ude42 \u2028"}', json.dumps({"text": "long " * 400_000}), '{"text": "no end"}']
-    assert read(write(tmp_path / "a.jsonl", "\r\n".join(rows).encode())) == ["a\0b 🙂 \u2028", "long " * 400_000, "no end"]
+    assert read(write(tmp_path / "a.jsonl", "\r\n".join(rows).encode())) == [
+        "a\0b 🙂 \u2028",
+        "long " * 400_000,
+        "no end",
+    ]
 
 
 @pytest.mark.parametrize("text", [r"\ud800", r"a \udc00 b", r"\ude42\ud83d"])
@@ -297,9 +353,13 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path, text):
     assert "a.jsonl, line 2 holds half a character" in message
 
 
-@pytest.mark.parametrize("broken", [b'{"text": "\xff"}', rb'{"text": "\ud800"}', b'{"text": "a\0"}'], ids=ascii)
+@pytest.mark.parametrize(
+    "broken", [b'{"text": "\xff"}', rb'{"text": "\ud800"}', b'{"text": "a\0"}'], ids=ascii
+)
 @pytest.mark.parametrize("streaming", [True, False])
-def test_rows_of_a_local_dataset_that_hold_no_text_are_one_line_of_error(tmp_path, monkeypatch, broken, streaming):
+def test_rows_of_a_local_dataset_that_hold_no_text_are_one_line_of_error(
+    tmp_path, monkeypatch, broken, streaming
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n' * 3 + broken + b"\n")
     config = DataConfig(source="hf", dataset="json", path=str(path), streaming=streaming, val_docs=1)
@@ -315,7 +375,9 @@ def test_a_million_empty_documents_are_left_out(tmp_path, monkeypatch):
     """Between two texts they are nothing; alone they are an error; and none of them is ever held."""
     marks = b"<|endoftext|>\n" * 1_000_000
     assert read(write(tmp_path / "a.txt", b"one\n" + marks + b"two")) == ["one", "two"]
-    assert refusal(write(tmp_path / "b.txt", marks[:1_400_000])).startswith(f"{tmp_path / 'b.txt'} holds no text (1 file, 1400000 bytes)")
+    assert refusal(write(tmp_path / "b.txt", marks[:1_400_000])).startswith(
+        f"{tmp_path / 'b.txt'} holds no text (1 file, 1400000 bytes)"
+    )
     assert read(write(tmp_path / "c.jsonl", b'{"text": ""}\n' * 50_000 + b'{"text": "one"}')) == ["one"]
     assert "holds no text" in refusal(write(tmp_path / "d.jsonl", b'{"text": " "}\n' * 50_000))
 
@@ -340,7 +402,10 @@ def test_text_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monk
     os.truncate(path, 2**40)  # a terabyte that takes no room on the disk
     monkeypatch.setattr(hardware, "memory_total", lambda device: 24 * 2**30)
     message = refusal(path)
-    assert f"data.path={path}: 1,048,576 MB of text need at least 2,097,152 MB of memory, and there are 24,576 MB" in message
+    assert (
+        f"data.path={path}: 1,048,576 MB of text need at least 2,097,152 MB of memory, and there are "
+        "24,576 MB" in message
+    )
     assert "data.streaming=true" in message
 
 
@@ -357,20 +422,40 @@ def test_the_memory_is_no_more_than_a_container_or_a_ulimit_allows(tmp_path, mon
 
 def test_memory_that_runs_out_while_text_is_prepared_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"text " * 100)
-    config = validate_config({"data": {"path": str(path)}, "tokenizer": {"kind": "byte"}, "training": {"max_steps": 1}, "model": {"max_seq_len": 16}})
+    config = validate_config(
+        {
+            "data": {"path": str(path)},
+            "tokenizer": {"kind": "byte"},
+            "training": {"max_steps": 1},
+            "model": {"max_seq_len": 16},
+        }
+    )
     corpus = load_corpus(config)
-    for part, work in (("text_documents", lambda: load_corpus(config)), ("tokenize", lambda: pack_corpus(corpus, ByteTokenizer(), config))):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^the text is too large for the [0-9,]+ MB of memory") as caught:
+    for part, work in (
+        ("text_documents", lambda: load_corpus(config)),
+        ("tokenize", lambda: pack_corpus(corpus, ByteTokenizer(), config)),
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=r"^the text is too large for the [0-9,]+ MB of memory") as caught,
+        ):
             patch.setattr(data_module, part, lambda *args: np.empty(2**58))
             work()
         assert str(caught.value).isprintable()
 
 
 MB = 2**20
-SMALL = ["model.d_model=32", "model.n_layers=1", "training.micro_batch_size=2", "training.max_steps=1", "training.warmup_steps=0"]
+SMALL = [
+    "model.d_model=32",
+    "model.n_layers=1",
+    "training.micro_batch_size=2",
+    "training.max_steps=1",
+    "training.warmup_steps=0",
+]
 
 
-# The kernel's own count since the program was loaded; what wait4 tells holds the memory of the process that forked it, too.
+# The kernel's own count since the program was loaded; what wait4 tells holds the memory of the process that
+# forked it, too.
 TELLS_ITS_PEAK = """
 import sys, train
 from support.cli import guarded
@@ -382,11 +467,18 @@ sys.exit(code)
 
 
 def train_process(folder: Path, *overrides: str) -> tuple[int, str, int]:
-    """(exit status, what it said, peak memory in bytes) of train.py with the smoke config and a very small model."""
+    """(exit status, what it said, peak memory in bytes) of train.py with the smoke config and a very small
+    model."""
     argv = ["--config", "config_smoke.yaml", "--device", "cpu", "--fresh"]
     for override in (*SMALL, "training.val_batches=1", f"checkpoint.dir={folder}", *overrides):
         argv += ["--override", override]
-    done = subprocess.run([sys.executable, "-c", TELLS_ITS_PEAK, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
+    done = subprocess.run(
+        [sys.executable, "-c", TELLS_ITS_PEAK, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPO,
+    )
     peak = re.search(r"^peak (\d+)$", done.stdout, re.M)
     return done.returncode, done.stdout, int(peak[1]) * 1024 if peak else 0
 
@@ -396,9 +488,10 @@ def one_line(path: Path, size: int, before: bytes = b"", behind: bytes = b"") ->
     return write(path, before + (words * (size // len(words) + 1))[:size] + behind)
 
 
-# Text, and the two parts it is cut into for a moment: 2 bytes a byte. Then one part and the ids, 2 bytes each, and a quarter
-# more while their row grows: 3.5 for `byte`, with one token a byte, and less for the others. Of a stream, the library that reads
-# it holds the row several times over, as bytes, as a table and as text.
+# Text, and the two parts it is cut into for a moment: 2 bytes a byte. Then one part and the ids, 2 bytes
+# each, and a quarter more while their row grows: 3.5 for `byte`, with one token a byte, and less for the
+# others. Of a stream, the library that reads it holds the row several times over, as bytes, as a table and as
+# text.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "multiple", "overrides"),
@@ -406,22 +499,39 @@ def one_line(path: Path, size: int, before: bytes = b"", behind: bytes = b"") ->
         (200 * MB, 4, ["tokenizer.kind=byte"]),
         (200 * MB, 4, ["tokenizer.kind=gpt2"]),
         (32 * MB, 4, ["tokenizer.kind=bpe"]),
-        (64 * MB, 10, ["tokenizer.kind=byte", "data.source=hf", "data.dataset=json", "data.streaming=true", "data.val_docs=1"]),
+        (
+            64 * MB,
+            10,
+            [
+                "tokenizer.kind=byte",
+                "data.source=hf",
+                "data.dataset=json",
+                "data.streaming=true",
+                "data.val_docs=1",
+            ],
+        ),
     ],
     ids=["byte", "gpt2", "bpe", "stream"],
 )
 def test_a_single_line_of_hundreds_of_megabytes_trains_in_bounded_memory(tmp_path, size, multiple, overrides):
-    """Beside what the same run takes with little text: PyTorch and the rest, which grow from version to version."""
+    """Beside what the same run takes with little text: PyTorch and the rest, which grow from version to
+    version."""
     peaks = {}
     for n_bytes in (MB // 10, size):
         if "data.dataset=json" in overrides:
-            path = one_line(tmp_path / "a.jsonl", n_bytes, b'{"text": "%s"}\n{"text": "' % (b"val " * 200), b'"}\n')
+            path = one_line(
+                tmp_path / "a.jsonl", n_bytes, b'{"text": "%s"}\n{"text": "' % (b"val " * 200), b'"}\n'
+            )
         else:
             path = one_line(tmp_path / "a.txt", n_bytes)
         code, said, peaks[n_bytes] = train_process(tmp_path / "run", f"data.path={path}", *overrides)
         assert code == 0, said
-    base = peaks[MB // 10] + 400 * MB * ("tokenizer.kind=bpe" in overrides or "tokenizer.kind=gpt2" in overrides)
-    assert peaks[size] < base + multiple * size, {n_bytes: f"{peak / MB:,.0f} MB" for n_bytes, peak in peaks.items()}
+    base = peaks[MB // 10] + 400 * MB * (
+        "tokenizer.kind=bpe" in overrides or "tokenizer.kind=gpt2" in overrides
+    )
+    assert peaks[size] < base + multiple * size, {
+        n_bytes: f"{peak / MB:,.0f} MB" for n_bytes, peak in peaks.items()
+    }
 
 
 LITTLE = """
@@ -443,11 +553,25 @@ for extra in map(int, sys.argv[1].split(",")):
 def test_a_process_with_too_little_memory_says_so_in_one_line(tmp_path):
     """At each step of the way: while reading, cutting off validation, encoding."""
     path = one_line(tmp_path / "a.txt", 40 * MB)
-    argv = ["--config", "config_smoke.yaml", "--override", f"data.path={path}", "--override", "tokenizer.kind=byte"]
+    argv = [
+        "--config",
+        "config_smoke.yaml",
+        "--override",
+        f"data.path={path}",
+        "--override",
+        "tokenizer.kind=byte",
+    ]
     argv += ["--override", f"checkpoint.dir={tmp_path / 'run'}", "--show-step", "1"]
     amounts = "30,60,110,1000"
-    done = subprocess.run([sys.executable, "-c", LITTLE, amounts, *argv], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE, amounts, *argv], cwd=REPO, capture_output=True, text=True
+    )
     said = done.stderr.splitlines()
     assert "Traceback" not in done.stderr, done.stderr
-    assert [line.split() for line in said if not line.startswith("error")] == [["30", "2"], ["60", "2"], ["110", "2"], ["1000", "0"]]
+    assert [line.split() for line in said if not line.startswith("error")] == [
+        ["30", "2"],
+        ["60", "2"],
+        ["110", "2"],
+        ["1000", "0"],
+    ]
     assert sum(line.startswith("error: the text is too large for the ") for line in said) == 3

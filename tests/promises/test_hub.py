@@ -1,4 +1,5 @@
-"""Datasets of the Hugging Face hub: streamed from a hub on the loopback device, and clear answers where there is none."""
+"""Datasets of the Hugging Face hub: streamed from a hub on the loopback device, and clear answers where
+there is none."""
 
 import json
 import os
@@ -29,7 +30,9 @@ from support.text.hub import hub_reachable, open_dataset
 
 ROOT = Path(__file__).parents[2]
 NAME = "wikimedia/wikipedia"
-ARTICLES = [f"Article {i}\n\n" + f"The town of Number {i} lies by the river. " * (1 + i * 7 % 11) for i in range(90)]
+ARTICLES = [
+    f"Article {i}\n\n" + f"The town of Number {i} lies by the river. " * (1 + i * 7 % 11) for i in range(90)
+]
 
 # config.yaml as it is, with a model and steps of toy size.
 TOY = (
@@ -48,8 +51,8 @@ TOY = (
     "hardware.accelerator=cpu",
 )
 
-# Runs train.py once for each command line on standard input, in one process, and prints what each answered. A long pause
-# is a retry, and there is nothing to retry.
+# Runs train.py once for each command line on standard input, in one process, and prints what each answered. A
+# long pause is a retry, and there is nothing to retry.
 ASK = """
 import contextlib, io, json, runpy, sys, time
 
@@ -73,7 +76,9 @@ print(json.dumps(answers))
 def hub() -> Iterator[LoopbackHub]:
     """Wikipedia in small: English in two files, and a German part of three articles."""
     files = {
-        "README.md": dataset_card({f"20231101.{code}": {"train": f"20231101.{code}/train-*"} for code in ("en", "de")}),
+        "README.md": dataset_card(
+            {f"20231101.{code}": {"train": f"20231101.{code}/train-*"} for code in ("en", "de")}
+        ),
         "20231101.en/train-00000-of-00002.parquet": parquet(ARTICLES[:50]),
         "20231101.en/train-00001-of-00002.parquet": parquet(ARTICLES[50:]),
         "20231101.de/train-00000-of-00001.parquet": parquet(ARTICLES[:3]),
@@ -86,7 +91,12 @@ def argv_of(folder: Path, *words: str) -> list[str]:
     """config.yaml with the toy overrides; words that begin with -- are flags, others further overrides."""
     overrides = [*TOY, f"checkpoint.dir={folder}", *(word for word in words if not word.startswith("--"))]
     flags = [part for word in words if word.startswith("--") for part in word.split("=")]
-    return ["--config", "config.yaml", *(part for override in overrides for part in ("--override", override)), *flags]
+    return [
+        "--config",
+        "config.yaml",
+        *(part for override in overrides for part in ("--override", override)),
+        *flags,
+    ]
 
 
 def ask(environment: dict[str, str], command_lines: dict[str, list[str]]) -> dict[str, dict]:
@@ -123,7 +133,9 @@ def train(hub: LoopbackHub, folder: Path, *words: str) -> subprocess.CompletedPr
 
 
 def stream_state(folder: Path) -> dict:
-    return json.loads(torch.load(folder / "final.ckpt", weights_only=True)["tiny_transformer"]["stream_state"])
+    return json.loads(
+        torch.load(folder / "final.ckpt", weights_only=True)["tiny_transformer"]["stream_state"]
+    )
 
 
 def test_config_yaml_streams_from_the_hub_trains_and_samples(hub, tmp_path, capsys):
@@ -131,10 +143,16 @@ def test_config_yaml_streams_from_the_hub_trains_and_samples(hub, tmp_path, caps
     hub.requests.clear()
     run = train(hub, tmp_path / "run")
     assert run.returncode == 0, run.stderr
-    assert not re.search("Traceback|Exception|Error", run.stderr), "abandoned streams must not complain at the exit either"
+    assert not re.search("Traceback|Exception|Error", run.stderr), (
+        "abandoned streams must not complain at the exit either"
+    )
     assert "val:   9 documents" in run.stdout
-    asked = [request for request in hub.requests if request.startswith("GET") and request.endswith(".parquet")]
-    assert {request.rpartition("/")[2] for request in asked} == {f"train-0000{i}-of-00002.parquet" for i in range(2)}
+    asked = [
+        request for request in hub.requests if request.startswith("GET") and request.endswith(".parquet")
+    ]
+    assert {request.rpartition("/")[2] for request in asked} == {
+        f"train-0000{i}-of-00002.parquet" for i in range(2)
+    }
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
@@ -146,21 +164,40 @@ def test_config_yaml_streams_from_the_hub_trains_and_samples(hub, tmp_path, caps
     assert (state["epoch"], state["group"]) == (0, 0)
     assert state["used"] > 0
     capsys.readouterr()
-    infer.main(["--ckpt", str(tmp_path / "run" / "final.ckpt"), "--prompt", "Attention is", "--max-new-tokens", "5", "--device", "cpu"])
+    infer.main(
+        [
+            "--ckpt",
+            str(tmp_path / "run" / "final.ckpt"),
+            "--prompt",
+            "Attention is",
+            "--max-new-tokens",
+            "5",
+            "--device",
+            "cpu",
+        ]
+    )
     assert capsys.readouterr().out.startswith("Attention is")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_streamed_from_the_hub_resumes_exactly(hub, tmp_path, workers):
-    """A few steps after a resume end in the same weights as without one, in another epoch; the tokenizer comes from the
-    stream too."""
-    words = ("tokenizer.kind=bpe", "tokenizer.vocab_size=300", "data.train_docs=9", "training.schedule_steps=40", f"hardware.num_workers={workers}")
+    """A few steps after a resume end in the same weights as without one, in another epoch; the tokenizer
+    comes from the stream too."""
+    words = (
+        "tokenizer.kind=bpe",
+        "tokenizer.vocab_size=300",
+        "data.train_docs=9",
+        "training.schedule_steps=40",
+        f"hardware.num_workers={workers}",
+    )
     whole = train(hub, tmp_path / "whole", *words, "training.max_steps=40")
     first = train(hub, tmp_path / "parts", *words, "training.max_steps=15")
     epoch = stream_state(tmp_path / "parts")["epoch"]
     rest = train(hub, tmp_path / "parts", *words, "training.max_steps=40", "--resume")
-    assert [run.returncode for run in (whole, first, rest)] == [0, 0, 0], whole.stderr + first.stderr + rest.stderr
+    assert [run.returncode for run in (whole, first, rest)] == [0, 0, 0], (
+        whole.stderr + first.stderr + rest.stderr
+    )
     assert stream_state(tmp_path / "parts")["epoch"] > epoch
     assert whole.stdout.splitlines()[-1].startswith("weights sha256 ")
     assert rest.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1] != first.stdout.splitlines()[-1]
@@ -178,7 +215,10 @@ MISTAKES = {
     "validation split": (["data.val_split=validation"], "validation"),
     "revision": (["data.revision=abcdef0"], "abcdef0"),
     "text field": (["data.text_field=body"], "fields: id, url, title, text"),
-    "text field, not streamed": (["data.text_field=body", "data.streaming=false"], "fields: id, url, title, text"),
+    "text field, not streamed": (
+        ["data.text_field=body", "data.streaming=false"],
+        "fields: id, url, title, text",
+    ),
     "nothing left to train on": (["data.val_docs=90"], "data.val_docs"),
     "path beside a hub dataset": (["data.path=x.jsonl"], "data.path=x.jsonl"),
 }
@@ -221,16 +261,23 @@ def closed_port() -> int:
 
 
 def test_without_network_the_answer_comes_before_anything_is_tried(tmp_path):
-    """The libraries retry for half a minute: they are not even imported. What is not streamed may lie in the cache, which is
-    looked up without network."""
-    environment = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "0") | {"HF_HOME": str(tmp_path / "cache")}
-    lines = {"streamed": argv_of(tmp_path / "run"), "not streamed": argv_of(tmp_path / "run", "data.streaming=false")}
+    """The libraries retry for half a minute: they are not even imported. What is not streamed may lie in
+    the cache, which is looked up without network."""
+    environment = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "0") | {
+        "HF_HOME": str(tmp_path / "cache")
+    }
+    lines = {
+        "streamed": argv_of(tmp_path / "run"),
+        "not streamed": argv_of(tmp_path / "run", "data.streaming=false"),
+    }
     answers = ask(environment | {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}, lines)
     for answer in answers.values():
         assert_one_clear_error(answer)
         assert NAME in answer["err"]
         assert "cannot be reached" in answer["err"]
-        assert "python3 train.py --config config_smoke.yaml --override data.path=my_book.txt" in answer["err"], "a small model, not 124M"
+        assert (
+            "python3 train.py --config config_smoke.yaml --override data.path=my_book.txt" in answer["err"]
+        ), "a small model, not 124M"
         assert "OfflineMode" not in answer["err"], "what the user has not chosen"
     assert not answers["streamed"]["datasets"]
     assert not (tmp_path / "run").exists()
@@ -240,7 +287,9 @@ def test_offline_by_choice_no_probe_is_sent(monkeypatch):
     """HF_HUB_OFFLINE=1 (the tests' own setting) goes straight to the cache, where this one is not."""
     monkeypatch.setattr("support.text.hub.hub_reachable", lambda: pytest.fail("the hub was probed"))
     for streaming in (True, False):
-        with pytest.raises(UserError, match=r"no/such: HF_HUB_OFFLINE=1 keeps the Hugging Face hub away, .*; unset it") as caught:
+        with pytest.raises(
+            UserError, match=r"no/such: HF_HUB_OFFLINE=1 keeps the Hugging Face hub away, .*; unset it"
+        ) as caught:
             open_dataset("no/such", None, "train", None, None, streaming)
         assert len(str(caught.value).splitlines()) <= 3
 
@@ -270,45 +319,80 @@ def refused(main, argv: list[str]) -> UserError:
 
 @pytest.mark.parametrize("config", ["config.yaml", "configs/tinystories.yaml"])
 def test_training_without_network_is_told_a_command_that_trains(no_hub, tmp_path, monkeypatch, config):
-    argv = command_of(refused(train_script.main, ["--config", config, "--override", f"checkpoint.dir={tmp_path}"]), "train.py")
+    argv = command_of(
+        refused(train_script.main, ["--config", config, "--override", f"checkpoint.dir={tmp_path}"]),
+        "train.py",
+    )
     loaded = load_config(argv[1], argv[3::2])
     assert (loaded.data.source, loaded.data.path) == ("text", "my_book.txt")
     assert loaded.model.d_model <= 128, "no large model, for it may be a laptop"
     shutil.copyfile(ROOT / "data/tiny_corpus.txt", tmp_path / "my_book.txt")
     with pytest.raises(SystemExit) as end:
-        train_script.main([word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in argv] + ["--show-step", "1"])
+        train_script.main(
+            [word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in argv] + ["--show-step", "1"]
+        )
     assert end.value.code == 0
 
 
 def test_fine_tuning_without_network_is_told_a_command_that_fine_tunes(no_hub, tmp_path, tiny_run):
-    base = ["--override", f"base_ckpt={tiny_run.folder}/final.ckpt", "--override", f"checkpoint.dir={tmp_path / 'sft'}"]
+    base = [
+        "--override",
+        f"base_ckpt={tiny_run.folder}/final.ckpt",
+        "--override",
+        f"checkpoint.dir={tmp_path / 'sft'}",
+    ]
     argv = command_of(refused(finetune.main, ["--config", "config_finetune.yaml", *base]), "finetune.py")
-    (tmp_path / "my_rows.json").write_text(json.dumps([{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(3)]))
-    assert finetune.main([word.replace("my_rows.json", f"{tmp_path}/my_rows.json") for word in argv] + base) == 0
+    (tmp_path / "my_rows.json").write_text(
+        json.dumps([{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(3)])
+    )
+    assert (
+        finetune.main([word.replace("my_rows.json", f"{tmp_path}/my_rows.json") for word in argv] + base) == 0
+    )
 
 
-def test_scoring_without_network_is_told_to_score_the_checkpoints_own_text_or_another(no_hub, tmp_path, tiny_run):
+def test_scoring_without_network_is_told_to_score_the_checkpoints_own_text_or_another(
+    no_hub, tmp_path, tiny_run
+):
     ckpt = str(tiny_run.folder / "final.ckpt")
     error = refused(eval_val.main, ["--ckpt", ckpt, "--config", "config.yaml"])
     assert "leave --config out, to score the text that the checkpoint validated on" in str(error)
     assert "train" not in str(error).replace(ckpt, "").replace("trained", "")
     assert eval_val.main(["--ckpt", ckpt]) == 0
     shutil.copyfile(ROOT / "data/tiny_corpus.txt", tmp_path / "my_book.txt")
-    argv = [word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in command_of(error, "eval_val.py")]
+    argv = [
+        word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in command_of(error, "eval_val.py")
+    ]
     assert eval_val.main(argv) == 0
     assert eval_val.main([*argv, "--config", "config.yaml"]) == 0
     checkpoint = tiny_run.checkpoint()
     checkpoint["tiny_transformer"]["config"]["data"] = {"source": "hf", "dataset": "a/b"}
     torch.save(checkpoint, tmp_path / "streamed.ckpt")
     for words in ([], ["--config", "config.yaml"]):
-        assert "leave --config out" not in str(refused(eval_val.main, ["--ckpt", str(tmp_path / "streamed.ckpt"), *words])), "its text is there too"
+        assert "leave --config out" not in str(
+            refused(eval_val.main, ["--ckpt", str(tmp_path / "streamed.ckpt"), *words])
+        ), "its text is there too"
     cases = ["--cases", "cases/tiny_corpus.yaml", "--checkpoints", ckpt, "--val"]
-    assert "--val --config config_smoke.yaml" in str(refused(evaluate_checkpoints.main, [*cases, "--config", "config.yaml"]))
+    assert "--val --config config_smoke.yaml" in str(
+        refused(evaluate_checkpoints.main, [*cases, "--config", "config.yaml"])
+    )
     assert evaluate_checkpoints.main([*cases, "--config", "config_smoke.yaml"]) == 0
 
 
 def test_other_scripts_without_network_name_what_they_take_in_place(no_hub, tmp_path):
-    error = refused(prepare.main, ["tokens", "--dataset", "a/b", "--tokenizer", "byte", "--output", str(tmp_path / "t"), "--num-proc", "1"])
+    error = refused(
+        prepare.main,
+        [
+            "tokens",
+            "--dataset",
+            "a/b",
+            "--tokenizer",
+            "byte",
+            "--output",
+            str(tmp_path / "t"),
+            "--num-proc",
+            "1",
+        ],
+    )
     assert str(error).endswith("read local files: --input my_book.txt in place of --dataset")
     error = refused(convert.main, ["--from", "some/model", "--output", str(tmp_path / "m.ckpt")])
     assert str(error).endswith("hf download some/model --local-dir model")
@@ -330,19 +414,33 @@ def test_any_answer_is_an_answer(hub, monkeypatch, path):
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["http://127.0.0.1:{port}", "https://127.0.0.1:{port}", "127.0.0.1:{port}", "nonsense", "http://", "ftp://127.0.0.1:{port}/"]
+    "endpoint",
+    [
+        "http://127.0.0.1:{port}",
+        "https://127.0.0.1:{port}",
+        "127.0.0.1:{port}",
+        "nonsense",
+        "http://",
+        "ftp://127.0.0.1:{port}/",
+    ],
 )
 def test_an_endpoint_that_cannot_be_asked_is_not_reachable(monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint.format(port=closed_port()))
     assert not hub_reachable()
 
 
-NOT_HTTP = {"nothing": b"", "half a word": b"HTTP", "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n", "noise": b"\x00\xff" * 40 + b"\r\n"}
+NOT_HTTP = {
+    "nothing": b"",
+    "half a word": b"HTTP",
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "noise": b"\x00\xff" * 40 + b"\r\n",
+}
 
 
 @pytest.mark.parametrize("name", NOT_HTTP)
 def test_a_server_that_is_no_hub_raises_nothing(monkeypatch, name):
-    """A captive portal or another service on the port; whether it counts as reachable does not matter much, a traceback does."""
+    """A captive portal or another service on the port; whether it counts as reachable does not matter
+    much, a traceback does."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:

@@ -49,18 +49,42 @@ def short(ckpt: str, *more: str) -> list[str]:
 
 def craft(path: Path, model: GPTMini, tokenizer) -> str:
     """A checkpoint of this model and tokenizer."""
-    ours = {"format_version": 1, "model": model.config.model_dump(), "tokenizer": tokenizer.to_dict(), "metrics": {"step": 0}}
-    torch.save({"state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()}, "tiny_transformer": ours}, path)
+    ours = {
+        "format_version": 1,
+        "model": model.config.model_dump(),
+        "tokenizer": tokenizer.to_dict(),
+        "metrics": {"step": 0},
+    }
+    torch.save(
+        {
+            "state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()},
+            "tiny_transformer": ours,
+        },
+        path,
+    )
     return str(path)
 
 
 def tiny_model(vocab_size: int, **changes) -> GPTMini:
     torch.manual_seed(0)
-    return GPTMini(GPTConfig(**{"vocab_size": vocab_size, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 16} | changes))
+    return GPTMini(
+        GPTConfig(
+            **{
+                "vocab_size": vocab_size,
+                "d_model": 24,
+                "n_layers": 2,
+                "n_heads": 4,
+                "n_kv_heads": 2,
+                "max_seq_len": 16,
+            }
+            | changes
+        )
+    )
 
 
 def always(path: Path, token: int, tokenizer: Tokenizer | None = None) -> str:
-    """A model (of bytes) that gives `token` whatever it reads: the last norm puts out its bias, the head has one row."""
+    """A model (of bytes) that gives `token` whatever it reads: the last norm puts out its bias, the head
+    has one row."""
     tokenizer = tokenizer or ByteTokenizer()
     model = tiny_model(tokenizer.vocab_size, norm="layernorm", bias=True, tie_embeddings=False)
     with torch.no_grad():
@@ -94,7 +118,11 @@ def test_greedy_text_is_that_of_generate_whatever_the_seed(say, ckpt, length):
     whole = model.generate(ids, length, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()
     expected = tokenizer.decode([i for i in whole if i != tokenizer.eos_id])
     for seed in ("1", "2"):
-        out, _ = say(*short(ckpt, "--temperature", "0", "--top-p", "1", "--max-new-tokens", str(length), "--seed", seed))
+        out, _ = say(
+            *short(
+                ckpt, "--temperature", "0", "--top-p", "1", "--max-new-tokens", str(length), "--seed", seed
+            )
+        )
         assert out == expected + "\n"
 
 
@@ -102,9 +130,24 @@ def test_sampled_text_is_that_of_generate_with_the_same_generator(say, ckpt):
     model, tokenizer, _ = load_model(ckpt)
     sampling = SamplingConfig(temperature=0.7, top_k=30, top_p=0.9, repetition_penalty=1.3)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
-    whole = model.generate(ids, 12, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(5))[0].tolist()
-    flags = ("--temperature", "0.7", "--top-k", "30", "--top-p", "0.9", "--repetition-penalty", "1.3", "--seed", "5")
-    assert say(*short(ckpt, *flags))[0] == tokenizer.decode([i for i in whole if i != tokenizer.eos_id]) + "\n"
+    whole = model.generate(
+        ids, 12, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(5)
+    )[0].tolist()
+    flags = (
+        "--temperature",
+        "0.7",
+        "--top-k",
+        "30",
+        "--top-p",
+        "0.9",
+        "--repetition-penalty",
+        "1.3",
+        "--seed",
+        "5",
+    )
+    assert (
+        say(*short(ckpt, *flags))[0] == tokenizer.decode([i for i in whole if i != tokenizer.eos_id]) + "\n"
+    )
 
 
 @pytest.mark.parametrize("flags", [("--top-k", "1"), ("--top-p", "0.0001")], ids=" ".join)
@@ -120,7 +163,9 @@ def test_samples_are_numbered_and_each_is_its_seeds_text(say, ckpt):
 
 def test_generate_text_is_the_continuation_alone(say, ckpt):
     model, tokenizer, _ = load_model(ckpt)
-    text = infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
+    text = infer.generate_text(
+        model, tokenizer, PROMPT, max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3
+    )
     assert say(*short(ckpt, "--seed", "3"))[0] == PROMPT + text + "\n"
 
 
@@ -131,7 +176,9 @@ def test_pieces_come_token_by_token_and_make_up_the_text(ckpt):
     assert "".join(pieces) == infer.generate_text(model, tokenizer, PROMPT, 12, temperature=1.0, seed=3)
 
 
-@pytest.mark.parametrize(("token", "expected"), [(256, "ab"), (ord("x"), "ab" + 9 * "x")], ids=["EOS", "a letter"])
+@pytest.mark.parametrize(
+    ("token", "expected"), [(256, "ab"), (ord("x"), "ab" + 9 * "x")], ids=["EOS", "a letter"]
+)
 def test_text_ends_before_eos(say, tmp_path, token, expected):
     ckpt = always(tmp_path / "always.ckpt", token)
     assert say("--ckpt", ckpt, "--prompt", "ab", "--max-new-tokens", "9") == (expected + "\n", "")
@@ -148,7 +195,16 @@ def test_half_a_character_is_never_shown(say, tmp_path):
 def test_the_space_after_the_prompt_is_kept_where_a_decoder_takes_off_that_of_a_text(say, tmp_path, name):
     tokenizer = tokenizer_like(name)
     [tock] = ids_after(tokenizer, ["tick"], " tock")
-    out, _ = say("--ckpt", always(tmp_path / "always.ckpt", tock, tokenizer), "--prompt", "tick", "--max-new-tokens", "3", "--temperature", "0")
+    out, _ = say(
+        "--ckpt",
+        always(tmp_path / "always.ckpt", tock, tokenizer),
+        "--prompt",
+        "tick",
+        "--max-new-tokens",
+        "3",
+        "--temperature",
+        "0",
+    )
     assert out == "tick tock tock tock\n"
 
 
@@ -156,10 +212,15 @@ def test_a_text_may_end_the_generation(ckpt):
     model, tokenizer, _ = load_model(ckpt)
     plain = infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0)
     for stop in (plain[3:5], plain[:2], plain[-1]):
-        ended = infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop)
+        ended = infer.generate_text(
+            model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop
+        )
         assert ended == plain[: plain.index(stop)]
     for stop in (None, "not in it"):
-        assert infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop) == plain
+        assert (
+            infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop)
+            == plain
+        )
     with pytest.raises(UserError, match="eos_token is empty"):
         infer.generate_text(model, tokenizer, PROMPT, eos_token="")
 
@@ -191,7 +252,11 @@ def test_a_prompt_of_windows_is_that_of_any_other_file(say, monkeypatch, tmp_pat
     torch.save(checkpoint, path)
     (tmp_path / "prompt.txt").write_bytes(mark + b"a\r\nb\r\n")
     feed(monkeypatch, mark + (b"a\r\nb\r\n" if source == "pipe" else b"a\r\n"))
-    flags = {"file": ["--prompt-file", str(tmp_path / "prompt.txt")], "pipe": [], "flag": ["--prompt", mark.decode() + "a\r\nb"]}
+    flags = {
+        "file": ["--prompt-file", str(tmp_path / "prompt.txt")],
+        "pipe": [],
+        "flag": ["--prompt", mark.decode() + "a\r\nb"],
+    }
     out, err = say("--ckpt", path, "--max-new-tokens", "3", *flags.get(source, [f"--{source}"]))
     assert err == "" and out.startswith({"interactive": "a", "chat": ""}.get(source, "a\nb"))
 
@@ -199,7 +264,10 @@ def test_a_prompt_of_windows_is_that_of_any_other_file(say, monkeypatch, tmp_pat
 def test_interactive_answers_prompt_by_prompt_until_the_end_of_input(say, ckpt, monkeypatch):
     feed(monkeypatch, b"Attention is\n\nA token\n")
     out, err = say("--ckpt", ckpt, "--interactive", "--max-new-tokens", "5", "--temperature", "0")
-    texts = [say("--ckpt", ckpt, "--prompt", prompt, "--max-new-tokens", "5", "--temperature", "0")[0] for prompt in ("Attention is", "A token")]
+    texts = [
+        say("--ckpt", ckpt, "--prompt", prompt, "--max-new-tokens", "5", "--temperature", "0")[0]
+        for prompt in ("Attention is", "A token")
+    ]
     assert out == "".join(texts) + "\n"
     assert "the prompt is empty" in err  # the empty line is answered, and the talk goes on
 
@@ -216,7 +284,9 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end_with_a_warning(sa
     assert out == tokenizer.decode([*ids, expected]) + "\n"
 
 
-@pytest.mark.parametrize(("name", "warns"), [("auto", False), ("bpe", False), ("gpt2", True), ("nonsense", True)])
+@pytest.mark.parametrize(
+    ("name", "warns"), [("auto", False), ("bpe", False), ("gpt2", True), ("nonsense", True)]
+)
 def test_another_tokenizers_name_only_warns(say, ckpt, name, warns):
     out, err = say(*short(ckpt, "--tokenizer", name))
     assert out == say(*short(ckpt))[0]
@@ -239,7 +309,8 @@ def cut_anywhere(rng: np.random.Generator, text: str) -> list[str]:
 
 
 def texts_and_stops(seed: int, n: int):
-    """(pieces, their text, stops), of few letters, so that stops, beginnings of stops and stops side by side are common."""
+    """(pieces, their text, stops), of few letters, so that stops, beginnings of stops and stops side by
+    side are common."""
     rng = np.random.default_rng(seed)
     for _ in range(n):
         text = "".join(rng.choice(["#", "a", "\n", "é"], rng.integers(0, 25)))
@@ -259,7 +330,8 @@ def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_piec
 
 
 def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
-    """At each moment what has been given is a beginning of the answer, and lacks at most a stop less its last character."""
+    """At each moment what has been given is a beginning of the answer, and lacks at most a stop less its
+    last character."""
     for pieces, text, stops in texts_and_stops(2, 2000):
         asked, shown = [], ""
 
@@ -291,19 +363,28 @@ def test_what_only_looked_like_a_stop_is_given_at_the_end():
     assert "".join(until(["a", "", "b"], [])) == "ab"
     assert "".join(until([], ["#"])) == ""
     for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
-        assert "".join(until(pieces, ["abcd", "c"])) == "ab", "the one that is complete first, however it arrives"
+        assert "".join(until(pieces, ["abcd", "c"])) == "ab", (
+            "the one that is complete first, however it arrives"
+        )
 
 
 # ---- chat ---------------------------------------------------------------------------------------------------------
 
-ASK = {"system": "", "prompt": "Ask {instruction} Say ", "prompt_with_input": "Ask {instruction} {input} Say ", "multi_turn": True, "stop": []}
+ASK = {
+    "system": "",
+    "prompt": "Ask {instruction} Say ",
+    "prompt_with_input": "Ask {instruction} {input} Say ",
+    "multi_turn": True,
+    "stop": [],
+}
 GREEDY = ("--temperature", "0", "--top-p", "1", "--max-new-tokens", "5")
 
 
 @pytest.fixture
 def chatty(tiny_run, tmp_path) -> Callable[..., str]:
-    """chatty(stop=["x"]): the tiny run with a template. Its weights are drawn anew, and large: after 12 steps a model writes
-    blanks whatever it reads, and here each answer should depend on all that stands before it."""
+    """chatty(stop=["x"]): the tiny run with a template. Its weights are drawn anew, and large: after 12
+    steps a model writes blanks whatever it reads, and here each answer should depend on all that stands
+    before it."""
 
     def make(**changes: object) -> str:
         checkpoint, generator = tiny_run.checkpoint(), torch.Generator().manual_seed(4)
@@ -322,20 +403,28 @@ def chatty(tiny_run, tmp_path) -> Callable[..., str]:
 
 
 def answer_to(ckpt: str, *questions: str, n: int = 5, system: str = "") -> str:
-    """What `model.generate` says to the last question when the others have been asked before it, the ids put together by hand."""
+    """What `model.generate` says to the last question when the others have been asked before it, the ids
+    put together by hand."""
     model, tokenizer, _ = load_model(ckpt)
     ids, answer = tokenizer.encode(system) if system else [], ""
     for i, question in enumerate(questions):
-        ids = [*ids, *([*tokenizer.encode(answer.strip()), tokenizer.eos_id] if i else []), *tokenizer.encode(f"Ask {question} Say ")]
+        ids = [
+            *ids,
+            *([*tokenizer.encode(answer.strip()), tokenizer.eos_id] if i else []),
+            *tokenizer.encode(f"Ask {question} Say "),
+        ]
         assert len(ids) + n <= model.config.max_seq_len
-        new = model.generate(torch.tensor([ids]), n, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()[len(ids) :]
+        new = model.generate(torch.tensor([ids]), n, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[
+            0
+        ].tolist()[len(ids) :]
         answer = tokenizer.decode([i for i in new if i != tokenizer.eos_id])
     return answer
 
 
 @pytest.fixture
 def chat(say, monkeypatch):
-    """chat(ckpt, "a question", "/reset") runs infer.py --chat with these lines as its input: (stdout, stderr)."""
+    """chat(ckpt, "a question", "/reset") runs infer.py --chat with these lines as its input: (stdout,
+    stderr)."""
 
     def call(ckpt: str, *lines: str, flags: tuple[str, ...] = GREEDY) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
@@ -359,7 +448,9 @@ def test_each_question_is_answered_and_the_end_of_input_ends_the_talk(chat, chat
     first, second = answer_to(ckpt, "who"), answer_to(ckpt, "who", "why")
     assert first != second and len(first) > 1
     assert chat(ckpt, "who") == (first + "\n\n", "")
-    assert chat(ckpt, "  who ", "why") == (f"{first}\n{second}\n\n", ""), "blanks around a question are no part of it"
+    assert chat(ckpt, "  who ", "why") == (f"{first}\n{second}\n\n", ""), (
+        "blanks around a question are no part of it"
+    )
     assert chat(ckpt) == ("\n", "")
 
 
@@ -396,7 +487,10 @@ def test_commands_and_empty_lines_are_no_questions(chat, chatty):
     who, why = answer_to(ckpt, "who"), answer_to(ckpt, "who", "why")
     out, err = chat(ckpt, "", "   ", "who", "/help me", "/", "", "why", "/quit", "who")
     assert out == f"{who}\n{why}\n", "and what stands behind /quit is not read"
-    assert err.splitlines() == ["/help is no command; there are /reset and /quit", "/ is no command; there are /reset and /quit"]
+    assert err.splitlines() == [
+        "/help is no command; there are /reset and /quit",
+        "/ is no command; there are /reset and /quit",
+    ]
 
 
 def test_the_system_text_stands_before_the_first_question_only(chat, chatty):
@@ -408,11 +502,15 @@ def test_the_system_text_stands_before_the_first_question_only(chat, chatty):
 
 def test_a_stop_ends_an_answer_and_is_neither_shown_nor_remembered(chat, chatty):
     plain = answer_to(chatty(), "who", n=9)
-    place = next(i for i in range(2, len(plain)) if plain.index(plain[i : i + 2]) == i and not plain[:i].isspace())
+    place = next(
+        i for i in range(2, len(plain)) if plain.index(plain[i : i + 2]) == i and not plain[:i].isspace()
+    )
     ckpt = chatty(stop=["never said by it", plain[place : place + 2]])
     assert chat(ckpt, "who", "/quit", flags=(*GREEDY[:-1], "9")) == (plain[:place] + "\n", "")
     model, tokenizer, metadata = load_model(ckpt)
-    talk = Chat(model, tokenizer, Template.model_validate(metadata["template"]), 9, SamplingConfig(temperature=0))
+    talk = Chat(
+        model, tokenizer, Template.model_validate(metadata["template"]), 9, SamplingConfig(temperature=0)
+    )
     assert "".join(talk.answer("who", 1)) == plain[:place]
     assert talk.turns == [("who", plain[:place].strip())]
 
@@ -422,7 +520,8 @@ def test_samples_follow_the_seed_and_each_question_has_another(chat, chatty):
     assert chat(ckpt, "who", "why", flags=drawn) == chat(ckpt, "who", "why", flags=(*drawn, "--seed", "42"))
     assert chat(ckpt, "who", flags=drawn) != chat(ckpt, "who", flags=(*drawn, "--seed", "43"))
     both, later = (
-        chat(ckpt, "/reset", *lines, "/quit", flags=(*drawn, "--seed", seed))[0] for lines, seed in ((("a", "/reset", "b"), "5"), (("b",), "6"))
+        chat(ckpt, "/reset", *lines, "/quit", flags=(*drawn, "--seed", seed))[0]
+        for lines, seed in ((("a", "/reset", "b"), "5"), (("b",), "6"))
     )
     assert both.endswith(later.removeprefix("(forgotten)\n"))
 
@@ -433,14 +532,21 @@ def test_a_question_that_is_too_long_is_read_from_its_end_with_a_warning(chat, c
     long = "what do we know of the loss of a model that reads " * 3
     ids = tokenizer.encode(f"Ask {long.strip()} Say ")
     assert len(ids) > 32
-    new = model.generate(torch.tensor([ids[-27:]]), 5, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()[27:]
+    new = model.generate(
+        torch.tensor([ids[-27:]]), 5, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id
+    )[0].tolist()[27:]
     out, err = chat(ckpt, "who", long, "/quit")
     assert out == f"{answer_to(ckpt, 'who')}\n{tokenizer.decode([i for i in new if i != tokenizer.eos_id])}\n"
-    assert err == f"warning: the question has {len(ids)} tokens with its template, and 27 fit: only its end is read\n"
+    assert (
+        err == f"warning: the question has {len(ids)} tokens with its template, and 27 fit: only its end is "
+        "read\n"
+    )
 
 
 @pytest.mark.parametrize(("wanted", "n"), [(3, 3), (15, 15), (16, 16), (17, 16), (1000, 16)])
-def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(chatty, monkeypatch, wanted, n):
+def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(
+    chatty, monkeypatch, wanted, n
+):
     """The context has 32 tokens, of which an answer may take half."""
     model, tokenizer, metadata = load_model(chatty())
     given, stream = [], infer.stream_text
@@ -450,7 +556,9 @@ def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(c
         return stream(model, tokenizer, ids, max_new_tokens, *rest)
 
     monkeypatch.setattr(infer, "stream_text", watched)
-    talk = Chat(model, tokenizer, Template.model_validate(metadata["template"]), wanted, SamplingConfig(temperature=0))
+    talk = Chat(
+        model, tokenizer, Template.model_validate(metadata["template"]), wanted, SamplingConfig(temperature=0)
+    )
     said, kept = [], []
     for question in ["a", "bb", "c", "d e", "f", "gg g", "h", "i"]:
         answer = "".join(talk.answer(question, 1))
@@ -486,7 +594,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("multi_turn", "said"), [(True, "remembers what was said"), (False, "answers each question by itself")])
+@pytest.mark.parametrize(
+    ("multi_turn", "said"), [(True, "remembers what was said"), (False, "answers each question by itself")]
+)
 def test_on_a_terminal_the_rules_are_told_first(say, chatty, monkeypatch, multi_turn, said):
     ckpt = chatty(multi_turn=multi_turn)
     monkeypatch.setattr(sys, "stdin", Terminal("who\n/quit\n"))
@@ -500,7 +610,9 @@ def test_on_a_terminal_the_rules_are_told_first(say, chatty, monkeypatch, multi_
 def test_ctrl_c_ends_an_answer_on_a_terminal_and_else_the_program(chatty, monkeypatch, capsys, terminal):
     """What had been said by then is remembered."""
     model, tokenizer, metadata = load_model(chatty())
-    chat = Chat(model, tokenizer, Template.model_validate(metadata["template"]), 5, SamplingConfig(temperature=0))
+    chat = Chat(
+        model, tokenizer, Template.model_validate(metadata["template"]), 5, SamplingConfig(temperature=0)
+    )
 
     def interrupted(*_):
         yield "so "
@@ -540,7 +652,9 @@ def test_a_damaged_template_is_one_line(chatty, capsys, template):
     with pytest.raises(UserError) as error:
         infer.main(["--ckpt", ckpt, "--chat", "--device", "cpu"])
     message = str(error.value)
-    assert message.startswith(f"checkpoint {ckpt} has a damaged template (") and message.endswith("take another one")
+    assert message.startswith(f"checkpoint {ckpt} has a damaged template (") and message.endswith(
+        "take another one"
+    )
     assert message.isprintable()
     assert capsys.readouterr().out == ""
 
@@ -588,7 +702,10 @@ def test_mistakes_name_the_value_in_one_to_three_lines(char_ckpt, capsys, monkey
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"", "the prompt is empty"), (b"\n", "the prompt is empty"), (b"a\xff", "not UTF-8 text")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "the prompt is empty"), (b"\n", "the prompt is empty"), (b"a\xff", "not UTF-8 text")],
+)
 def test_bad_standard_input_is_a_clear_error(char_ckpt, monkeypatch, content, words):
     feed(monkeypatch, content)
     with pytest.raises(UserError, match=words):
@@ -615,8 +732,21 @@ def test_flags_that_contradict_each_other_exit_2(capsys, flags):
 
 
 def test_ctrl_c_exits_130_without_a_traceback(ckpt):
-    command = [sys.executable, "infer.py", "--ckpt", ckpt, "--prompt", PROMPT, "--max-new-tokens", "100000000", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "infer.py",
+        "--ckpt",
+        ckpt,
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        "100000000",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
     assert process.stdout.read(len(PROMPT)) == PROMPT.encode()  # it has begun
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

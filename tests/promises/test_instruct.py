@@ -1,4 +1,5 @@
-"""instruct.py: rows of a file to pairs, pairs to ids and labels, and what a model makes of them, one pair at a time."""
+"""instruct.py: rows of a file to pairs, pairs to ids and labels, and what a model makes of them, one pair
+at a time."""
 
 import codecs
 import json
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from instruct import IGNORE, Example, InstructPairDataset, Pair, encode_pair, load_instructions, pairs_of, score_responses, split_pairs
+from instruct import (
+    IGNORE,
+    Example,
+    InstructPairDataset,
+    Pair,
+    encode_pair,
+    load_instructions,
+    pairs_of,
+    score_responses,
+    split_pairs,
+)
 from model import GPTConfig, GPTMini
 from support.config.read import validate_config
 from support.config.schema import Config
@@ -41,7 +52,11 @@ def write(path: Path, rows: list[dict]) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix.lower() in (".jsonl", ".ndjson") else json.dumps(rows, indent=1))
+        path.write_text(
+            "\n".join(map(json.dumps, rows))
+            if path.suffix.lower() in (".jsonl", ".ndjson")
+            else json.dumps(rows, indent=1)
+        )
     return path
 
 
@@ -79,7 +94,10 @@ ROWS = [
 def test_a_file_of_each_kind_holds_its_rows_in_order_and_where_they_stand(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", ROWS)
     place = "line" if kind == "jsonl" else "row"
-    expected = [Pair(row["instruction"], row["input"] or "", row["output"], f"{path}, {place} {n}") for n, row in enumerate(ROWS, 1)]
+    expected = [
+        Pair(row["instruction"], row["input"] or "", row["output"], f"{path}, {place} {n}")
+        for n, row in enumerate(ROWS, 1)
+    ]
     assert read(path) == expected
 
 
@@ -91,7 +109,10 @@ def test_the_input_may_be_missing_and_what_no_field_names_is_left_alone(tmp_path
 
 @KINDS
 def test_fields_may_have_other_names(tmp_path, kind):
-    path = write(tmp_path / f"rows.{kind}", [{"prompt": "a", "context": "b", "response": "c", "input": "not this", "output": 5}])
+    path = write(
+        tmp_path / f"rows.{kind}",
+        [{"prompt": "a", "context": "b", "response": "c", "input": "not this", "output": 5}],
+    )
     [found] = read(path, instruction="prompt", input="context", output="response")
     assert (found.instruction, found.input, found.output) == ("a", "b", "c")
     path = write(tmp_path / f"turned.{kind}", [{"instruction": "a", "input": "b", "output": "c"}])
@@ -116,8 +137,16 @@ GOOD = {"instruction": "a", "input": "b", "output": "c"}
     [
         ({"output": ...}, "has no text in field 'output' (fields: instruction, input)"),
         ({"instruction": ...}, "has no text in field 'instruction' (fields: input, output)"),
-        ({"output": 4}, "has no text in field 'output' (fields: instruction, input, output), it holds 4; remove the row, or "),
-        ({"output": ["c"]}, "has no text in field 'output' (fields: instruction, input, output), it holds [\"c\"]; remove the row"),
+        (
+            {"output": 4},
+            "has no text in field 'output' (fields: instruction, input, output), it holds 4; remove the "
+            "row, or ",
+        ),
+        (
+            {"output": ["c"]},
+            "has no text in field 'output' (fields: instruction, input, output), it holds [\"c\"]; remove "
+            "the row",
+        ),
         ({"input": 0}, "has no text in field 'input'"),
         ({"input": False}, "has no text in field 'input'"),
         ({"output": "half \ud83d"}, r"holds half a character ('\ud83d')"),
@@ -135,12 +164,16 @@ def test_a_row_with_a_wrong_field_is_named_by_its_number(tmp_path, kind, changes
 
 def test_a_wrong_field_of_a_parquet_file_is_named_too(tmp_path):
     path = write(tmp_path / "numbers.parquet", [{"instruction": "a", "output": 1}])
-    assert refusal(path).startswith(f"{path}, row 1 has no text in field 'output' (fields: instruction, output)")
+    assert refusal(path).startswith(
+        f"{path}, row 1 has no text in field 'output' (fields: instruction, output)"
+    )
 
 
 def test_an_error_names_the_field_as_the_file_calls_it(tmp_path):
     path = write(tmp_path / "rows.json", [GOOD])
-    assert "row 1 has no text in field 'response' (fields: instruction, input, output)" in refusal(path, output="response")
+    assert "row 1 has no text in field 'response' (fields: instruction, input, output)" in refusal(
+        path, output="response"
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +191,11 @@ def test_an_error_names_the_field_as_the_file_calls_it(tmp_path):
         ("a.json", b"[[1, 2]]", "row 1 is [1, 2], not an object"),
         ("a.json", b"[null]", "row 1 is null, not an object"),
         ("a.jsonl", b'{"instruction": "a", "output": "b"}\n\n{"instruction": \n', "line 3 is not JSON"),
-        ("a.jsonl", b'[{"instruction": "a", "output": "b"}]', "line 1 is not a JSON object: a list begins there; name it .json"),
+        (
+            "a.jsonl",
+            b'[{"instruction": "a", "output": "b"}]',
+            "line 1 is not a JSON object: a list begins there; name it .json",
+        ),
         ("a.jsonl", b'{"a":' * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'{"instruction": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
         ("a.jsonl", b'{"instruction": "\xe9", "output": "b"}', "byte 0xe9 at offset 17 is not UTF-8"),
@@ -190,7 +227,9 @@ def test_bytes_that_are_no_text_can_be_replaced(tmp_path):
 
 def test_a_field_that_no_row_has_is_not_silently_empty(tmp_path):
     path = write(tmp_path / "rows.json", [GOOD, GOOD])
-    assert f"no row of {path} has 'context', which data.fields names as input" in refusal(path, input="context")
+    assert f"no row of {path} has 'context', which data.fields names as input" in refusal(
+        path, input="context"
+    )
 
 
 def test_a_prompt_without_a_token_masks_nothing():
@@ -220,12 +259,19 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 
 
-@pytest.mark.parametrize("row", [{"messages": CHAT}, {"id": 1, "conversations": SHARED}, {"instruction": CHAT, "output": "x"}], ids=["a", "b", "c"])
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": CHAT}, {"id": 1, "conversations": SHARED}, {"instruction": CHAT, "output": "x"}],
+    ids=["a", "b", "c"],
+)
 @KINDS
 def test_a_conversation_is_refused_as_what_it_is(tmp_path, kind, row):
     """Renaming fields cannot help, since the text is in a list."""
     message = refusal(write(tmp_path / f"rows.{kind}", [row]))
-    assert "is a conversation" in message and '{"instruction": "...", "input": "...", "output": "..."}' in message
+    assert (
+        "is a conversation" in message
+        and '{"instruction": "...", "input": "...", "output": "..."}' in message
+    )
     assert "data.fields" not in message
 
 
@@ -241,9 +287,13 @@ def test_a_list_in_a_jsonl_file_is_told_its_right_name_and_rows_in_a_json_file_t
 
 
 @pytest.mark.parametrize("key", ["data", "train", 'it\'s "rows"'])
-def test_a_list_within_an_object_is_found_and_the_command_that_is_named_takes_it_out(tmp_path, monkeypatch, key):
+def test_a_list_within_an_object_is_found_and_the_command_that_is_named_takes_it_out(
+    tmp_path, monkeypatch, key
+):
     (tmp_path / "whole.json").write_text(json.dumps({"version": "1", key: [GOOD, GOOD]}))
-    command = refusal(tmp_path / "whole.json").splitlines()[1].strip().removesuffix(" writes them to rows.json")
+    command = (
+        refusal(tmp_path / "whole.json").splitlines()[1].strip().removesuffix(" writes them to rows.json")
+    )
     monkeypatch.chdir(tmp_path)
     assert subprocess.run(shlex.split(command)).returncode == 0
     assert len(read(tmp_path / "rows.json")) == 2
@@ -260,13 +310,20 @@ def test_rows_without_instruction_or_output_are_left_out_and_counted(tmp_path, k
     place = "line" if kind == "jsonl" else "row"
     assert [p.where for p in read(path)] == [f"{path}, {place} 1", f"{path}, {place} 3"]
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warned == [f"warning: 3 rows without instruction or output left out, the first at {path}, {place} 2"]
+    assert warned == [
+        f"warning: 3 rows without instruction or output left out, the first at {path}, {place} 2"
+    ]
     path = write(tmp_path / f"one.{kind}", [GOOD, empty[1]])
     assert len(read(path)) == 1
-    assert f"warning: 1 row without instruction or output left out, the first at {path}, {place} 2\n" in capsys.readouterr().err
+    assert (
+        f"warning: 1 row without instruction or output left out, the first at {path}, {place} 2\n"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("rows", [[], [GOOD | {"output": " "}], [GOOD | {"instruction": ""}] * 3], ids=["no row", "one", "three"])
+@pytest.mark.parametrize(
+    "rows", [[], [GOOD | {"output": " "}], [GOOD | {"instruction": ""}] * 3], ids=["no row", "one", "three"]
+)
 def test_a_file_without_any_output_is_refused(tmp_path, rows, capsys):
     path = write(tmp_path / "rows.json", rows)
     assert refusal(path).startswith(f"{path} holds no instruction with an output")
@@ -293,7 +350,10 @@ def config_of(path: Path, seed: int = 42, seq_len: int = 19, **data) -> Config:
 @pytest.fixture
 def many(tmp_path) -> Path:
     """37 rows, of which every third has the same texts as its neighbour: a row is known by its place."""
-    return write(tmp_path / "many.jsonl", [{"instruction": f"i{n - (n % 3 == 1)}", "output": "o"} for n in range(1, 38)])
+    return write(
+        tmp_path / "many.jsonl",
+        [{"instruction": f"i{n - (n % 3 == 1)}", "output": "o"} for n in range(1, 38)],
+    )
 
 
 def lines(pairs: list[Pair]) -> list[int]:
@@ -301,7 +361,15 @@ def lines(pairs: list[Pair]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("data", "n_val"), [({"val_docs": 5}, 5), ({"val_docs": 36}, 36), ({"val_fraction": 0.2}, 7), ({"val_fraction": 0.001}, 1), ({}, 4)], ids=str
+    ("data", "n_val"),
+    [
+        ({"val_docs": 5}, 5),
+        ({"val_docs": 36}, 36),
+        ({"val_fraction": 0.2}, 7),
+        ({"val_fraction": 0.001}, 1),
+        ({}, 4),
+    ],
+    ids=str,
 )
 def test_validation_rows_are_drawn_whole_and_the_rest_is_trained_on(many, data, n_val):
     train, val = map(lines, split_pairs(config_of(many, **data)))
@@ -314,7 +382,9 @@ def test_the_split_is_drawn_by_the_seed(many):
     splits = [lines(split_pairs(config_of(many, seed, val_docs=9))[1]) for seed in (1, 1, 2, 3)]
     assert splits[0] == splits[1]
     assert len({tuple(split) for split in splits}) == 3
-    assert splits[0] != list(range(1, 10)) and splits[0] != list(range(29, 38)), "drawn, not the first or the last"
+    assert splits[0] != list(range(1, 10)) and splits[0] != list(range(29, 38)), (
+        "drawn, not the first or the last"
+    )
 
 
 def test_fewer_training_rows_are_the_first_of_them_beside_the_same_validation(many):
@@ -330,12 +400,17 @@ def test_validation_may_have_a_file_of_its_own(many, tmp_path):
     assert [p.instruction for p in val] == [f"v{n}" for n in range(8)]
     train, val = split_pairs(config_of(many, val_path=str(other), val_docs=3, train_docs=4))
     assert (lines(train), [p.instruction for p in val]) == ([1, 2, 3, 4], ["v0", "v1", "v2"])
-    with pytest.raises(UserError, match=r"data\.val_path=nowhere\.json: no \.json, \.jsonl or \.parquet file there"):
+    with pytest.raises(
+        UserError, match=r"data\.val_path=nowhere\.json: no \.json, \.jsonl or \.parquet file there"
+    ):
         split_pairs(config_of(many, val_path="nowhere.json"))
 
 
 def test_validation_may_be_a_split_of_the_dataset(monkeypatch):
-    hub = {"train": [{"q": f"t{n}", "output": "o"} for n in range(6)], "test": [{"q": f"v{n}", "output": "o"} for n in range(4)]}
+    hub = {
+        "train": [{"q": f"t{n}", "output": "o"} for n in range(6)],
+        "test": [{"q": f"v{n}", "output": "o"} for n in range(4)],
+    }
     asked = []
 
     def open_dataset(name, config, split, path, revision, streaming, instead):
@@ -343,13 +418,24 @@ def test_validation_may_be_a_split_of_the_dataset(monkeypatch):
         return hub[split]
 
     monkeypatch.setattr("support.text.instruction_files.open_dataset", open_dataset)
-    names = {"path": None, "dataset": "some/rows", "config": "en", "revision": "abc", "fields": {"instruction": "q"}}
+    names = {
+        "path": None,
+        "dataset": "some/rows",
+        "config": "en",
+        "revision": "abc",
+        "fields": {"instruction": "q"},
+    }
     config = config_of("unused")
-    config.data = config.data.model_validate(config.data.model_dump() | names | {"val_split": "test", "val_docs": 3})
+    config.data = config.data.model_validate(
+        config.data.model_dump() | names | {"val_split": "test", "val_docs": 3}
+    )
     train, val = split_pairs(config)
     assert [p.instruction for p in train] == [f"t{n}" for n in range(6)]
     assert [p.instruction for p in val] == ["v0", "v1", "v2"]
-    assert asked == [("some/rows", "en", "train", None, "abc", False), ("some/rows", "en", "test", None, "abc", False)]
+    assert asked == [
+        ("some/rows", "en", "train", None, "abc", False),
+        ("some/rows", "en", "test", None, "abc", False),
+    ]
     assert val[1].where == "some/rows, row 2 of test"
     config.data = config.data.model_copy(update={"val_split": None, "val_docs": 2})
     train, val = split_pairs(config)
@@ -358,7 +444,9 @@ def test_validation_may_be_a_split_of_the_dataset(monkeypatch):
 
 @pytest.mark.parametrize("n_val", [37, 1000])
 def test_validation_that_leaves_nothing_to_train_on_is_refused(many, n_val):
-    with pytest.raises(UserError, match=f"37 instructions, of which {n_val} are for validation, leave none to train on"):
+    with pytest.raises(
+        UserError, match=f"37 instructions, of which {n_val} are for validation, leave none to train on"
+    ):
         split_pairs(config_of(many, val_docs=n_val))
 
 
@@ -374,7 +462,9 @@ def test_a_row_that_is_most_of_the_text_is_trained_on(tmp_path, data):
         train, val = map(lines, split_pairs(config_of(path, seed, **data)))
         drawn = np.random.default_rng(seed).permutation(40)
         assert (11 + 1 in train, len(val)) == (True, 4)
-        assert sorted(n - 1 for n in lines(split_pairs(config_of(alike, seed, **data))[1])) == sorted(drawn[:4].tolist())
+        assert sorted(n - 1 for n in lines(split_pairs(config_of(alike, seed, **data))[1])) == sorted(
+            drawn[:4].tolist()
+        )
         moved += 11 in drawn[:4]
     assert moved > 0, "with some of these seeds it would have been held out"
 
@@ -388,9 +478,14 @@ def test_a_single_row_cannot_be_split(tmp_path):
 
 
 def test_the_response_and_its_eos_are_scored_and_the_prompt_is_not():
-    """Q a b A x y z EOS: seven positions, each with what follows; `A` is the first that is scored, for it precedes x."""
+    """Q a b A x y z EOS: seven positions, each with what follows; `A` is the first that is scored, for it
+    precedes x."""
     example = encode_pair(pair("ab", "xyz"), BYTE, SHORT)
-    assert (example.ids.tolist(), example.n_prompt, len(example)) == ([81, 97, 98, 65, 120, 121, 122, 256], 4, 7)
+    assert (example.ids.tolist(), example.n_prompt, len(example)) == (
+        [81, 97, 98, 65, 120, 121, 122, 256],
+        4,
+        7,
+    )
     item = InstructPairDataset([pair("ab", "xyz")], BYTE, SHORT, 11)[0]
     assert item["input_ids"].tolist() == [81, 97, 98, 65, 120, 121, 122]
     assert item["labels"].tolist() == [-100, -100, -100, 120, 121, 122, 256]
@@ -422,7 +517,24 @@ def test_rows_are_padded_to_the_longest_of_their_batch_with_eos_that_is_not_scor
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-LETTERS = ["a", "b", "e", " ", " ", "\n", "é", "∑", "\U0001f600", "{input}", "<|endoftext|>", "### ", "the", "\\1", "\t", "."]
+LETTERS = [
+    "a",
+    "b",
+    "e",
+    " ",
+    " ",
+    "\n",
+    "é",
+    "∑",
+    "\U0001f600",
+    "{input}",
+    "<|endoftext|>",
+    "### ",
+    "the",
+    "\\1",
+    "\t",
+    ".",
+]
 
 
 def random_pairs(rng: np.random.Generator, n: int, longest: int = 12) -> list[Pair]:
@@ -431,7 +543,10 @@ def random_pairs(rng: np.random.Generator, n: int, longest: int = 12) -> list[Pa
     def text(shortest: int) -> str:
         return "".join(rng.choice(LETTERS, rng.integers(shortest, longest)))
 
-    return [pair(text(0) + "i" + text(0), text(0) + "o" + text(0), text(0) if rng.random() < 0.5 else "") for _ in range(n)]
+    return [
+        pair(text(0) + "i" + text(0), text(0) + "o" + text(0), text(0) if rng.random() < 0.5 else "")
+        for _ in range(n)
+    ]
 
 
 def tokenizer_of(kind: str, pairs: list[Pair], template: Template) -> Tokenizer:
@@ -444,7 +559,9 @@ def tokenizer_of(kind: str, pairs: list[Pair], template: Template) -> Tokenizer:
 def test_the_scored_labels_spell_the_output_and_eos_whatever_the_texts(kind, packing):
     rng = np.random.default_rng(5)
     pairs = random_pairs(rng, 150)
-    template = Template(system="Sys\n", prompt="\n### {instruction}\n\n", prompt_with_input="\n### {instruction} {input} ")
+    template = Template(
+        system="Sys\n", prompt="\n### {instruction}\n\n", prompt_with_input="\n### {instruction} {input} "
+    )
     tokenizer = tokenizer_of(kind, pairs, template)
     longest = max(len(encode_pair(p, tokenizer, template)) for p in pairs)
     made = InstructPairDataset(pairs, tokenizer, template, longest, packing)
@@ -458,7 +575,9 @@ def test_the_scored_labels_spell_the_output_and_eos_whatever_the_texts(kind, pac
                 if here.any():
                     found.append(tokenizer.decode(labels[here].tolist()))
                     first = int(here.nonzero()[0])
-                    prompts.append(tokenizer.decode(ids[: first + 1][numbers[: first + 1] == number].tolist()))
+                    prompts.append(
+                        tokenizer.decode(ids[: first + 1][numbers[: first + 1] == number].tolist())
+                    )
     assert found == [p.output + "<|endoftext|>" for p in pairs]
     assert prompts == ["Sys\n" + template.fill(p.instruction, p.input) for p in pairs]
 
@@ -501,7 +620,8 @@ def test_a_pair_that_is_too_long_loses_its_prompts_start_and_never_a_part_of_its
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("too_long", ["cut", "drop"])
 def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, packing):
-    """The rule said another way: the last seq_len + 1 ids of a pair are kept if something of the prompt is among them."""
+    """The rule said another way: the last seq_len + 1 ids of a pair are kept if something of the prompt is
+    among them."""
     pairs = random_pairs(np.random.default_rng(3), 80, longest=5)
     for seq_len in (14, 23, 40, 999):
         kept, n_cut, n_dropped, n_bytes = [], 0, 0, 0
@@ -529,14 +649,22 @@ def pieces(made: InstructPairDataset, size: int = 3) -> list[tuple[list[int], li
     found = []
     for start in range(0, len(made), size):
         batch = made.batch(range(start, min(start + size, len(made))))
-        for row, (ids, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
-            numbers = batch["segments"][row].tolist() if "segments" in batch else [int(256 in labels[:t]) for t in range(len(labels))]
+        for row, (ids, labels) in enumerate(
+            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+        ):
+            numbers = (
+                batch["segments"][row].tolist()
+                if "segments" in batch
+                else [int(256 in labels[:t]) for t in range(len(labels))]
+            )
             assert numbers == sorted(numbers) and numbers[0] == 0
             for number in range(max(numbers) + 1):
                 here = [t for t, n in enumerate(numbers) if n == number]
                 one = [ids[t] for t in here], [labels[t] for t in here]
                 if set(one[1]) == {IGNORE}:
-                    assert number == max(numbers) and set(one[0]) == {256}, "filling stands at the end, and is EOS"
+                    assert number == max(numbers) and set(one[0]) == {256}, (
+                        "filling stands at the end, and is EOS"
+                    )
                 else:
                     found.append(one)
     return found
@@ -550,7 +678,9 @@ def test_packing_and_padding_hold_the_same_pairs_with_the_same_labels():
         expected.append(((prompt + response)[:-1], [IGNORE] * (len(prompt) - 1) + response))
     longest = max(len(ids) for ids, _ in expected)
     for seq_len in (longest, longest + 1, 3 * longest, 40 * longest):
-        padded, packed = (InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing) for packing in (False, True))
+        padded, packed = (
+            InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing) for packing in (False, True)
+        )
         assert pieces(padded) == expected
         assert pieces(packed) == expected
         assert len(packed) < len(padded) == 60
@@ -572,7 +702,10 @@ def test_a_block_is_full_when_the_next_pair_does_not_fit():
 def test_the_first_pairs_can_be_had_padded_or_packed(made_packed):
     pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo")]
     made = InstructPairDataset(pairs, BYTE, SHORT, 11, made_packed)
-    assert made.example_batch(2, packing=False)["input_ids"].tolist() == [[*b"QiAo", 256, 256, 256], [*b"QabAxyz"]]
+    assert made.example_batch(2, packing=False)["input_ids"].tolist() == [
+        [*b"QiAo", 256, 256, 256],
+        [*b"QabAxyz"],
+    ]
     assert made.example_batch(2, packing=True)["input_ids"].tolist() == [[*b"QiAoQabAxyz"]]
     assert len(made.example_batch(99, packing=False)["labels"]) == 3
 
@@ -600,7 +733,9 @@ def net(request) -> GPTMini:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.4)  # far from uniform, and every position counts
-    torch.nn.init.zeros_(model.lm_head.weight[2:4].detach())  # no colon and no comma: guesses are right more often
+    torch.nn.init.zeros_(
+        model.lm_head.weight[2:4].detach()
+    )  # no colon and no comma: guesses are right more often
     return model
 
 
@@ -632,7 +767,9 @@ def naive_scores(net: GPTMini, pairs: list[Pair]) -> list[float]:
 def test_responses_are_scored_as_by_a_naive_loop_padded_or_packed(net):
     pairs = few_pairs()
     expected = naive_scores(net, pairs)
-    assert 0 < expected[4] < expected[3] == 70 and expected[4] < expected[2] < expected[1], "the case is not trivial"
+    assert 0 < expected[4] < expected[3] == 70 and expected[4] < expected[2] < expected[1], (
+        "the case is not trivial"
+    )
     for made in both(pairs):
         for size in (1, 4, 70):
             found = sum(score_responses(net, batch).double() for batch in batches(made, size)).tolist()
@@ -646,7 +783,12 @@ def test_packing_and_padding_have_the_same_loss(net, mask_prompt):
     sums = []
     for made in both(pairs, mask_prompt=mask_prompt):
         with torch.no_grad():
-            sums.append(torch.stack([torch.stack(net(**batch)) for batch in batches(made, 5)]).double().sum(dim=0).tolist())
+            sums.append(
+                torch.stack([torch.stack(net(**batch)) for batch in batches(made, 5)])
+                .double()
+                .sum(dim=0)
+                .tolist()
+            )
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
     assert sums[0][1] == sums[1][1]
     if mask_prompt:
@@ -708,13 +850,16 @@ def test_a_response_is_right_only_if_each_of_its_tokens_is():
         return torch.tensor([0.0, 1.0, 0.0]).expand(*input_ids.shape, 3)
 
     wrong = np.log(2 + np.e)  # of the probabilities 1, e and 1, each divided by their sum
-    loss, *counts = score_responses(net, {"input_ids": torch.zeros_like(labels), "segments": segments, "labels": labels}).tolist()
+    loss, *counts = score_responses(
+        net, {"input_ids": torch.zeros_like(labels), "segments": segments, "labels": labels}
+    ).tolist()
     assert loss == pytest.approx(4 * (wrong - 1) + 2 * wrong)
     assert counts == [6, 4, 4, 2]
 
 
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_for_each_token(tmp_path):
-    """All weights zero: each of 257 tokens is as likely. Two outputs of 3 bytes and 1, with EOS 4 targets and 2."""
+    """All weights zero: each of 257 tokens is as likely. Two outputs of 3 bytes and 1, with EOS 4 targets
+    and 2."""
     config = config_of(tmp_path / "rows.json", seq_len=19)
     model = GPTMini(GPTConfig(vocab_size=257, d_model=8, n_heads=2, n_layers=1, max_seq_len=19)).eval()
     for parameter in model.parameters():
@@ -759,20 +904,31 @@ def test_the_fingerprint_changes_with_where_the_response_begins():
 def test_the_description_counts_what_there_is():
     """8, 5 and 8 ids, the fourth pair never fits; in 6 positions two lose one id each."""
     pairs = [pair("ab", "xyz"), pair("i", "o"), pair("abcd", "z")]
-    assert InstructPairDataset(pairs, BYTE, SHORT, 9).describe(3) == "3 instructions, 21 tokens, 8 of them scored, rows of up to 7"
-    assert InstructPairDataset(pairs, BYTE, SHORT, 9, mask_prompt=False).describe(3).startswith("3 instructions, 21 tokens, 18 of them scored")
+    assert (
+        InstructPairDataset(pairs, BYTE, SHORT, 9).describe(3)
+        == "3 instructions, 21 tokens, 8 of them scored, rows of up to 7"
+    )
+    assert (
+        InstructPairDataset(pairs, BYTE, SHORT, 9, mask_prompt=False)
+        .describe(3)
+        .startswith("3 instructions, 21 tokens, 18 of them scored")
+    )
     assert InstructPairDataset(pairs, BYTE, SHORT, 11, packing=True).describe(3) == (
         "3 instructions, 21 tokens, 8 of them scored, packed into 2 blocks of 11"
     )
     pairs.append(pair("a", "toolong"))
     assert InstructPairDataset(pairs, BYTE, SHORT, 6).describe(4) == (
-        "4 instructions, 19 tokens, 8 of them scored, rows of up to 6 (2 cut at the start of their prompt and 1 dropped: longer than 6)"
+        "4 instructions, 19 tokens, 8 of them scored, rows of up to 6 (2 cut at the start of their prompt "
+        "and 1 dropped: longer than 6)"
     )
     assert InstructPairDataset(pairs, BYTE, SHORT, 6, too_long="drop").describe(4) == (
         "4 instructions, 5 tokens, 2 of them scored, rows of up to 4 (3 dropped: longer than 6)"
     )
     thousands = InstructPairDataset([pair("i", "o")] * 1200, BYTE, SHORT, 11, packing=True)
-    assert thousands.describe(1200) == "1,200 instructions, 6,000 tokens, 2,400 of them scored, packed into 600 blocks of 11"
+    assert (
+        thousands.describe(1200)
+        == "1,200 instructions, 6,000 tokens, 2,400 of them scored, packed into 600 blocks of 11"
+    )
 
 
 def test_a_config_names_both_sides_and_validation_scores_responses_alone(many):

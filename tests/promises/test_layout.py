@@ -1,4 +1,5 @@
-"""The rules of the layout: which file may import which, how long a file and a function may be, what is never done."""
+"""The rules of the layout: which file may import which, how long a file and a function may be, what is
+never done."""
 
 import ast
 import functools
@@ -21,18 +22,23 @@ BY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_
 LINES_PER_FILE, LINES_PER_FUNCTION = 500, 60
 LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a screen
 
-# Who may import whom: one row for each file of the top level and each folder of support/. A row names what it may import
-# besides what is in its own folder. A new arrow is a decision: argue for it where the change is reviewed.
+# Who may import whom: one row for each file of the top level and each folder of support/. A row names what it
+# may import besides what is in its own folder. A new arrow is a decision: argue for it where the change is
+# reviewed.
 ARROWS = {
-    "train": "data model optim support.checkpoint support.chunked_loss support.cli support.files support.messages support.plots support.run",
+    "train": "data model optim support.checkpoint support.chunked_loss support.cli support.files "
+    "support.messages support.plots support.run",
     "finetune": "data instruct support.checkpoint support.cli support.messages support.plots support.run train",
-    "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text tokenizer",
+    "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text "
+    "tokenizer",
     "evaluate_checkpoints": "model support.checkpoint support.cli support.config support.device "
     "support.evaluation support.files support.messages support.run support.text "
     "tokenizer",
-    "eval_val": "support.checkpoint support.cli support.config support.device support.evaluation support.messages support.text",
+    "eval_val": "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
+    "support.text",
     "list": "support.checkpoint support.cli support.messages",
-    "prepare": "support.checkpoint support.cli support.exchange support.files support.messages support.text tokenizer",
+    "prepare": "support.checkpoint support.cli support.exchange support.files support.messages support.text "
+    "tokenizer",
     "convert": "model sampling support.checkpoint support.cli support.evaluation support.exchange "
     "support.files support.messages support.run support.text tokenizer",
     "from_scratch": "model sampling support.cli support.exchange support.messages tokenizer",
@@ -60,7 +66,17 @@ ARROWS = {
     "tokenizer",
     "support.text": "support.cli support.device support.files support.foreign support.messages tokenizer",
 }
-SCRIPTS = {"train", "finetune", "convert", "prepare", "from_scratch", "infer", "list", "eval_val", "evaluate_checkpoints"}
+SCRIPTS = {
+    "train",
+    "finetune",
+    "convert",
+    "prepare",
+    "from_scratch",
+    "infer",
+    "list",
+    "eval_val",
+    "evaluate_checkpoints",
+}
 KNOW_LIGHTNING = {"train", "support.run.saving", "support.run.metrics"}
 
 
@@ -82,12 +98,16 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module the file imports anywhere, also inside functions: `from support import cli` is support.cli."""
+    """Every module the file imports anywhere, also inside functions: `from support import cli` is
+    support.cli."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import; scripts are run from the folder, write the name"
+            assert node.level == 0, (
+                f"{path.name}:{node.lineno}: a relative import; scripts are run from the folder, write the "
+                "name"
+            )
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full in OURS else node.module
@@ -109,18 +129,22 @@ def roots(path: Path) -> set[str]:
 
 @BY_FILE
 def test_a_file_is_named_for_a_thing_or_a_job(path):
-    assert path.stem not in {"utils", "util", "common", "helpers", "misc"}, "code without an owner: the design is missing a noun"
+    assert path.stem not in {"utils", "util", "common", "helpers", "misc"}, (
+        "code without an owner: the design is missing a noun"
+    )
 
 
 def test_no_top_level_name_shadows_what_we_or_our_dependencies_import():
-    """`python3 train.py` puts this folder first on the path: a tokenizers.py here would replace the library everywhere."""
+    """`python3 train.py` puts this folder first on the path: a tokenizers.py here would replace the
+    library everywhere."""
     here = {path.stem for path in REPO.glob("*.py")} | {"support"}
     assert not here & set(sys.stdlib_module_names)
     assert not here & set(importlib.metadata.packages_distributions())
 
 
 def test_pip_install_of_this_folder_brings_the_requirements_and_no_module():
-    """`pip install -e .`: a module named data or list on the path of every program would hide those of others."""
+    """`pip install -e .`: a module named data or list on the path of every program would hide those of
+    others."""
     settings = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
     assert settings["tool"]["setuptools"]["packages"] == settings["tool"]["setuptools"]["py-modules"] == []
     assert settings["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
@@ -129,9 +153,15 @@ def test_pip_install_of_this_folder_brings_the_requirements_and_no_module():
 
 @pytest.mark.slow
 def test_what_pip_installs_of_this_folder(tmp_path):
-    """The wheel that `pip install -e .` makes, without network: the requirements, and an import hook that finds nothing."""
+    """The wheel that `pip install -e .` makes, without network: the requirements, and an import hook that
+    finds nothing."""
     pytest.importorskip("setuptools", reason="setuptools is not installed")
-    for file in (*REPO.glob("*.py"), *REPO.glob("requirements*.txt"), REPO / "pyproject.toml", REPO / "LICENSE"):
+    for file in (
+        *REPO.glob("*.py"),
+        *REPO.glob("requirements*.txt"),
+        REPO / "pyproject.toml",
+        REPO / "LICENSE",
+    ):
         shutil.copy(file, tmp_path)
     shutil.copytree(REPO / "support", tmp_path / "support")
     (tmp_path / "data").mkdir()
@@ -142,7 +172,9 @@ def test_what_pip_installs_of_this_folder(tmp_path):
     with zipfile.ZipFile(wheel) as files:
         inside = {name: files.read(name).decode() for name in files.namelist()}
     assert all("dist-info/" in name or name.startswith("__editable__") for name in inside)
-    assert not [text for text in inside.values() if str(tmp_path) in text], "the folder is not put on the path"
+    assert not [text for text in inside.values() if str(tmp_path) in text], (
+        "the folder is not put on the path"
+    )
     metadata = next(text for name, text in inside.items() if name.endswith("METADATA"))
     lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
     needed = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
@@ -157,8 +189,14 @@ def test_data_the_folder_does_not_shadow_data_the_module():
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_nothing_that_a_run_leaves_is_in_the_repository():
-    """A clone that came with a finished run would begin by moving it aside. Outside of a git checkout there is nothing to see."""
-    found = subprocess.run(["git", "ls-files", "--cached", "--ignored", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
+    """A clone that came with a finished run would begin by moving it aside. Outside of a git checkout
+    there is nothing to see."""
+    found = subprocess.run(
+        ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
     assert found.stdout == ""
 
 
@@ -174,7 +212,9 @@ def test_a_file_fits_its_budget(path):
 
 @BY_FILE
 def test_a_function_fits_a_screen(path):
-    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [
+        node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > LINES_PER_FUNCTION] == []
 
 
@@ -193,7 +233,9 @@ def imported_rooms() -> dict[str, set[str]]:
 
 
 def test_the_table_of_arrows_names_exactly_the_rooms_there_are():
-    assert set(ARROWS) == set(imported_rooms()), "a new file or folder needs a row in ARROWS, a removed one gives its row back"
+    assert set(ARROWS) == set(imported_rooms()), (
+        "a new file or folder needs a row in ARROWS, a removed one gives its row back"
+    )
 
 
 @pytest.mark.parametrize("room", ARROWS)
@@ -216,7 +258,9 @@ def test_neither_rooms_nor_files_import_in_a_circle():
 
 
 def test_scripts_build_on_each_other_only_where_that_is_the_point():
-    assert {name: SCRIPTS & set(row.split()) for name, row in ARROWS.items() if SCRIPTS & set(row.split())} == {
+    assert {
+        name: SCRIPTS & set(row.split()) for name, row in ARROWS.items() if SCRIPTS & set(row.split())
+    } == {
         "finetune": {"train"},
         "optim": {"from_scratch"},  # for its AdamW, when the config asks for that
     }
@@ -233,7 +277,14 @@ def test_what_only_some_runs_need_is_imported_where_it_is_needed(path):
     """Seconds each: a run on local text needs no datasets, a sample no pictures."""
     at_top = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
     at_top |= {node.module for node in tree(path).body if isinstance(node, ast.ImportFrom)}
-    assert not {name.split(".")[0] for name in at_top} & {"datasets", "transformers", "matplotlib", "tiktoken", "tokenizers", "lm_eval"}
+    assert not {name.split(".")[0] for name in at_top} & {
+        "datasets",
+        "transformers",
+        "matplotlib",
+        "tiktoken",
+        "tokenizers",
+        "lm_eval",
+    }
 
 
 # ---- what a process loads -----------------------------------------------------------------------------------------
@@ -266,7 +317,18 @@ for script in {sorted(SCRIPTS)}:
     else:
         raise AssertionError(script + " did not exit")
 """
-    heavy = ("torch", "lightning", "numpy", "pydantic", "transformers", "datasets", "tokenizers", "rich", "matplotlib", "yaml")
+    heavy = (
+        "torch",
+        "lightning",
+        "numpy",
+        "pydantic",
+        "transformers",
+        "datasets",
+        "tokenizers",
+        "rich",
+        "matplotlib",
+        "yaml",
+    )
     assert loaded(code, "argparse", *heavy) == ["argparse"]
 
 
@@ -278,7 +340,11 @@ def test_files_are_unpickled_in_one_place_and_as_plain_tensors_only(path):
     """torch.load is a pickle; weights_only=True keeps a downloaded checkpoint from running code."""
     assert not roots(path) & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     assert not any(name in ("torch.serialization", "torch.jit") for name in imports(path))
-    loads = [call for name, call in calls(path) if name in ("torch.load", "load") or name.endswith((".serialization.load", "jit.load"))]
+    loads = [
+        call
+        for name, call in calls(path)
+        if name in ("torch.load", "load") or name.endswith((".serialization.load", "jit.load"))
+    ]
     if module_name(path) != "support.checkpoint":
         assert not loads
     for call in loads:
@@ -288,7 +354,11 @@ def test_files_are_unpickled_in_one_place_and_as_plain_tensors_only(path):
 
 @BY_FILE
 def test_numpy_never_unpickles(path):
-    assert not any(keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False" for _, call in calls(path) for keyword in call.keywords)
+    assert not any(
+        keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"
+        for _, call in calls(path)
+        for keyword in call.keywords
+    )
 
 
 @BY_FILE
@@ -299,12 +369,25 @@ def test_yaml_is_read_with_a_safe_loader(path):
     for name, call in calls(path):
         assert not name.endswith(("unsafe_load", "full_load", "load_all")), f"line {call.lineno}"
         if name == "yaml.load":
-            loader = next((ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"), None)
+            loader = next(
+                (ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"), None
+            )
             module = __import__(module_name(path), fromlist=["_"])
-            assert loader is not None and issubclass(getattr(module, loader.split(".")[-1], yaml.Loader), yaml.SafeLoader), f"line {call.lineno}"
+            assert loader is not None and issubclass(
+                getattr(module, loader.split(".")[-1], yaml.Loader), yaml.SafeLoader
+            ), f"line {call.lineno}"
 
 
-RUN_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+RUN_CODE = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+}
 RUN_CODE |= {"importlib.import_module", "runpy.run_path", "torch.hub.load"}
 
 
@@ -312,8 +395,14 @@ RUN_CODE |= {"importlib.import_module", "runpy.run_path", "torch.hub.load"}
 def test_no_code_is_built_from_strings(path):
     assert not RUN_CODE & {name for name, _ in calls(path)}
     for flag in ("shell", "trust_remote_code"):
-        assert not any(k.arg == flag and ast.unparse(k.value) != "False" for _, call in calls(path) for k in call.keywords), flag
-    assert not any(name.endswith(".load_from_checkpoint") for name, _ in calls(path)), "Lightning's own reader unpickles; ours is read_checkpoint"
+        assert not any(
+            k.arg == flag and ast.unparse(k.value) != "False"
+            for _, call in calls(path)
+            for k in call.keywords
+        ), flag
+    assert not any(name.endswith(".load_from_checkpoint") for name, _ in calls(path)), (
+        "Lightning's own reader unpickles; ours is read_checkpoint"
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,20 @@ def test_further_names_of_a_file_are_marks_of_its_row(show, tiny_run, tmp_path):
     """Whether they are hard links, or copies, as a plain copy of a run's folder makes them."""
     best = load_model(tiny_run.folder / "best.ckpt")[2]["metrics"]["step"]
     for row in map(json.loads, show(tiny_run.folder, "--json").splitlines()):
-        assert row["names"] == ["last"] * (row["step"] == 12) + ["best"] * (row["step"] == best) + ["final"] * (row["step"] == 12)
+        assert row["names"] == ["last"] * (row["step"] == 12) + ["best"] * (row["step"] == best) + [
+            "final"
+        ] * (row["step"] == 12)
     assert "last" in row_of(show(tiny_run.folder / "step-0000012.ckpt"), "step-0000012").split()
     assert "last" in row_of(show(tiny_run.folder / "final.ckpt"), "final.ckpt").split()
     shutil.copytree(tiny_run.folder, tmp_path / "copy")
-    assert not (tmp_path / "copy" / "final.ckpt").samefile(tmp_path / "copy" / "step-0000012.ckpt"), "a copy loses the links"
+    assert not (tmp_path / "copy" / "final.ckpt").samefile(tmp_path / "copy" / "step-0000012.ckpt"), (
+        "a copy loses the links"
+    )
     names, copied = (
-        [(Path(row["file"]).name, row["names"]) for row in map(json.loads, show(folder, "--json").splitlines())]
+        [
+            (Path(row["file"]).name, row["names"])
+            for row in map(json.loads, show(folder, "--json").splitlines())
+        ]
         for folder in (tiny_run.folder, tmp_path / "copy")
     )
     assert copied == names
@@ -99,7 +106,12 @@ def test_rows_are_sorted_by_any_column(show, tiny_run, tmp_path, column):
     known = [row[column] for row in rows if row.get(column) is not None]
     assert known == sorted(known)
     assert len(rows) == 4
-    backward = [row["file"] for row in map(json.loads, show(tiny_run.folder, tmp_path, "--json", "--sort", column, "--reverse").splitlines())]
+    backward = [
+        row["file"]
+        for row in map(
+            json.loads, show(tiny_run.folder, tmp_path, "--json", "--sort", column, "--reverse").splitlines()
+        )
+    ]
     assert backward == [row["file"] for row in reversed(rows)]
 
 
@@ -130,7 +142,9 @@ def test_json_rows_parse_and_say_the_same(show, tiny_run):
     assert {row["file"] for row in rows} == {str(path) for path in tiny_run.folder.glob("step-*.ckpt")}
     [final] = [row for row in rows if "final" in row["names"]]
     metrics = load_model(final["file"])[2]["metrics"]
-    assert {name: final[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")} == {
+    assert {
+        name: final[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")
+    } == {
         name: metrics[name] for name in ("step", "epoch", "tokens", "train_loss", "val_loss", "best_val_loss")
     }
     assert final["size_mb"] == pytest.approx((tiny_run.folder / "final.ckpt").stat().st_size / 2**20, abs=0.1)
@@ -147,11 +161,23 @@ def test_a_damaged_file_is_a_row_that_says_so(show, tiny_run, tmp_path):
         assert lines[0].split()[1] == "-"
         assert reason in lines[1]
     errors = {row["file"]: row.get("error") for row in map(json.loads, show(tmp_path, "--json").splitlines())}
-    assert [errors[str(tmp_path / f"{name}.ckpt")] is None for name in ("whole", "cut", "empty")] == [True, False, False]
+    assert [errors[str(tmp_path / f"{name}.ckpt")] is None for name in ("whole", "cut", "empty")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
-    "damage", [{"metrics": {}}, {"metrics": None}, {"tokenizer": {}}, {"model": {"d_model": 32, "n_heads": 5}}, {"model": None}], ids=str
+    "damage",
+    [
+        {"metrics": {}},
+        {"metrics": None},
+        {"tokenizer": {}},
+        {"model": {"d_model": 32, "n_heads": 5}},
+        {"model": None},
+    ],
+    ids=str,
 )
 def test_damaged_fields_are_a_row_too(show, tiny_run, tmp_path, damage):
     checkpoint = tiny_run.checkpoint()
@@ -161,7 +187,9 @@ def test_damaged_fields_are_a_row_too(show, tiny_run, tmp_path, damage):
 
 
 def test_nothing_there_is_an_error_that_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint \(\.ckpt\) there; python3 train\.py --config config_smoke\.yaml"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint \(\.ckpt\) there; python3 train\.py --config config_smoke\.yaml"
+    ):
         listing.main([str(tmp_path)])
     with pytest.raises(UserError, match=r"nowhere\.ckpt"):
         listing.main([str(tmp_path / "nowhere.ckpt")])
@@ -180,7 +208,9 @@ def test_files_folders_and_globs_may_be_named(show, tiny_run):
     assert (len(one), len(some)) == (2, 4)  # a header and the rows; a file named twice is shown once
 
 
-@pytest.mark.parametrize("name", ["a" * 200, "run [bold]7 :smile:", "mit Leerzeichen ü"], ids=["long", "markup", "spaces"])
+@pytest.mark.parametrize(
+    "name", ["a" * 200, "run [bold]7 :smile:", "mit Leerzeichen ü"], ids=["long", "markup", "spaces"]
+)
 def test_piped_output_shows_names_as_they_are_and_folds_no_line(show, tiny_run, tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -212,4 +242,6 @@ def test_many_files_are_read_by_several_processes_and_give_the_same_rows(show, t
     (tmp_path / "bad.ckpt").touch()
     rows = {row["file"]: row for row in map(json.loads, show(tmp_path, "--json").splitlines())}
     assert len(rows) == listing.MANY + 1
-    assert {file: row | {"age_s": 0} for file, row in rows.items()} == {file: listing.describe(Path(file)) | {"age_s": 0} for file in rows}
+    assert {file: row | {"age_s": 0} for file, row in rows.items()} == {
+        file: listing.describe(Path(file)) | {"age_s": 0} for file in rows
+    }

@@ -1,9 +1,12 @@
-"""Change one thing, see what breaks: each mutation edits the source of a file in memory, and the named check must fail.
+"""Change one thing, see what breaks: each mutation edits the source of a file in memory, and the named check
+must fail.
 
-The checks are those of the other tests, so a row here proves that the named test would notice the mistake. The text to
-replace must occur exactly once: a lesson whose line has moved on fails instead of passing for nothing.
+The checks are those of the other tests, so a row here proves that the named test would notice the mistake.
+The text to replace must occur exactly once: a lesson whose line has moved on fails instead of passing for
+nothing.
 
-To try one by hand, make the edit of a row in LESSONS in the file, and run tests/core/test_model.py or tests/core/test_data.py.
+To try one by hand, make the edit of a row in LESSONS in the file, and run tests/core/test_model.py or
+tests/core/test_data.py.
 """
 
 from collections.abc import Callable
@@ -31,11 +34,16 @@ REAL = {"model": model, "data": data, "encoding": support.text.encode_corpus}
 
 
 def in_test_data(name: str, *args: object) -> Callable[[ModuleType], None]:
-    """A test of test_data.py as a check: it runs with every name it imports from data.py taken from the module given."""
+    """A test of test_data.py as a check: it runs with every name it imports from data.py taken from the
+    module given."""
 
     def check(m: ModuleType) -> None:
         test = getattr(test_data, name)
-        taken = [key for key, value in test.__globals__.items() if not key.startswith("_") and key in vars(data) and value is vars(data)[key]]
+        taken = [
+            key
+            for key, value in test.__globals__.items()
+            if not key.startswith("_") and key in vars(data) and value is vars(data)[key]
+        ]
         names = {key: getattr(m, key) for key in taken if hasattr(m, key)}
         FunctionType(test.__code__, {**test.__globals__, **names})(*args)
 
@@ -45,7 +53,9 @@ def in_test_data(name: str, *args: object) -> Callable[[ModuleType], None]:
 def mutant(name: str, old: str, new: str) -> ModuleType:
     """The module `name` as it would be with `old` replaced by `new` in its source; the file stays as it is."""
     source = Path(REAL[name].__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times; bring this lesson up to date"
+    assert source.count(old) == 1, (
+        f"{name}.py holds {old!r} {source.count(old)} times; bring this lesson up to date"
+    )
     module = ModuleType(f"mutant_of_{name}")
     exec(compile(source.replace(old, new), f"mutant of {name}.py", "exec"), module.__dict__)
     return module
@@ -53,7 +63,13 @@ def mutant(name: str, old: str, new: str) -> ModuleType:
 
 # (lesson, file, text, its replacement, the check that must fail)
 LESSONS: list[tuple[str, str, str, str, Callable]] = [
-    ("no causal mask", "model", "is_causal=mask is None and q.shape[2] > 1", "is_causal=False", check_causality),
+    (
+        "no causal mask",
+        "model",
+        "is_causal=mask is None and q.shape[2] > 1",
+        "is_causal=False",
+        check_causality,
+    ),
     (
         "a causal mask that lets one future token through",
         "model",
@@ -61,7 +77,13 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
         ".tril(n_keys - n_queries + 1)",
         check_segments_isolate,
     ),
-    ("a mask aligned to the top left", "model", ".tril(n_keys - n_queries)", ".tril()", lambda m: check_cached_equals_uncached(m, (4, 3))),
+    (
+        "a mask aligned to the top left",
+        "model",
+        ".tril(n_keys - n_queries)",
+        ".tril()",
+        lambda m: check_cached_equals_uncached(m, (4, 3)),
+    ),
     (
         "repeat for repeat_interleave",
         "model",
@@ -77,8 +99,20 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
         "torch.cat([sin, -sin], dim=-1)",
         check_rope_is_complex_rotation,
     ),
-    ("rotary sines without a sign", "model", "torch.cat([-sin, sin], dim=-1)", "torch.cat([sin, sin], dim=-1)", check_rope_depends_on_distance_only),
-    ("only the queries are rotated", "model", "q, k = apply_rope(q, *rope), apply_rope(k, *rope)", "q = apply_rope(q, *rope)", check_order_matters),
+    (
+        "rotary sines without a sign",
+        "model",
+        "torch.cat([-sin, sin], dim=-1)",
+        "torch.cat([sin, sin], dim=-1)",
+        check_rope_depends_on_distance_only,
+    ),
+    (
+        "only the queries are rotated",
+        "model",
+        "q, k = apply_rope(q, *rope), apply_rope(k, *rope)",
+        "q = apply_rope(q, *rope)",
+        check_order_matters,
+    ),
     (
         "positions that start anew behind the cache",
         "model",
@@ -86,7 +120,13 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
         "torch.arange(T, device=device)",
         check_cached_equals_uncached,
     ),
-    ("a cache that never grows", "model", "cache.length += T", "pass", lambda m: check_cached_equals_uncached(m, (4, 3))),
+    (
+        "a cache that never grows",
+        "model",
+        "cache.length += T",
+        "pass",
+        lambda m: check_cached_equals_uncached(m, (4, 3)),
+    ),
     (
         "values stored at the wrong place of the cache",
         "model",
@@ -94,8 +134,20 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
         "self.values[layer][:, :, : k.shape[2]] = v",
         check_cached_equals_uncached,
     ),
-    ("residual projections of full size", "model", "std /= (2 * self.config.n_layers) ** 0.5", "pass", check_initial_std),
-    ("attention across documents", "model", "return same & causal_mask(", "return causal_mask(", check_segments_isolate),
+    (
+        "residual projections of full size",
+        "model",
+        "std /= (2 * self.config.n_layers) ** 0.5",
+        "pass",
+        check_initial_std,
+    ),
+    (
+        "attention across documents",
+        "model",
+        "return same & causal_mask(",
+        "return causal_mask(",
+        check_segments_isolate,
+    ),
     (
         "no EOS between documents",
         "encoding",
@@ -120,7 +172,9 @@ LESSONS: list[tuple[str, str, str, str, Callable]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "old", "new", "check"), [pytest.param(*row, id=lesson) for lesson, *row in LESSONS])
+@pytest.mark.parametrize(
+    ("name", "old", "new", "check"), [pytest.param(*row, id=lesson) for lesson, *row in LESSONS]
+)
 def test_the_mutation_breaks_the_named_check(name, old, new, check):
     broken = mutant(name, old, new)
     check(REAL[name])
@@ -129,7 +183,8 @@ def test_the_mutation_breaks_the_named_check(name, old, new, check):
 
 
 def test_an_edit_that_changes_nothing_breaks_nothing():
-    """The machinery itself: a copy of the source passes every check, so a failure above is the mutation's doing."""
+    """The machinery itself: a copy of the source passes every check, so a failure above is the mutation's
+    doing."""
     for name in REAL:
         copy = mutant(name, REAL[name].__doc__, REAL[name].__doc__)
         for _, file, _, _, check in LESSONS:

@@ -1,4 +1,5 @@
-"""A full disk, a kill between two writes, bad numbers: what was saved stays whole, and what was not is kept or told."""
+"""A full disk, a kill between two writes, bad numbers: what was saved stays whole, and what was not is
+kept or told."""
 
 import errno
 import fcntl
@@ -68,24 +69,33 @@ def file_limit():
 # ---- the disk -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(run, tmp_path, monkeypatch, file_limit, straight):
+def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(
+    run, tmp_path, monkeypatch, file_limit, straight
+):
     """It is full at steps 4 to 7: neither the checkpoint of step 4 nor the rows fit. All is well at step 8."""
     during_steps(monkeypatch, range(4, 8), lambda: file_limit(700), lambda: file_limit(None))
     made = run(tmp_path / "run", *BYTE)
     assert_same_run(made, straight)
-    assert sorted(path.name for path in made.folder.glob("step-*")) == ["step-0000008.ckpt", "step-0000012.ckpt"]
+    assert sorted(path.name for path in made.folder.glob("step-*")) == [
+        "step-0000008.ckpt",
+        "step-0000012.ckpt",
+    ]
     assert not list(made.folder.glob("*.tmp-*"))
     warnings = made.err.splitlines()
-    assert [("step-0000004.ckpt could not be written (File too large)" in w, "metrics.jsonl" in w) for w in warnings] == [
-        (False, True),
-        (True, False),
-    ]
+    assert [
+        ("step-0000004.ckpt could not be written (File too large)" in w, "metrics.jsonl" in w)
+        for w in warnings
+    ] == [(False, True), (True, False)]
 
 
-def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(run, tmp_path, monkeypatch, file_limit, straight):
+def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(
+    run, tmp_path, monkeypatch, file_limit, straight
+):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     during_steps(monkeypatch, range(6, 99), lambda: file_limit(20_000), lambda: None)
-    with pytest.raises(UserError, match=r"cannot be written \(File too large\), nor can .*\n.*make room") as error:
+    with pytest.raises(
+        UserError, match=r"cannot be written \(File too large\), nor can .*\n.*make room"
+    ) as error:
         run(tmp_path / "run", *BYTE)
     assert len(str(error.value).splitlines()) <= 3
     file_limit(None)
@@ -108,12 +118,19 @@ def read_only(monkeypatch, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [None, signal.SIGTERM], ids=["at the end", "at a signal"])
-def test_the_state_of_a_run_whose_folder_takes_no_file_is_rescued(run, tmp_path, monkeypatch, straight, signum):
+def test_the_state_of_a_run_whose_folder_takes_no_file_is_rescued(
+    run, tmp_path, monkeypatch, straight, signum
+):
     folder, rescue = tmp_path / "run", tmp_path / "rescue"
     rescue.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
     with monkeypatch.context() as patch:
-        during_steps(patch, range(6, 99), lambda: (read_only(patch, folder), signum and os.kill(os.getpid(), signum)), lambda: None)
+        during_steps(
+            patch,
+            range(6, 99),
+            lambda: (read_only(patch, folder), signum and os.kill(os.getpid(), signum)),
+            lambda: None,
+        )
         with pytest.raises(UserError, match="Permission denied") as error:
             run(folder, *BYTE)
     (saved,) = rescue.rglob("*.ckpt")
@@ -169,10 +186,19 @@ def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, 
 def test_best_is_not_replaced_by_a_worse_one_after_going_back(run, tmp_path, monkeypatch):
     """Step 8 was the best; the run goes back to step 4, moves to another folder and validates at other steps."""
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 5: 2.5, 10: 1.5}
-    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
+    monkeypatch.setattr(
+        train.LitCausalLM,
+        "on_validation_epoch_end",
+        lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]),
+    )
     stopped_run(run, tmp_path / "run", *BYTE, at=9)
     (tmp_path / "run").rename(tmp_path / "moved")
-    made = run(tmp_path / "moved", *BYTE, "training.val_every=5", f"--resume={tmp_path / 'moved' / 'step-0000004.ckpt'}")
+    made = run(
+        tmp_path / "moved",
+        *BYTE,
+        "training.val_every=5",
+        f"--resume={tmp_path / 'moved' / 'step-0000004.ckpt'}",
+    )
     assert [row["step"] for row in made.val_rows] == [4, 5, 10, 12]
     assert made.checkpoint("best")["tiny_transformer"]["metrics"]["step"] == 8
     assert made.checkpoint("final")["tiny_transformer"]["metrics"]["best_val_loss"] == 1.0
@@ -184,13 +210,18 @@ def test_a_checkpoint_between_validations_says_the_same_after_a_resume(run, tmp_
     stopped_run(run, tmp_path / "stopped", *words, at=6)
     resumed = run(tmp_path / "stopped", *words, "--resume")
     for name in ("step-0000007", "step-0000010"):
-        assert resumed.checkpoint(name)["tiny_transformer"]["metrics"] == straight.checkpoint(name)["tiny_transformer"]["metrics"]
+        assert (
+            resumed.checkpoint(name)["tiny_transformer"]["metrics"]
+            == straight.checkpoint(name)["tiny_transformer"]["metrics"]
+        )
 
 
 # ---- signals ------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(run, tmp_path, monkeypatch, straight):
+def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(
+    run, tmp_path, monkeypatch, straight
+):
     def again(checkpoint, file, save=torch.save):
         if checkpoint["global_step"] == 6:
             file.write(b"half")
@@ -243,7 +274,8 @@ def test_a_reader_of_the_output_that_has_gone_stops_the_run_saved(run, tmp_path,
 
 
 def test_a_worker_that_falls_to_the_signal_does_not_make_it_an_error():
-    """In the moment between its start and its first instruction of ours, a data worker dies of a SIGTERM to all."""
+    """In the moment between its start and its first instruction of ours, a data worker dies of a SIGTERM
+    to all."""
     with pytest.raises(StopRun) as stopped, StopOnSignal() as stop:
         stop.stepping = True
         signal.raise_signal(signal.SIGTERM)
@@ -306,7 +338,9 @@ def test_weights_that_a_step_throws_out_of_range_are_not_saved(run, tmp_path, mo
             self.net.norm.weight.data *= 1e39
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", overflows)
-    with pytest.raises(UserError, match=r"step 3: weights\.norm\.weight is not finite any more.*\n.*step-0000002\.ckpt"):
+    with pytest.raises(
+        UserError, match=r"step 3: weights\.norm\.weight is not finite any more.*\n.*step-0000002\.ckpt"
+    ):
         run(tmp_path / "run", *BYTE, "checkpoint.save_every=1")
     assert load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"] == 2
 
@@ -320,7 +354,9 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(run, tmp_path, monkey
             self.val_sums *= math.nan
 
     monkeypatch.setattr(train.LitCausalLM, "validation_step", broken)
-    with pytest.raises(UserError, match=r"step 8: val_loss=nan.*\n.*last good checkpoint: .*step-0000004\.ckpt"):
+    with pytest.raises(
+        UserError, match=r"step 8: val_loss=nan.*\n.*last good checkpoint: .*step-0000004\.ckpt"
+    ):
         run(tmp_path / "run", *BYTE)
     assert load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"] == 4
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -329,12 +365,18 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(run, tmp_path, monkey
 def without_gradient(net):
     """As a network that has been compiled wrongly: the loss is right, and nothing follows from it."""
     forward = net.forward
-    net.forward = lambda **batch: [part + 0 * net.norm.weight.sum() for part in torch.no_grad()(forward)(**batch)]
+    net.forward = lambda **batch: [
+        part + 0 * net.norm.weight.sum() for part in torch.no_grad()(forward)(**batch)
+    ]
 
 
 @pytest.mark.parametrize(
     ("words", "advice"),
-    [((), "model.zero_init=false"), (("training.compile=true",), "training.compile=false"), (("training.freeze=[layers]",), "freeze less")],
+    [
+        ((), "model.zero_init=false"),
+        (("training.compile=true",), "training.compile=false"),
+        (("training.freeze=[layers]",), "freeze less"),
+    ],
     ids=["plain", "compiled", "frozen"],
 )
 def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monkeypatch, words, advice):
@@ -346,7 +388,9 @@ def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monk
         return STEP(self, *args)
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", begin)
-    with pytest.raises(UserError, match=rf"step 1: every gradient is zero while the loss is 5\.\d+.*\n.*{advice}"):
+    with pytest.raises(
+        UserError, match=rf"step 1: every gradient is zero while the loss is 5\.\d+.*\n.*{advice}"
+    ):
         run(tmp_path / "run", *BYTE, *words)
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
@@ -367,15 +411,31 @@ def test_a_step_without_targets_has_no_gradient_and_goes_by(run, tmp_path, monke
 def test_bad_numbers_name_the_samples(run, tmp_path, monkeypatch, source):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
-    words = (*BYTE, "data.source=hf", "data.dataset=json", f"data.path={rows}", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+    words = (
+        *BYTE,
+        "data.source=hf",
+        "data.dataset=json",
+        f"data.path={rows}",
+        "data.streaming=true",
+        "data.val_docs=4",
+        "data.val_fraction=0.1",
+    )
 
     def third_is_bad(self, *args):
         if self.trainer.global_step == 2:
-            monkeypatch.setattr(self.net, "forward", lambda **batch: (self.net.embed_tokens.weight.sum() * math.nan, torch.tensor(1)))
+            monkeypatch.setattr(
+                self.net,
+                "forward",
+                lambda **batch: (self.net.embed_tokens.weight.sum() * math.nan, torch.tensor(1)),
+            )
         return STEP(self, *args)
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", third_is_bad)
-    expected = r"on a stream, before document \d+ of group 0 in epoch \d+" if source == "stream" else r"on samples 16 to 23 \(blocks (\d+, ){7}\d+\)"
+    expected = (
+        r"on a stream, before document \d+ of group 0 in epoch \d+"
+        if source == "stream"
+        else r"on samples 16 to 23 \(blocks (\d+, ){7}\d+\)"
+    )
     with pytest.raises(UserError, match=expected):
         run(tmp_path / "run", *(words if source == "stream" else BYTE))
 
@@ -384,7 +444,10 @@ def test_bad_numbers_name_the_samples(run, tmp_path, monkeypatch, source):
     ("error", "advice"),
     [
         (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried "
+                "to allocate 9 bytes"
+            ),
             "halve training",
         ),
         (MemoryError(), "halve training"),
@@ -406,23 +469,36 @@ def test_memory_that_runs_out_is_explained(run, tmp_path, monkeypatch, error, ad
 
 @pytest.mark.parametrize("workers", [2, 0])
 def test_shared_memory_that_runs_out_is_explained(tiny_run, workers):
-    """Where data workers cannot be started the system only says that no space is left; without workers it is not that."""
+    """Where data workers cannot be started the system only says that no space is left; without workers it
+    is not that."""
     config = load_config(tiny_run.folder / "run_config.yaml", [f"hardware.num_workers={workers}"])
-    plan = SimpleNamespace(config=config, folder=tiny_run.folder, world=1, device="cpu", command="python3 train.py")
+    plan = SimpleNamespace(
+        config=config, folder=tiny_run.folder, world=1, device="cpu", command="python3 train.py"
+    )
     error = RuntimeError("cannot start")
     error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     said = explain(error, plan)
-    assert (said is not None and "hardware.num_workers=0" in str(said) and "--shm-size" in str(said)) == bool(workers)
+    assert (said is not None and "hardware.num_workers=0" in str(said) and "--shm-size" in str(said)) == bool(
+        workers
+    )
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
 def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
     made = stopped_run(run, tmp_path / "run", *BYTE, at=6)
     checkpoint, path = made.checkpoint("last"), made.folder / "step-0000006.ckpt"
-    tensors = checkpoint["state_dict"] if part == "state_dict" else checkpoint["optimizer_states"][0]["state"][0]
-    next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim()).view(-1)[3] = math.nan
+    tensors = (
+        checkpoint["state_dict"] if part == "state_dict" else checkpoint["optimizer_states"][0]["state"][0]
+    )
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim()).view(-1)[3] = (
+        math.nan
+    )
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match=rf"step-0000006\.ckpt: {'weights' if part == 'state_dict' else 'optimizer'}.* holds a NaN.*--resume CKPT"):
+    with pytest.raises(
+        UserError,
+        match=rf"step-0000006\.ckpt: {'weights' if part == 'state_dict' else 'optimizer'}.* holds a "
+        r"NaN.*--resume CKPT",
+    ):
         run(tmp_path / "run", *BYTE, "--resume")
     assert run(tmp_path / "run", *BYTE, f"--resume={made.folder / 'step-0000004.ckpt'}").code == 0
 
@@ -438,7 +514,9 @@ def no_locks(monkeypatch, number: int) -> None:
 
 
 NO_SECOND = "so do not start a second run there"
-WITHOUT_LOCKS = pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EPERM], ids=errno.errorcode.get)
+WITHOUT_LOCKS = pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EPERM], ids=errno.errorcode.get
+)
 
 
 @WITHOUT_LOCKS
@@ -446,13 +524,30 @@ def test_a_file_system_without_locks_is_a_warning(run, tmp_path, monkeypatch, nu
     no_locks(monkeypatch, number)
     made = run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0")
     assert made.code == 0
-    assert made.err == f"warning: {tmp_path / 'run'} cannot be locked ({os.strerror(number)}): its file system has no locks, {NO_SECOND}\n"
+    assert (
+        made.err
+        == f"warning: {tmp_path / 'run'} cannot be locked ({os.strerror(number)}): its file system has no "
+        f"locks, {NO_SECOND}\n"
+    )
 
 
 def test_prepare_writes_without_locks_too(tmp_path, monkeypatch, capsys):
     no_locks(monkeypatch, errno.ENOLCK)
     (tmp_path / "text.txt").write_text("some words\n\n" * 40)
-    assert prepare.main(["tokens", "--input", str(tmp_path / "text.txt"), "--tokenizer", "byte", "--output", str(tmp_path / "out")]) == 0
+    assert (
+        prepare.main(
+            [
+                "tokens",
+                "--input",
+                str(tmp_path / "text.txt"),
+                "--tokenizer",
+                "byte",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().err.count("cannot be locked") == 1
     assert (tmp_path / "out" / "meta.json").exists()
 
@@ -463,7 +558,9 @@ def test_check_says_that_there_are_no_locks_and_leaves_nothing(argv_of, tmp_path
             no_locks(monkeypatch, number)
         with pytest.raises(SystemExit):
             train.main([*argv_of(tmp_path / "run", *BYTE), "--check"])
-        assert ("no locks (No locks available), so nothing keeps a second run out" in capsys.readouterr().out) == bool(number)
+        assert (
+            "no locks (No locks available), so nothing keeps a second run out" in capsys.readouterr().out
+        ) == bool(number)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -474,7 +571,10 @@ def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, mo
 
     monkeypatch.setattr(os, "open", refused)
     monkeypatch.setattr("builtins.open", refused)
-    with pytest.raises(UserError, match=rf"a/b/run cannot be written \({os.strerror(number)}\); name another folder by --output PATH"):
+    with pytest.raises(
+        UserError,
+        match=rf"a/b/run cannot be written \({os.strerror(number)}\); name another folder by --output PATH",
+    ):
         claim_folder(tmp_path / "a" / "b" / "run", "--output ")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
@@ -485,7 +585,14 @@ def test_a_run_whose_output_is_a_full_disk_or_closed_goes_on(tmp_path, argv_of, 
     """In processes of their own, as a user starts them."""
     for number, redirect in enumerate([">/dev/full 2>&1", ">&- 2>&-"]):
         folder = tmp_path / str(number)
-        command = ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, "train.py", *argv_of(folder, *BYTE)]
+        command = [
+            "sh",
+            "-c",
+            f'exec "$0" "$@" {redirect}',
+            sys.executable,
+            "train.py",
+            *argv_of(folder, *BYTE),
+        ]
         env = os.environ | {"PYTHONIOENCODING": "ascii"}
         assert subprocess.run(command, cwd=REPO, env=env, capture_output=True).returncode == 0
         assert weights_sha256(folder / "final.ckpt") == straight.sha256

@@ -13,7 +13,10 @@ import train
 from support.evaluation.pictures import draw_scores
 from support.plots import draw_loss, read_metrics
 
-ROWS = [{"step": step, "loss": 5 / step, "lr": 0.01 / step} for step in range(1, 9)] + [{"step": 4, "val_loss": 2.5}, {"step": 8, "val_loss": 1.5}]
+ROWS = [{"step": step, "loss": 5 / step, "lr": 0.01 / step} for step in range(1, 9)] + [
+    {"step": 4, "val_loss": 2.5},
+    {"step": 8, "val_loss": 1.5},
+]
 
 
 def write(folder, rows, tail: str = "") -> None:
@@ -24,7 +27,9 @@ def texts(svg: bytes) -> str:
     """What a picture says; its text is drawn as outlines, with the words in comments."""
     parser = xml.etree.ElementTree.XMLParser(target=xml.etree.ElementTree.TreeBuilder(insert_comments=True))
     root = xml.etree.ElementTree.fromstring(svg, parser)
-    return " ".join(element.text or "" for element in root.iter() if element.tag is xml.etree.ElementTree.Comment)
+    return " ".join(
+        element.text or "" for element in root.iter() if element.tag is xml.etree.ElementTree.Comment
+    )
 
 
 def test_a_run_ends_with_pictures_and_names_them(tiny_run):
@@ -85,7 +90,10 @@ def test_a_run_without_validation_is_drawn(tmp_path):
 
 
 def test_scores_are_drawn_over_steps_with_a_line_for_each_run_and_a_panel_for_each_category(tmp_path):
-    assert draw_scores(tmp_path / "scores", make_evaluation(runs=("runs/a", "runs/$b$"))) == tmp_path / "scores.svg"
+    assert (
+        draw_scores(tmp_path / "scores", make_evaluation(runs=("runs/a", "runs/$b$")))
+        == tmp_path / "scores.svg"
+    )
     words = texts((tmp_path / "scores.svg").read_bytes())
     for word in ("step", "score, with 95% interval", "$b$", "geography", "spelling", "style", "guessing"):
         assert word in words
@@ -101,7 +109,9 @@ def test_one_run_in_one_category_needs_neither_legend_nor_panels(tmp_path):
 
 @pytest.mark.parametrize("steps", [(None,), (None, 100), (100,)], ids=str)
 def test_without_different_steps_the_scores_are_bars(tmp_path, steps):
-    words = texts(draw_scores(tmp_path / "scores", make_evaluation(steps=steps, runs=("runs/a", "runs/b"))).read_bytes())
+    words = texts(
+        draw_scores(tmp_path / "scores", make_evaluation(steps=steps, runs=("runs/a", "runs/b"))).read_bytes()
+    )
     assert "a/step-" in words and "b/step-" in words and "geography" not in words
 
 
@@ -117,14 +127,21 @@ def test_without_cases_the_losses_are_drawn(tmp_path, steps):
 
 
 def test_the_picture_of_scores_is_the_same_bytes_for_the_same_scores(tmp_path):
-    pictures = [draw_scores(tmp_path / "scores", make_evaluation(n_cases=n)).read_bytes() for n in (12, 12, 9)]
+    pictures = [
+        draw_scores(tmp_path / "scores", make_evaluation(n_cases=n)).read_bytes() for n in (12, 12, 9)
+    ]
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-@pytest.mark.parametrize("name", ["_hidden", "$x^2", "<b>--></svg>", "\x1b[2J\x00", "\ud800", "\u65e5\u672c", "n" * 99, ""], ids=ascii)
+@pytest.mark.parametrize(
+    "name",
+    ["_hidden", "$x^2", "<b>--></svg>", "\x1b[2J\x00", "\ud800", "\u65e5\u672c", "n" * 99, ""],
+    ids=ascii,
+)
 @pytest.mark.parametrize("steps", [(1, 2), (1,)], ids=["lines", "bars"])
 def test_names_of_any_kind_are_drawn_as_they_are(tmp_path, name, steps):
-    """Matplotlib would leave out a legend's _name, read $ as a formula, and warn of a letter that its font lacks."""
+    """Matplotlib would leave out a legend's _name, read $ as a formula, and warn of a letter that its font
+    lacks."""
     evaluation = make_evaluation(steps=steps, runs=("b", "a"))
     for checkpoint in evaluation.checkpoints:
         checkpoint.categories[name] = 0.5

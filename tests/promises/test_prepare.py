@@ -1,4 +1,5 @@
-"""prepare.py: token files are the ids of the text, whoever encodes them and however often that is interrupted."""
+"""prepare.py: token files are the ids of the text, whoever encodes them and however often that is
+interrupted."""
 
 import json
 import os
@@ -21,17 +22,24 @@ from support.text.make_token_files import Source, choose_cut, cut_shards, divide
 from tokenizer import EOS_TEXT, ByteTokenizer, FileTokenizer, GPT2Tokenizer
 
 BYTE = ByteTokenizer()
-STORIES = [f"Story {n}.\n\nThe fox number {n} met {'a hen and ' * (n * 5 % 9)}a dog. Ünïcode {n}!" for n in range(40)]
+STORIES = [
+    f"Story {n}.\n\nThe fox number {n} met {'a hen and ' * (n * 5 % 9)}a dog. Ünïcode {n}!" for n in range(40)
+]
 
 
 @pytest.fixture
 def library(tmp_path) -> Path:
-    """The stories over four kinds of files, in the order of their names; one document that is long, and blank ones."""
+    """The stories over four kinds of files, in the order of their names; one document that is long, and
+    blank ones."""
     folder = tmp_path / "library"
     folder.mkdir()
-    (folder / "a.txt").write_text("\n" + f"\n{EOS_TEXT}\n".join([*STORIES[:10], "  \n", "long " * 3000]) + "\n", encoding="utf-8")
+    (folder / "a.txt").write_text(
+        "\n" + f"\n{EOS_TEXT}\n".join([*STORIES[:10], "  \n", "long " * 3000]) + "\n", encoding="utf-8"
+    )
     (folder / "b.txt").write_bytes(STORIES[10].encode())
-    (folder / "c.jsonl").write_text("".join(json.dumps({"text": story}) + "\n\n" for story in [*STORIES[11:20], " "]))
+    (folder / "c.jsonl").write_text(
+        "".join(json.dumps({"text": story}) + "\n\n" for story in [*STORIES[11:20], " "])
+    )
     (folder / "d.parquet").write_bytes(parquet(STORIES[20:]))
     return folder
 
@@ -57,7 +65,17 @@ def by_document(row: np.ndarray, eos_id: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("kind", ["byte", "gpt2"])
 def test_token_files_hold_every_document_once_in_order(library, tmp_path, kind):
     tokenizer = {"byte": BYTE, "gpt2": GPT2Tokenizer()}[kind]
-    meta = tokens(tmp_path / "out", "--input", str(library), "--tokenizer", kind, "--num-proc", "1", "--shard-chars", "5000")
+    meta = tokens(
+        tmp_path / "out",
+        "--input",
+        str(library),
+        "--tokenizer",
+        kind,
+        "--num-proc",
+        "1",
+        "--shard-chars",
+        "5000",
+    )
     train, val = parts(tmp_path / "out")
     expected = [(*tokenizer.encode(text), tokenizer.eos_id) for text in documents(library)]
     long = max(expected, key=len)  # most of the text, so its end is held out
@@ -79,7 +97,11 @@ def test_token_files_hold_every_document_once_in_order(library, tmp_path, kind):
 
 def test_processes_and_shards_change_nothing(library, tmp_path):
     rows = []
-    for words in (("--num-proc", "1"), ("--num-proc", "2", "--shard-chars", "700"), ("--num-proc", "1", "--shard-chars", "1")):
+    for words in (
+        ("--num-proc", "1"),
+        ("--num-proc", "2", "--shard-chars", "700"),
+        ("--num-proc", "1", "--shard-chars", "1"),
+    ):
         output = tmp_path / str(len(rows))
         tokens(output, "--input", str(library), "--tokenizer", "byte", *words)
         rows.append([row.tobytes() for row in parts(output)])
@@ -103,7 +125,17 @@ def test_the_seed_draws_what_is_held_out(library, tmp_path):
 def test_of_a_single_document_the_end_is_held_out_and_no_character_is_cut(tmp_path, text):
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
     for n, chars in enumerate(("10000", "37")):
-        tokens(tmp_path / f"out{n}", "--input", str(tmp_path / "one.txt"), "--tokenizer", "byte", "--num-proc", "1", "--shard-chars", chars)
+        tokens(
+            tmp_path / f"out{n}",
+            "--input",
+            str(tmp_path / "one.txt"),
+            "--tokenizer",
+            "byte",
+            "--num-proc",
+            "1",
+            "--shard-chars",
+            chars,
+        )
         train, val = parts(tmp_path / f"out{n}")
         assert BYTE.decode(train[:-1].tolist()) + BYTE.decode(val[:-1].tolist()) == text
         assert train[-1] == val[-1] == BYTE.eos_id
@@ -120,9 +152,12 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_about_nine_tenths_are_trained_on_whatever_the_seed_and_the_shards(tmp_path, name, monkeypatch):
-    """By shards that are far shorter than a document, and longer than all; no text is on both sides, and none is lost."""
+    """By shards that are far shorter than a document, and longer than all; no text is on both sides, and
+    none is lost."""
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 23)
-    texts = ["".join(chr(0x4E00 + 251 * i + j % 250) for j in range(length)) for i, length in enumerate(LONG[name])]
+    texts = [
+        "".join(chr(0x4E00 + 251 * i + j % 250) for j in range(length)) for i, length in enumerate(LONG[name])
+    ]
     for seed in range(10):
         found = set()
         for chars in (50, 100_000):
@@ -130,14 +165,18 @@ def test_about_nine_tenths_are_trained_on_whatever_the_seed_and_the_shards(tmp_p
                 old.unlink()
             for n, (pieces, begins) in enumerate(cut_shards(document_pieces(texts, BYTE), BYTE, chars)):
                 np.save(tmp_path / f"train-{n:06}.npy", encode_pieces(pieces, BYTE, begins))
-            cut = choose_cut(tmp_path, len(texts), sum(len(text.encode()) + 1 for text in texts), 0.1, seed, BYTE.eos_id)
+            cut = choose_cut(
+                tmp_path, len(texts), sum(len(text.encode()) + 1 for text in texts), 0.1, seed, BYTE.eos_id
+            )
             train, val = map(np.concatenate, zip(*divided(tmp_path, cut, seed, BYTE), strict=True))
             found.add((train.tobytes(), val.tobytes()))
         assert len(found) == 1
         assert 0.8 <= len(train) / (len(train) + len(val)) <= 0.95
         sides = [BYTE.decode(row.tolist()).split(EOS_TEXT)[:-1] for row in (train, val)]
         assert "\ufffd" not in "".join(sides[0] + sides[1]), "no character is cut"
-        begun = {text[0]: text for text in sides[0]}  # a document is known by its first character, or by where its characters lie
+        begun = {
+            text[0]: text for text in sides[0]
+        }  # a document is known by its first character, or by where its characters lie
         for text in sides[1]:
             first = chr(ord(text[0]) - (ord(text[0]) - 0x4E00) % 251)
             assert begun.pop(first, "") + text == texts[(ord(first) - 0x4E00) // 251]
@@ -146,9 +185,22 @@ def test_about_nine_tenths_are_trained_on_whatever_the_seed_and_the_shards(tmp_p
 
 def test_validation_text_of_its_own(library, tmp_path):
     (tmp_path / "val.txt").write_text("never trained on")
-    tokens(tmp_path / "out", "--input", str(library / "b.txt"), "--val-input", str(tmp_path / "val.txt"), "--tokenizer", "byte", "--num-proc", "1")
+    tokens(
+        tmp_path / "out",
+        "--input",
+        str(library / "b.txt"),
+        "--val-input",
+        str(tmp_path / "val.txt"),
+        "--tokenizer",
+        "byte",
+        "--num-proc",
+        "1",
+    )
     train, val = parts(tmp_path / "out")
-    assert (BYTE.decode(train.tolist()), BYTE.decode(val.tolist())) == (STORIES[10] + EOS_TEXT, "never trained on" + EOS_TEXT)
+    assert (BYTE.decode(train.tolist()), BYTE.decode(val.tolist())) == (
+        STORIES[10] + EOS_TEXT,
+        "never trained on" + EOS_TEXT,
+    )
 
 
 def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path, monkeypatch):
@@ -165,15 +217,36 @@ def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path, monkeypatch):
 def test_the_issue_in_one_go(library, tmp_path, capsys):
     """A tokenizer, token files by it; what is said of both."""
     made = tmp_path / "t" / "tokenizer.json"
-    assert prepare.main(["tokenizer", "--input", str(library / "*.txt"), str(library / "c.jsonl"), "--vocab-size", "300", "--output", str(made)]) == 0
+    assert (
+        prepare.main(
+            [
+                "tokenizer",
+                "--input",
+                str(library / "*.txt"),
+                str(library / "c.jsonl"),
+                "--vocab-size",
+                "300",
+                "--output",
+                str(made),
+            ]
+        )
+        == 0
+    )
     assert f"{made}: bpe, 300 tokens" in capsys.readouterr().out
     tokenizer = FileTokenizer.from_file(made)
-    meta = tokens(tmp_path / "t", "--input", str(library / "*.txt"), "--tokenizer", str(made), "--num-proc", "1")
+    meta = tokens(
+        tmp_path / "t", "--input", str(library / "*.txt"), "--tokenizer", str(made), "--num-proc", "1"
+    )
     said = capsys.readouterr().out
     assert tokenizer.decode(parts(tmp_path / "t")[0].tolist()).count(EOS_TEXT) == meta["train"]["documents"]
     texts = [text for _, text, _ in meta["longest_tokens"]]
     assert len(texts) == 10
-    assert len(texts[0]) == max(len(tokenizer.decode([i])) for row in parts(tmp_path / "t") for i in np.unique(row) if i != tokenizer.eos_id)
+    assert len(texts[0]) == max(
+        len(tokenizer.decode([i]))
+        for row in parts(tmp_path / "t")
+        for i in np.unique(row)
+        if i != tokenizer.eos_id
+    )
     assert f"{meta['bytes_per_token']:.2f} bytes a token" in said
     assert "0 unknown" in said
     assert repr(texts[0]) in said
@@ -181,13 +254,26 @@ def test_the_issue_in_one_go(library, tmp_path, capsys):
 
 def test_a_char_tokenizer_knows_every_character_and_refuses_others(library, tmp_path):
     made = tmp_path / "chars.json"
-    assert prepare.main(["tokenizer", "--kind", "char", "--input", str(library / "a.txt"), "--output", str(made)]) == 0
+    assert (
+        prepare.main(
+            ["tokenizer", "--kind", "char", "--input", str(library / "a.txt"), "--output", str(made)]
+        )
+        == 0
+    )
     tokenizer = FileTokenizer.from_file(made)
     text = "".join(STORIES[:10])
     assert tokenizer.decode(tokenizer.encode(text)) == text
     (tmp_path / "other.txt").write_text("a snowman: ☃")
     with pytest.raises(UserError, match="cannot encode the text"):
-        tokens(tmp_path / "out", "--input", str(tmp_path / "other.txt"), "--tokenizer", str(made), "--num-proc", "1")
+        tokens(
+            tmp_path / "out",
+            "--input",
+            str(tmp_path / "other.txt"),
+            "--tokenizer",
+            str(made),
+            "--num-proc",
+            "1",
+        )
 
 
 def test_unknown_tokens_are_counted(tmp_path):
@@ -198,12 +284,22 @@ def test_unknown_tokens_are_counted(tmp_path):
     backend.add_special_tokens([EOS_TEXT])
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "t.txt").write_text("the cat sat on the mat today and the dog did not\n" * 4)
-    meta = tokens(tmp_path / "out", "--input", str(tmp_path / "t.txt"), "--tokenizer", str(tmp_path), "--num-proc", "1")
+    meta = tokens(
+        tmp_path / "out", "--input", str(tmp_path / "t.txt"), "--tokenizer", str(tmp_path), "--num-proc", "1"
+    )
     assert meta["unknown"] == 4 * 8
 
 
 def test_a_checkpoint_lends_its_tokenizer(tiny_run, library, tmp_path):
-    meta = tokens(tmp_path / "out", "--input", str(library / "a.txt"), "--tokenizer", str(tiny_run.folder / "final.ckpt"), "--num-proc", "1")
+    meta = tokens(
+        tmp_path / "out",
+        "--input",
+        str(library / "a.txt"),
+        "--tokenizer",
+        str(tiny_run.folder / "final.ckpt"),
+        "--num-proc",
+        "1",
+    )
     assert (meta["tokenizer"]["kind"], meta["train"]["documents"] + meta["val"]["documents"]) == ("bpe", 12)
 
 
@@ -213,7 +309,15 @@ def test_a_checkpoint_lends_its_tokenizer(tiny_run, library, tmp_path):
 def start(output: Path, *words: str, **options) -> subprocess.Popen:
     """prepare.py as a process, in a group of its own."""
     argv = [sys.executable, "prepare.py", "tokens", "--tokenizer", "byte", "--output", str(output), *words]
-    return subprocess.Popen(argv, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    return subprocess.Popen(
+        argv,
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
@@ -239,14 +343,22 @@ def group_is_gone(pgid: int) -> bool:
 def corpus(tmp_path_factory) -> Path:
     """12 MB: some seconds of work, by shards of 20,000 characters."""
     path = tmp_path_factory.mktemp("corpus") / "c.txt"
-    path.write_text(f"\n{EOS_TEXT}\n".join(f"{n} " + "It was a dark and stormy night. " * (n % 50 * 8) for n in range(2000)))
+    path.write_text(
+        f"\n{EOS_TEXT}\n".join(
+            f"{n} " + "It was a dark and stormy night. " * (n % 50 * 8) for n in range(2000)
+        )
+    )
     return path
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize(
     "signum",
-    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
     ids=lambda s: s.name,
 )
 def test_a_stopped_preparation_goes_on_to_the_same_bytes(corpus, tmp_path, signum):
@@ -280,7 +392,9 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(corpus, tmp_path, signu
 def test_a_worker_that_is_killed_is_told_and_nothing_is_lost(corpus, tmp_path):
     process = start(tmp_path / "out", "--input", str(corpus), "--shard-chars", "20000", "--num-proc", "1")
     wait_for(lambda: len(list((tmp_path / "out" / ".shards").glob("*.json"))) > 20)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = [
+        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
     worker = next(pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
@@ -306,7 +420,9 @@ def test_what_is_done_is_not_done_again(library, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prepare.shutil, "rmtree", lambda *args, **kwargs: None)
         tokens(tmp_path / "out", *flags)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".shards").glob("train-*")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".shards").glob("train-*")
+    } == before
 
 
 @pytest.mark.parametrize("change", ["a word", "shorter", "tokenizer", "field"])
@@ -327,9 +443,9 @@ def test_another_text_or_tokenizer_is_refused_not_mixed(library, tmp_path, monke
         flags += ["--text-field", "title"]
     with pytest.raises(UserError, match=r"--fresh") as error:
         tokens(output, *flags)
-    assert {"tokenizer": "--tokenizer was byte", "field": "--text-field was text and is now title"}.get(change, "text has changed") in str(
-        error.value
-    )
+    assert {"tokenizer": "--tokenizer was byte", "field": "--text-field was text and is now title"}.get(
+        change, "text has changed"
+    ) in str(error.value)
     if finished:
         assert (output / "train.npy").read_bytes() == before
     if change != "field":
@@ -362,13 +478,28 @@ def test_two_at_once_in_one_folder_are_one_too_many(library, tmp_path):
 def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with_where_it_was(tmp_path):
     """Killed and started again: the shards are the same, and what was done is not read again."""
     stories = [f"Story {n}: " + "the moon rose again. " * (n % 7 * 30) for n in range(300)]
-    files = {f"data/train-{k}.parquet": parquet(stories[k * 50 : k * 50 + 50]) for k in range(5)} | {"data/val.parquet": parquet(stories[250:])}
-    files["README.md"] = dataset_card({"default": {"train": "data/train-*.parquet", "validation": "data/val.parquet"}})
-    flags = ("--dataset", "some/stories", "--val-split", "validation", "--shard-chars", "4000", "--num-proc", "1")
+    files = {f"data/train-{k}.parquet": parquet(stories[k * 50 : k * 50 + 50]) for k in range(5)} | {
+        "data/val.parquet": parquet(stories[250:])
+    }
+    files["README.md"] = dataset_card(
+        {"default": {"train": "data/train-*.parquet", "validation": "data/val.parquet"}}
+    )
+    flags = (
+        "--dataset",
+        "some/stories",
+        "--val-split",
+        "validation",
+        "--shard-chars",
+        "4000",
+        "--num-proc",
+        "1",
+    )
     rows = []
     with LoopbackHub("some/stories", files) as hub:
         for name in ("straight", "stopped"):
-            env = {key: value for key, value in os.environ.items() if "OFFLINE" not in key} | hub.environment(tmp_path / name)
+            env = {key: value for key, value in os.environ.items() if "OFFLINE" not in key} | hub.environment(
+                tmp_path / name
+            )
             output = tmp_path / name / "out"
             if name == "stopped":
                 process = start(output, *flags, env=env)
@@ -391,19 +522,49 @@ def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with_where_it_was(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tokens", "--input", "nowhere/*.txt", "--tokenizer", "byte", "--output", "o"], r"--input=nowhere/\*.txt: no .txt, .jsonl or .parquet file"),
-        (["tokens", "--input", "t.txt", "--tokenizer", "nope.json", "--output", "o"], "--tokenizer nope.json: no such file"),
-        (["tokens", "--input", "empty.txt", "--tokenizer", "byte", "--output", "o"], "there is no text to train on"),
-        (["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "t.txt"], "--output t.txt is a file"),
-        (["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "o", "--num-proc", "0"], "--num-proc 0 must be at least 1"),
-        (["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "o", "--val-fraction", "1.5"], "--val-fraction 1.5 must be between"),
-        (["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "o", "--val-split", "test"], "--val-split goes with --dataset"),
+        (
+            ["tokens", "--input", "nowhere/*.txt", "--tokenizer", "byte", "--output", "o"],
+            r"--input=nowhere/\*.txt: no .txt, .jsonl or .parquet file",
+        ),
+        (
+            ["tokens", "--input", "t.txt", "--tokenizer", "nope.json", "--output", "o"],
+            "--tokenizer nope.json: no such file",
+        ),
+        (
+            ["tokens", "--input", "empty.txt", "--tokenizer", "byte", "--output", "o"],
+            "there is no text to train on",
+        ),
+        (
+            ["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "t.txt"],
+            "--output t.txt is a file",
+        ),
+        (
+            ["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "o", "--num-proc", "0"],
+            "--num-proc 0 must be at least 1",
+        ),
+        (
+            ["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "o", "--val-fraction", "1.5"],
+            "--val-fraction 1.5 must be between",
+        ),
+        (
+            ["tokens", "--input", "t.txt", "--tokenizer", "byte", "--output", "o", "--val-split", "test"],
+            "--val-split goes with --dataset",
+        ),
         (["tokens", "--input", "binary.txt", "--tokenizer", "byte", "--output", "o"], "NUL byte at offset 2"),
         (["tokens", "--input", "bad.parquet", "--tokenizer", "byte", "--output", "o"], "is no parquet file"),
-        (["tokens", "--input", "r.jsonl", "--tokenizer", "byte", "--output", "o"], r"line 1 has no text in field 'text' \(fields: body\)"),
+        (
+            ["tokens", "--input", "r.jsonl", "--tokenizer", "byte", "--output", "o"],
+            r"line 1 has no text in field 'text' \(fields: body\)",
+        ),
         (["tokenizer", "--input", "t.txt", "--output", "t.txt"], "--output t.txt is there already"),
-        (["tokenizer", "--input", "t.txt", "--vocab-size", "12", "--output", "x.json"], "vocab_size=12 is too small"),
-        (["tokenizer", "--dataset", "a/b", "--kind", "char", "--output", "x.json"], "--kind char needs all of the text"),
+        (
+            ["tokenizer", "--input", "t.txt", "--vocab-size", "12", "--output", "x.json"],
+            "vocab_size=12 is too small",
+        ),
+        (
+            ["tokenizer", "--dataset", "a/b", "--kind", "char", "--output", "x.json"],
+            "--kind char needs all of the text",
+        ),
         (["tokens", "--dataset", "a/b", "--tokenizer", "byte", "--output", "o"], "--dataset a/b"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -416,7 +577,9 @@ def test_a_mistake_is_answered_in_words(tmp_path, monkeypatch, words, message):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
     (tmp_path / "r.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(UserError, match=message) as error:
-        prepare.main(words + (["--num-proc", "1"] if words[0] == "tokens" and "--num-proc" not in words else []))
+        prepare.main(
+            words + (["--num-proc", "1"] if words[0] == "tokens" and "--num-proc" not in words else [])
+        )
     assert len(str(error.value).splitlines()) <= 3
 
 
@@ -444,7 +607,11 @@ if __name__ == "__main__":
 """
         (tmp_path / "run.py").write_text(code)
         found = subprocess.run(
-            [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)}, cwd=tmp_path
+            [sys.executable, str(tmp_path / "run.py")],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(REPO)},
+            cwd=tmp_path,
         )
         peaks.append([int(value) for value in found.stdout.splitlines()[-1].split()])
     for small, large in zip(*peaks, strict=True):

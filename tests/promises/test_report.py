@@ -100,13 +100,17 @@ def test_every_case_and_checkpoint_is_there(tmp_path):
     ):
         assert words in text
     assert "≈ first" in text and "val loss" not in page.all("data-label")
-    assert source.count('class="chosen') == 4 * 6  # one of four choices in each of four cases, by six checkpoints
+    assert (
+        source.count('class="chosen') == 4 * 6
+    )  # one of four choices in each of four cases, by six checkpoints
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
     page, source = report(tmp_path, make_evaluation())
     assert not set(page.tags) & {"link", "img", "iframe", "object", "embed", "base"}
-    assert page.all("src") == [] and all(value.startswith("#") for value in page.all("href") + page.all("xlink:href"))
+    assert page.all("src") == [] and all(
+        value.startswith("#") for value in page.all("href") + page.all("xlink:href")
+    )
     assert "@import" not in source and not re.search(r"url\((?!#)", source)
     assert any("default-src 'none'" in (value or "") for value in page.all("content"))
 
@@ -128,13 +132,21 @@ def test_whatever_stands_in_a_text_stays_text(tmp_path, text):
     evaluation.cases[0].target = evaluation.cases[1].target = evaluation.cases[1].choices[0] = text or "x"
     evaluation.chance |= {text: None}
     first = evaluation.checkpoints[0]
-    first.file, first.run, first.names, first.tokenizer, first.categories[text] = f"runs/{text}/{text}", f"runs/{text}", [text], text, 0.5
+    first.file, first.run, first.names, first.tokenizer, first.categories[text] = (
+        f"runs/{text}/{text}",
+        f"runs/{text}",
+        [text],
+        text,
+        0.5,
+    )
     first.results[0].continuation = first.results[2].continuation = text
     evaluation.command = evaluation.date = text
     evaluation.versions = {text: text}
     page, source = report(tmp_path, evaluation)
     assert page.tags.count("script") == calm.tags.count("script") == 1
-    assert {key for key, _ in page.attributes} <= {key for key, _ in calm.attributes}, "an attribute out of a text"
+    assert {key for key, _ in page.attributes} <= {key for key, _ in calm.attributes}, (
+        "an attribute out of a text"
+    )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\u202c\ud800-\udfff]", source)
     if text in (SCRIPT, ATTRIBUTE, HOSTILE["template"], HOSTILE["entity"]):
         assert text in page.text
@@ -152,8 +164,15 @@ def test_one_checkpoint_on_one_case(tmp_path):
     evaluation = make_evaluation(n_cases=1, steps=(None,))
     page, source = report(tmp_path, evaluation)
     text = squeezed(page.text)
-    assert "1 checkpoint on 1 case." in text and "Against the first" not in text and "cannot tell the two" not in text
-    assert 'id="case-1" data-marks' in source and len(re.findall(r"<details [^>]* open>", source)) == source.count("<details") == 2
+    assert (
+        "1 checkpoint on 1 case." in text
+        and "Against the first" not in text
+        and "cannot tell the two" not in text
+    )
+    assert (
+        'id="case-1" data-marks' in source
+        and len(re.findall(r"<details [^>]* open>", source)) == source.count("<details") == 2
+    )
     assert len(source) < 60_000
 
 
@@ -177,13 +196,18 @@ def test_likelihoods_that_are_no_numbers(tmp_path, value):
         for result in checkpoint.results:
             result.logprobs = [value for _ in result.logprobs]
     page, _ = report(tmp_path, evaluation)
-    assert "nan" not in page.text and ("\u2212\u221e" in page.text.rpartition("Cases")[2]) == (value == -math.inf)
+    assert "nan" not in page.text and ("\u2212\u221e" in page.text.rpartition("Cases")[2]) == (
+        value == -math.inf
+    )
 
 
 def test_shares_of_choices_sum_to_one_and_the_right_and_the_chosen_one_are_marked(tmp_path):
     evaluation = make_evaluation(n_cases=2, steps=(1,))
     result = evaluation.checkpoints[0].results[1]
-    result.logprobs, result.chosen = [math.log(p) - 700 for p in (0.2, 0.5, 0.1, 0.2)], 1  # exp(-700) and less: softmax must not underflow
+    result.logprobs, result.chosen = (
+        [math.log(p) - 700 for p in (0.2, 0.5, 0.1, 0.2)],
+        1,
+    )  # exp(-700) and less: softmax must not underflow
     _, source = report(tmp_path, evaluation)
     assert re.findall(r"([A-D])</b>\n(\d+)%", source) == [("A", "20"), ("B", "50"), ("C", "10"), ("D", "20")]
     assert re.search(r'class=" right"><b>A<', source) and re.search(r'class="chosen"><b>B<', source)
@@ -202,7 +226,9 @@ def test_of_a_hundred_choices_the_right_and_the_chosen_ones_are_shown(tmp_path):
 def test_a_large_report_stays_small_enough(tmp_path, monkeypatch):
     evaluation = make_evaluation(n_cases=150, steps=(1, 2, 3, 4, 5), runs=("runs/a", "runs/b"))
     assert len(report(tmp_path, evaluation)[1].encode()) < 1_500_000
-    monkeypatch.setattr("support.evaluation.report.draw_scores", lambda stem, evaluation: stem.with_suffix(".svg"))  # drawn above
+    monkeypatch.setattr(
+        "support.evaluation.report.draw_scores", lambda stem, evaluation: stem.with_suffix(".svg")
+    )  # drawn above
     for checkpoint in evaluation.checkpoints:
         for result in checkpoint.results:
             result.continuation = "word <b> " * 1_200

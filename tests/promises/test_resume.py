@@ -107,7 +107,9 @@ def test_resume_is_exact_wherever_it_stopped(run, tmp_path, small_text, at, opti
     words = (*DROPOUT, small_text, f"training.optimizer={optimizer}", f"hardware.precision={precision}")
     straight = run(tmp_path / "straight", *words)
     stopped_run(run, tmp_path / "stopped", *words, at=at)
-    assert_same_run(run(tmp_path / "stopped", *words, f"hardware.num_workers={workers}", "--resume"), straight)
+    assert_same_run(
+        run(tmp_path / "stopped", *words, f"hardware.num_workers={workers}", "--resume"), straight
+    )
 
 
 def test_resume_twice_with_another_number_of_workers_is_exact(run, tmp_path):
@@ -124,10 +126,20 @@ def test_resume_of_a_stream_is_exact(run, tmp_path):
     with open(rows, "w") as file:
         for i in range(40):
             file.write(json.dumps({"text": " ".join(f"word{(i * j) % 17}" for j in range(1, 30))}) + "\n")
-    words = (*BYTE, "data.source=hf", "data.dataset=json", f"data.path={rows}", "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1")
+    words = (
+        *BYTE,
+        "data.source=hf",
+        "data.dataset=json",
+        f"data.path={rows}",
+        "data.streaming=true",
+        "data.val_docs=4",
+        "data.val_fraction=0.1",
+    )
     straight = run(tmp_path / "straight", *words, "model.dropout=0.1")
     stopped_run(run, tmp_path / "stopped", *words, "model.dropout=0.1", at=6)
-    assert_same_run(run(tmp_path / "stopped", *words, "model.dropout=0.1", "hardware.num_workers=1", "--resume"), straight)
+    assert_same_run(
+        run(tmp_path / "stopped", *words, "model.dropout=0.1", "hardware.num_workers=1", "--resume"), straight
+    )
 
 
 def test_a_longer_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path):
@@ -143,7 +155,11 @@ def test_a_longer_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path
 def test_the_best_before_a_stop_is_still_the_best_after_it(run, tmp_path, monkeypatch):
     """What is validated after the resume is worse, and must not take best.ckpt."""
     losses = {4: 1.0, 8: 3.0, 12: 2.0}
-    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
+    monkeypatch.setattr(
+        train.LitCausalLM,
+        "on_validation_epoch_end",
+        lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]),
+    )
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=6)
     resumed = run(folder, *BYTE, "--resume")
@@ -155,7 +171,11 @@ def test_the_best_before_a_stop_is_still_the_best_after_it(run, tmp_path, monkey
 def test_resume_at_another_val_every_validates_at_its_steps(run, tmp_path):
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=6)
-    assert [row["step"] for row in run(folder, *BYTE, "training.val_every=5", "--resume").val_rows] == [4, 10, 12]
+    assert [row["step"] for row in run(folder, *BYTE, "training.val_every=5", "--resume").val_rows] == [
+        4,
+        10,
+        12,
+    ]
 
 
 def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tmp_path):
@@ -163,7 +183,9 @@ def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tm
     straight, folder = run(tmp_path / "straight", *words), tmp_path / "recut"
     stopped_run(run, folder, *words, at=5)
     recut = run(folder, *words, "training.micro_batch_size=2", "training.grad_accum_steps=4", "--resume")
-    assert [row["loss"] for row in recut.train_rows] == pytest.approx([row["loss"] for row in straight.train_rows], rel=1e-4)
+    assert [row["loss"] for row in recut.train_rows] == pytest.approx(
+        [row["loss"] for row in straight.train_rows], rel=1e-4
+    )
 
 
 # ---- signals ------------------------------------------------------------------------------------------------------
@@ -171,8 +193,12 @@ def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tm
 
 def test_a_stop_leaves_the_curves_and_the_command_to_go_on(run, tmp_path):
     made = stopped_run(run, tmp_path / "run", *BYTE, at=3, pictures=True)
-    assert re.match(rf"stopped; saved {made.folder}/\S+\.ckpt.*; go on with: python3 ", made.out.splitlines()[-1])
-    assert {"last.ckpt", "step-0000003.ckpt", "loss.svg", "loss.png"} <= {path.name for path in made.folder.iterdir()}
+    assert re.match(
+        rf"stopped; saved {made.folder}/\S+\.ckpt.*; go on with: python3 ", made.out.splitlines()[-1]
+    )
+    assert {"last.ckpt", "step-0000003.ckpt", "loss.svg", "loss.png"} <= {
+        path.name for path in made.folder.iterdir()
+    }
     assert not (made.folder / "final.ckpt").exists()
 
 
@@ -186,7 +212,9 @@ def usual_handlers():
         signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize("words", [(), ("training.max_steps=0", "training.warmup_steps=0")], ids=["trained", "nothing to train"])
+@pytest.mark.parametrize(
+    "words", [(), ("training.max_steps=0", "training.warmup_steps=0")], ids=["trained", "nothing to train"]
+)
 def test_a_run_gives_the_signals_back(run, tmp_path, usual_handlers, words):
     run(tmp_path / "run", *BYTE, "training.max_steps=2", *words)
     assert {signum: signal.getsignal(signum) for signum in usual_handlers} == usual_handlers
@@ -214,7 +242,9 @@ def test_a_signal_between_two_steps_loses_nothing(run, tmp_path, monkeypatch):
     assert saved == made.train_rows[-1]["step"] >= 5
 
 
-def test_a_signal_before_the_first_step_does_not_claim_a_checkpoint_that_is_not_there(run, tmp_path, monkeypatch):
+def test_a_signal_before_the_first_step_does_not_claim_a_checkpoint_that_is_not_there(
+    run, tmp_path, monkeypatch
+):
     start = CheckpointSaver.on_train_start
 
     def stop(self, *args):
@@ -267,7 +297,10 @@ def test_ctrl_c_of_a_real_process_exits_130_and_the_run_goes_on(run, tmp_path, a
     """The only test that starts train.py for this: the signal goes out when the first row has been shown."""
     words = (*BYTE, "training.schedule_steps=1000000", "training.max_steps=1000000")
     process = subprocess.Popen(
-        [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if re.match(r"step +1/", line):
@@ -278,16 +311,29 @@ def test_ctrl_c_of_a_real_process_exits_130_and_the_run_goes_on(run, tmp_path, a
     assert "Traceback" not in err
     assert "go on with: python3 train.py " in out.splitlines()[-1]
     stopped_at = load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"]
-    resumed = run(tmp_path / "run", *BYTE, "training.schedule_steps=1000000", f"training.max_steps={stopped_at + 1}", "--resume")
+    resumed = run(
+        tmp_path / "run",
+        *BYTE,
+        "training.schedule_steps=1000000",
+        f"training.max_steps={stopped_at + 1}",
+        "--resume",
+    )
     assert [row["step"] for row in resumed.train_rows] == list(range(1, stopped_at + 2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signals", "status"), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)], ids=["SIGTERM", "Ctrl-C twice"])
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)],
+    ids=["SIGTERM", "Ctrl-C twice"],
+)
 def test_signals_to_a_real_process(tmp_path, argv_of, signals, status):
     words = (*BYTE, "training.schedule_steps=1000000", "training.max_steps=1000000")
     process = subprocess.Popen(
-        [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if re.match(r"step +1/", line):
@@ -298,7 +344,8 @@ def test_signals_to_a_real_process(tmp_path, argv_of, signals, status):
     assert (process.returncode, "Traceback" in err) == (status, False)
 
 
-# A process that is killed while it writes the checkpoint of step 8: half of it is on disk under its temporary name.
+# A process that is killed while it writes the checkpoint of step 8: half of it is on disk under its temporary
+# name.
 KILLED = """
 import os, signal, sys, torch
 import support.checkpoint, train
@@ -317,11 +364,19 @@ train.main(sys.argv[1:])
 
 def test_resume_after_a_kill_in_the_middle_of_a_checkpoint_is_exact(run, tmp_path, argv_of):
     folder, words = tmp_path / "killed", ("model.dropout=0.1",)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *argv_of(folder, *words)], capture_output=True, env={**os.environ, "PYTHONPATH": "."})
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv_of(folder, *words)],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     with open(folder / "metrics.jsonl") as file:
         assert [line for line in file if '"step": 8' in line]  # the row was written before its checkpoint
-    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["best.ckpt", "last.ckpt", "step-0000004.ckpt"]
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == [
+        "best.ckpt",
+        "last.ckpt",
+        "step-0000004.ckpt",
+    ]
     with pytest.raises(UserError, match="unfinished run"):
         run(folder, *words)
     resumed = run(folder, *words, "--resume")
@@ -362,7 +417,9 @@ def stopped(run, tmp_path_factory) -> Path:
         ("training.grad_clip=null", "training.grad_clip", "1.0", "None"),
     ],
 )
-def test_resume_under_another_config_is_refused_with_key_and_both_values(run, stopped, override, key, before, now):
+def test_resume_under_another_config_is_refused_with_key_and_both_values(
+    run, stopped, override, key, before, now
+):
     contents = {path: path.stat().st_mtime_ns for path in stopped.iterdir()}
     with pytest.raises(UserError, match="cannot resume") as error:
         run(stopped, *BYTE, override, "--resume")
@@ -446,7 +503,9 @@ def test_resume_from_a_file_never_writes_into_another_unfinished_run(run, stoppe
     assert (other / "metrics.jsonl").read_text() == metrics
 
 
-def test_the_latest_checkpoint_is_found_and_damaged_ones_are_skipped_with_a_warning(tiny_run, tmp_path, capsys):
+def test_the_latest_checkpoint_is_found_and_damaged_ones_are_skipped_with_a_warning(
+    tiny_run, tmp_path, capsys
+):
     assert find_latest_checkpoint(tmp_path) is None
     folder = tmp_path / "run"
     shutil.copytree(tiny_run.folder, folder)

@@ -1,4 +1,5 @@
-"""Training on token files: the same samples as from text, exact resume, files of other programs, memory that stays flat."""
+"""Training on token files: the same samples as from text, exact resume, files of other programs, memory
+that stays flat."""
 
 import itertools
 import json
@@ -36,7 +37,16 @@ def texts(tmp_path) -> Path:
 @pytest.fixture
 def folder(texts) -> Path:
     """What prepare.py makes of them."""
-    argv = ["--input", str(texts / "train.txt"), "--val-input", str(texts / "val.txt"), "--tokenizer", "byte", "--num-proc", "1"]
+    argv = [
+        "--input",
+        str(texts / "train.txt"),
+        "--val-input",
+        str(texts / "val.txt"),
+        "--tokenizer",
+        "byte",
+        "--num-proc",
+        "1",
+    ]
     assert prepare.main(["tokens", *argv, "--output", str(texts / "tokens")]) == 0
     return texts / "tokens"
 
@@ -49,13 +59,25 @@ def tokens_of(path: Path | str, *words: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("data.stride=7",), ("training.seq_len=20", "data.document_mask=true")], ids=["blocks", "stride", "short, masked"]
+    "words",
+    [(), ("data.stride=7",), ("training.seq_len=20", "data.document_mask=true")],
+    ids=["blocks", "stride", "short, masked"],
 )
-def test_token_files_and_the_text_they_are_made_of_train_the_same_weights(run, folder, texts, tmp_path, words):
-    from_text = run(tmp_path / "a", f"data.path={texts / 'train.txt'}", f"data.val_path={texts / 'val.txt'}", "tokenizer.kind=byte", *words)
+def test_token_files_and_the_text_they_are_made_of_train_the_same_weights(
+    run, folder, texts, tmp_path, words
+):
+    from_text = run(
+        tmp_path / "a",
+        f"data.path={texts / 'train.txt'}",
+        f"data.val_path={texts / 'val.txt'}",
+        "tokenizer.kind=byte",
+        *words,
+    )
     from_tokens = run(tmp_path / "b", *tokens_of(folder), *words)
     assert from_tokens.sha256 == from_text.sha256
-    assert [row["val_loss"] for row in from_tokens.val_rows] == [row["val_loss"] for row in from_text.val_rows]
+    assert [row["val_loss"] for row in from_tokens.val_rows] == [
+        row["val_loss"] for row in from_text.val_rows
+    ]
 
 
 @pytest.mark.parametrize("in_memory", [2**22, 0], ids=["order drawn", "order computed"])
@@ -64,15 +86,34 @@ def test_resume_on_token_files_is_exact(run, folder, tmp_path, monkeypatch, in_m
     monkeypatch.setattr(data, "ORDER_IN_MEMORY", in_memory)
     straight = run(tmp_path / "straight", *tokens_of(folder, "data.stride=5"))
     run(tmp_path / "cut", *tokens_of(folder, "data.stride=5", "training.max_steps=4"))
-    resumed = run(tmp_path / "cut", *tokens_of(folder, "data.stride=5", f"hardware.num_workers={workers}"), "--resume")
+    resumed = run(
+        tmp_path / "cut", *tokens_of(folder, "data.stride=5", f"hardware.num_workers={workers}"), "--resume"
+    )
     assert "behind step 4" in resumed.out
     assert resumed.sha256 == straight.sha256
 
 
 def test_the_line_of_the_docs_replaces_all_that_the_config_says_of_its_own_source(folder, capsys):
-    """config.yaml streams Wikipedia under GPT-2's tokenizer; two overrides make it train on these files, under theirs."""
-    argv = ["--config", str(REPO / "config.yaml"), "--override", "data.source=tokens", "--override", f"data.path={folder}", "--device", "cpu"]
-    argv += ["--override", "model.max_seq_len=40", "--override", "training.max_steps=1", "--override", "training.warmup_steps=0"]
+    """config.yaml streams Wikipedia under GPT-2's tokenizer; two overrides make it train on these files,
+    under theirs."""
+    argv = [
+        "--config",
+        str(REPO / "config.yaml"),
+        "--override",
+        "data.source=tokens",
+        "--override",
+        f"data.path={folder}",
+        "--device",
+        "cpu",
+    ]
+    argv += [
+        "--override",
+        "model.max_seq_len=40",
+        "--override",
+        "training.max_steps=1",
+        "--override",
+        "training.warmup_steps=0",
+    ]
     with pytest.raises(SystemExit) as end:
         train.main([*argv, "--show-step", "1"])
     said = capsys.readouterr()
@@ -97,7 +138,9 @@ def test_validation_is_what_training_logged(run, folder, tmp_path, capsys):
     eval_val.main(["--ckpt", str(made.folder / "final.ckpt"), "--json"])
     from_tokens = json.loads(capsys.readouterr().out)
     assert from_tokens["loss"] == pytest.approx(made.val_rows[-1]["val_loss"], rel=1e-5)
-    eval_val.main(["--ckpt", str(made.folder / "final.ckpt"), "--data", str(folder.parent / "val.txt"), "--json"])
+    eval_val.main(
+        ["--ckpt", str(made.folder / "final.ckpt"), "--data", str(folder.parent / "val.txt"), "--json"]
+    )
     from_text = json.loads(capsys.readouterr().out)
     assert {key: from_tokens[key] for key in ("loss", "bits_per_byte", "n_bytes", "n_documents")} == {
         key: from_text[key] for key in ("loss", "bits_per_byte", "n_bytes", "n_documents")
@@ -109,10 +152,17 @@ def test_files_of_another_tokenizer_are_refused(run, folder, tmp_path, tiny_run,
     made = run(tmp_path / "run", *tokens_of(folder, "training.max_steps=4"))
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": GPT2Tokenizer().to_dict()}))
-    with pytest.raises(UserError, match=r"another tokenizer \(gpt2, 50,257 tokens\) than the model's \(byte, 257 tokens\)"):
+    with pytest.raises(
+        UserError, match=r"another tokenizer \(gpt2, 50,257 tokens\) than the model's \(byte, 257 tokens\)"
+    ):
         eval_val.main(["--ckpt", str(made.folder / "final.ckpt")])
     with pytest.raises(UserError, match=r"tokenizer\.kind was 'byte' and is now 'gpt2'"):
-        run(tmp_path / "run", "data.source=tokens", f"data.path={folder}", f"--resume={made.folder / 'final.ckpt'}")
+        run(
+            tmp_path / "run",
+            "data.source=tokens",
+            f"data.path={folder}",
+            f"--resume={made.folder / 'final.ckpt'}",
+        )
 
 
 def test_other_tokens_are_refused_on_resume(run, folder, tmp_path):
@@ -158,19 +208,47 @@ def large_id(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words", "message"),
     [
-        (lambda f: (f / "x.bin").write_bytes(b"abcd" * 99), ("x.bin",), r"does not say what it holds; add --override data\.dtype=uint16"),
-        (lambda f: (f / "x.bin").write_bytes(b"abc" * 99), ("x.bin", "data.dtype=uint16"), r"297 bytes, which are no whole number of uint16"),
+        (
+            lambda f: (f / "x.bin").write_bytes(b"abcd" * 99),
+            ("x.bin",),
+            r"does not say what it holds; add --override data\.dtype=uint16",
+        ),
+        (
+            lambda f: (f / "x.bin").write_bytes(b"abc" * 99),
+            ("x.bin", "data.dtype=uint16"),
+            r"297 bytes, which are no whole number of uint16",
+        ),
         (lambda f: np.save(f / "x.npy", np.zeros((3, 4), int)), ("x.npy",), r"int64 in the shape \(3, 4\)"),
         (lambda f: np.save(f / "x.npy", np.zeros(30)), ("x.npy",), "float64"),
         (lambda f: (f / "x.npy").write_bytes(b"hello"), ("x.npy",), r"no \.npy file of numpy"),
-        (lambda f: (np.save(f / "x.npy", np.zeros(999, int)), os.truncate(f / "x.npy", 4000)), ("x.npy",), "should hold 999 tokens and ends before"),
-        (lambda f: np.save(f / "x.npy", np.zeros(999, np.uint16)), ("x.npy", "data.dtype=uint32"), "holds uint16"),
+        (
+            lambda f: (np.save(f / "x.npy", np.zeros(999, int)), os.truncate(f / "x.npy", 4000)),
+            ("x.npy",),
+            "should hold 999 tokens and ends before",
+        ),
+        (
+            lambda f: np.save(f / "x.npy", np.zeros(999, np.uint16)),
+            ("x.npy", "data.dtype=uint32"),
+            "holds uint16",
+        ),
         (large_id, ("x.npy",), r"holds the id 700, and the tokenizer has ids 0 to 256"),
         (lambda f: np.save(f / "x.npy", np.array([5, -1] * 99)), ("x.npy",), "holds the id -1"),
-        (lambda f: np.save(f / "x.npy", np.zeros(34, np.uint16)), ("x.npy",), r"fewer than one block of seq_len \+ 1"),
+        (
+            lambda f: np.save(f / "x.npy", np.zeros(34, np.uint16)),
+            ("x.npy",),
+            r"fewer than one block of seq_len \+ 1",
+        ),
         (lambda f: np.save(f / "x.npy", np.zeros(0, np.uint16)), ("x.npy",), "no tokens to validate on"),
-        (lambda f: np.save(f / "x.npy", np.zeros(999, np.uint16)), ("x.npy", "tokenizer.kind=bpe"), "bpe would have to be trained on a text"),
-        (lambda f: np.save(f / "x.npy", np.zeros(999, np.uint16)), ("x.npy", "data.val_path=no.npy"), r"data\.val_path=no\.npy: no such file"),
+        (
+            lambda f: np.save(f / "x.npy", np.zeros(999, np.uint16)),
+            ("x.npy", "tokenizer.kind=bpe"),
+            "bpe would have to be trained on a text",
+        ),
+        (
+            lambda f: np.save(f / "x.npy", np.zeros(999, np.uint16)),
+            ("x.npy", "data.val_path=no.npy"),
+            r"data\.val_path=no\.npy: no such file",
+        ),
         (lambda f: (f / "x.txt").write_text("text"), ("x.txt",), r"is no token file \(\.npy, \.bin\)"),
         (lambda f: (f / "x").mkdir(), ("x",), r"no train\.npy or train\.bin there"),
         (lambda f: None, ("x",), "does not exist; python3 prepare.py tokens"),
@@ -250,7 +328,8 @@ def test_the_computed_order_is_a_permutation(n):
 
 
 def test_the_computed_order_looks_random():
-    """Neighbours are not neighbours any more, and every quarter of the order visits every quarter of the blocks alike."""
+    """Neighbours are not neighbours any more, and every quarter of the order visits every quarter of the
+    blocks alike."""
     n = 2**14 - 5
     order = np.array([permuted(i, n, (42, 3)) for i in range(n)])
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.03
@@ -262,7 +341,8 @@ def test_the_computed_order_looks_random():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up in /proc")
 def test_memory_stays_flat_on_a_file_larger_than_memory(tmp_path):
-    """1,000 steps spread over 16 GB take no more than 100 over 1 GB. (A sparse file: it takes no room on the disk.)"""
+    """1,000 steps spread over 16 GB take no more than 100 over 1 GB. (A sparse file: it takes no room on
+    the disk.)"""
     code = """
 import re, sys
 import numpy as np
@@ -283,7 +363,10 @@ print(rss() - before)
     grown = []
     for gigabytes, n in ((1, 100), (16, 1000)):
         found = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "big.bin"), str(gigabytes), str(n)], cwd=REPO, capture_output=True, text=True
+            [sys.executable, "-c", code, str(tmp_path / "big.bin"), str(gigabytes), str(n)],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
         )
         assert found.returncode == 0, found.stderr
         grown.append(int(found.stdout))

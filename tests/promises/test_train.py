@@ -36,7 +36,9 @@ def assert_close_weights(one, other) -> None:
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            one[name], other[name], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def shapes(micro: int, accum: int) -> tuple[str, str]:
@@ -76,7 +78,8 @@ def with_holes(loader: DataLoader) -> DataLoader:
 
 
 def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_path, monkeypatch):
-    """The gradient is that of the mean over all targets of the step, not the mean of the micro-batches' means."""
+    """The gradient is that of the mean over all targets of the step, not the mean of the micro-batches'
+    means."""
 
     def holed(*args):
         training, validation = make_dataloaders(*args)
@@ -88,19 +91,29 @@ def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_p
     parts = run(tmp_path / "parts", *SHORT, *ADAMW, *shapes(1, 4))
     assert_close_weights(whole, parts)
     assert [row["tokens"] for row in whole.train_rows] == [74, 148, 222]  # 32 + 23 + 14 + 5 targets a step
-    assert [row["loss"] for row in whole.train_rows] == pytest.approx([row["loss"] for row in parts.train_rows], rel=1e-5)
+    assert [row["loss"] for row in whole.train_rows] == pytest.approx(
+        [row["loss"] for row in parts.train_rows], rel=1e-5
+    )
 
     config = load_config(whole.folder / "run_config.yaml")
     model, tokenizer, _ = load_model(untrained.folder / "final.ckpt")
     data = pack_corpus(load_corpus(config), tokenizer, config)
     [batch] = next(iter(with_holes(make_dataloaders(config, data, tokenizer, 3)[0])))
-    loss = F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    loss = F.cross_entropy(
+        model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100
+    )
     assert whole.train_rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero_as_the_config_says(tiny_run):
     config = load_config(tiny_run.folder / "run_config.yaml").training
-    assert (config.schedule, config.warmup_steps, config.max_steps, config.lr, config.muon_lr) == ("linear", 2, 12, 0.01, 0.02)
+    assert (config.schedule, config.warmup_steps, config.max_steps, config.lr, config.muon_lr) == (
+        "linear",
+        2,
+        12,
+        0.01,
+        0.02,
+    )
     expected = [0.5, 1.0] + [(12 - step) / 10 for step in range(2, 12)]
     assert [row["lr"] for row in tiny_run.train_rows] == pytest.approx([0.01 * factor for factor in expected])
     for name, last in (("step-0000004", 0.9), ("final", 0.1)):
@@ -123,7 +136,9 @@ def test_bf16_differs_from_float32_by_rounding_only(run, tmp_path):
     exact = run(tmp_path / "32", *SHORT, *ADAMW)
     rounded = run(tmp_path / "16", *SHORT, *ADAMW, "hardware.precision=bf16-mixed")
     assert rounded.sha256 != exact.sha256
-    assert [row["loss"] for row in rounded.train_rows] == pytest.approx([row["loss"] for row in exact.train_rows], rel=0.01)
+    assert [row["loss"] for row in rounded.train_rows] == pytest.approx(
+        [row["loss"] for row in exact.train_rows], rel=0.01
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_weights(run, tmp_path):
@@ -136,22 +151,34 @@ def test_gradient_checkpointing_gives_the_same_weights(run, tmp_path):
 def test_dropout_is_drawn_anew_at_each_step_from_the_seed(run, tmp_path, monkeypatch):
     drawn = []
     seed = train.LitCausalLM.seed_dropout
-    monkeypatch.setattr(train.LitCausalLM, "seed_dropout", lambda *args: (seed(*args), drawn.append(torch.rand(1).item()), seed(*args))[0])
+    monkeypatch.setattr(
+        train.LitCausalLM,
+        "seed_dropout",
+        lambda *args: (seed(*args), drawn.append(torch.rand(1).item()), seed(*args))[0],
+    )
     dropped = run(tmp_path / "dropped", *SHORT, "model.dropout=0.2")
     assert len(set(drawn)) == len(drawn) == 6  # three steps of two micro-batches
     assert dropped.sha256 != run(tmp_path / "plain", *SHORT).sha256
 
 
 def test_three_steps_equal_a_plain_training_loop(run, tmp_path):
-    """The witness: torch's AdamW, the step's micro-batches as one batch, the mean loss, a clip that always bites, the
-    learning rate set by hand. Only the model, the data and the first weights are shared."""
-    words = (*SHORT, *ADAMW, "training.schedule=constant", "training.weight_decay=0.3", "training.grad_clip=0.1")
+    """The witness: torch's AdamW, the step's micro-batches as one batch, the mean loss, a clip that always
+    bites, the learning rate set by hand. Only the model, the data and the first weights are shared."""
+    words = (
+        *SHORT,
+        *ADAMW,
+        "training.schedule=constant",
+        "training.weight_decay=0.3",
+        "training.grad_clip=0.1",
+    )
     trained = run(tmp_path / "trained", *words)
     start = run(tmp_path / "start", *words, "training.max_steps=0", "training.warmup_steps=0")
     net, tokenizer, _ = load_model(start.folder / "final.ckpt")
     config = load_config(trained.folder / "run_config.yaml")
     loader, _ = make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 3)
-    matrices, vectors = ([p for p in net.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    matrices, vectors = (
+        [p for p in net.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     losses, norms = [], []
@@ -177,12 +204,21 @@ def test_three_steps_equal_a_plain_training_loop(run, tmp_path):
 
 
 def test_no_clip_is_a_clip_that_never_bites(run, tmp_path):
-    shas = [run(tmp_path / clip, *SHORT, *ADAMW, f"training.grad_clip={clip}").sha256 for clip in ("null", "1000.0", "0.01")]
+    shas = [
+        run(tmp_path / clip, *SHORT, *ADAMW, f"training.grad_clip={clip}").sha256
+        for clip in ("null", "1000.0", "0.01")
+    ]
     assert shas[0] == shas[1] != shas[2]
 
 
 def test_document_mask_trains_and_makes_a_difference(run, tmp_path):
-    masked = run(tmp_path / "masked", *SHORT, "data.document_mask=true", "data.shuffle=false", "training.micro_batch_size=40")
+    masked = run(
+        tmp_path / "masked",
+        *SHORT,
+        "data.document_mask=true",
+        "data.shuffle=false",
+        "training.micro_batch_size=40",
+    )
     plain = run(tmp_path / "plain", *SHORT, "data.shuffle=false", "training.micro_batch_size=40")
     assert masked.sha256 != plain.sha256
     assert masked.train_rows[-1]["loss"] < masked.train_rows[0]["loss"]
@@ -203,17 +239,36 @@ def test_compiled_training_gives_plain_weight_names(run, tmp_path):
 def test_every_logged_step_has_a_full_row_in_order(tiny_run):
     assert [row["step"] for row in tiny_run.train_rows] == list(range(1, 13))
     assert [row["step"] for row in tiny_run.rows] == sorted([*range(1, 13), 4, 8, 12])
-    names = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_sec", "examples_per_sec", "step_ms", "memory_mb"]
+    names = [
+        "step",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_sec",
+        "examples_per_sec",
+        "step_ms",
+        "memory_mb",
+    ]
     for row in tiny_run.train_rows:
         assert [name for name in names if name in row] == names
-        assert all(isinstance(row[name], int | float) and math.isfinite(row[name]) and row[name] > 0 for name in names)
+        assert all(
+            isinstance(row[name], int | float) and math.isfinite(row[name]) and row[name] > 0
+            for name in names
+        )
         assert row["tokens"] == row["step"] * 4 * 2 * 32
         assert row["examples_per_sec"] * 32 == pytest.approx(row["tokens_per_sec"], rel=0.01)
         assert row["tokens_per_sec"] * row["step_ms"] / 1000 == pytest.approx(4 * 2 * 32, rel=0.01)
 
 
 def test_rows_come_for_step_one_and_every_log_every(run, tmp_path):
-    made = run(tmp_path / "run", "training.max_steps=8", "training.log_every=3", "training.val_every=100", "tokenizer.kind=byte")
+    made = run(
+        tmp_path / "run",
+        "training.max_steps=8",
+        "training.log_every=3",
+        "training.val_every=100",
+        "tokenizer.kind=byte",
+    )
     assert [row["step"] for row in made.train_rows] == [1, 3, 6, 8]
     assert [row["step"] for row in made.val_rows] == [8]  # the last step always validates
 
@@ -222,7 +277,9 @@ def test_rows_are_on_disk_when_the_next_step_begins(run, tmp_path, monkeypatch):
     seen, step = [], train.LitCausalLM.training_step
 
     def look(self, *args):
-        seen.append([line.count('"loss"') for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()])
+        seen.append(
+            [line.count('"loss"') for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        )
         return step(self, *args)
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", look)
@@ -245,7 +302,8 @@ def test_first_loss_is_that_of_a_uniform_guess_and_it_falls(tiny_run):
 
 @pytest.mark.parametrize("name", ["step-0000004", "final"])
 def test_val_loss_is_that_of_a_full_pass_over_the_validation_text(tiny_run, name):
-    """An independent pass: one block at a time over the plain row of tokens, every token but the first scored once."""
+    """An independent pass: one block at a time over the plain row of tokens, every token but the first
+    scored once."""
     model, tokenizer, metadata = load_model(tiny_run.folder / f"{name}.ckpt")
     tokens = []
     for document in load_corpus(load_config(tiny_run.folder / "run_config.yaml")).val:
@@ -257,13 +315,17 @@ def test_val_loss_is_that_of_a_full_pass_over_the_validation_text(tiny_run, name
             total += F.cross_entropy(model(block[None, :-1])[0], block[1:], reduction="sum").item()
     expected = total / (len(tokens) - 1)
     step = metadata["metrics"]["step"]
-    assert [row["val_loss"] for row in tiny_run.val_rows if row["step"] == step] == [pytest.approx(expected, rel=1e-5)]
+    assert [row["val_loss"] for row in tiny_run.val_rows if row["step"] == step] == [
+        pytest.approx(expected, rel=1e-5)
+    ]
     assert metadata["metrics"]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_val_batches_limits_the_validation(run, tmp_path, monkeypatch):
     batches, step = [], train.LitCausalLM.validation_step
-    monkeypatch.setattr(train.LitCausalLM, "validation_step", lambda *args: (batches.append(1), step(*args))[1])
+    monkeypatch.setattr(
+        train.LitCausalLM, "validation_step", lambda *args: (batches.append(1), step(*args))[1]
+    )
     run(tmp_path / "run", *SHORT, "training.val_batches=2")
     assert len(batches) == 2
 
@@ -299,16 +361,38 @@ def test_checkpoints_last_best_and_final_are_names_of_step_files(tiny_run):
 def test_keep_last_removes_older_step_files_and_keeps_best(run, tmp_path, monkeypatch):
     """The first validation is the best, the last better than the one before it only."""
     losses = {2: 1.0, 4: 3.0, 6: 2.0}
-    monkeypatch.setattr(train.LitCausalLM, "on_validation_epoch_end", lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]))
-    made = run(tmp_path / "run", "training.max_steps=6", "training.val_every=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
-    assert [path.name for path in sorted(made.folder.glob("step-*"))] == ["step-0000005.ckpt", "step-0000006.ckpt"]
-    steps = {name: made.checkpoint(name)["tiny_transformer"]["metrics"]["step"] for name in ("best", "last", "final")}
+    monkeypatch.setattr(
+        train.LitCausalLM,
+        "on_validation_epoch_end",
+        lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]),
+    )
+    made = run(
+        tmp_path / "run",
+        "training.max_steps=6",
+        "training.val_every=2",
+        "checkpoint.save_every=1",
+        "checkpoint.keep_last=2",
+    )
+    assert [path.name for path in sorted(made.folder.glob("step-*"))] == [
+        "step-0000005.ckpt",
+        "step-0000006.ckpt",
+    ]
+    steps = {
+        name: made.checkpoint(name)["tiny_transformer"]["metrics"]["step"]
+        for name in ("best", "last", "final")
+    }
     assert steps == {"best": 2, "last": 6, "final": 6}
 
 
 @pytest.mark.parametrize("keep", [1, 3, 5])
 def test_keep_last_keeps_as_many_as_it_says(run, tmp_path, keep):
-    made = run(tmp_path / "run", *SHORT, "training.max_steps=7", "checkpoint.save_every=1", f"checkpoint.keep_last={keep}")
+    made = run(
+        tmp_path / "run",
+        *SHORT,
+        "training.max_steps=7",
+        "checkpoint.save_every=1",
+        f"checkpoint.keep_last={keep}",
+    )
     assert [int(path.stem[5:]) for path in sorted(made.folder.glob("step-*"))] == list(range(8 - keep, 8))
 
 
@@ -322,7 +406,13 @@ def test_a_step_that_validates_is_saved_once_and_after_its_row(run, tmp_path, mo
         save(self, trainer, *args, **options)
 
     monkeypatch.setattr(CheckpointSaver, "save", look)
-    run(tmp_path / "run", "tokenizer.kind=byte", "training.max_steps=7", "training.val_every=4", "checkpoint.save_every=2")
+    run(
+        tmp_path / "run",
+        "tokenizer.kind=byte",
+        "training.max_steps=7",
+        "training.val_every=4",
+        "checkpoint.save_every=2",
+    )
     assert saved == [(2, False), (4, True), (6, False), (7, True)]
 
 
@@ -330,13 +420,21 @@ def test_a_new_best_is_saved_even_between_saves(run, tmp_path):
     made = run(tmp_path / "run", "training.max_steps=7", "training.val_every=2", "checkpoint.save_every=100")
     best = min(made.val_rows, key=lambda row: row["val_loss"])
     assert made.checkpoint("best")["tiny_transformer"]["metrics"]["step"] == best["step"]
-    assert {path.stem for path in made.folder.glob("step-*")} >= {"step-0000002", f"step-{best['step']:07}", "step-0000007"}
+    assert {path.stem for path in made.folder.glob("step-*")} >= {
+        "step-0000002",
+        f"step-{best['step']:07}",
+        "step-0000007",
+    }
 
 
 def test_run_config_reads_back_as_the_config_that_ran(tiny_run):
     path = tiny_run.folder / "run_config.yaml"
     config = load_config(path)
-    assert config.to_dict() == yaml.safe_load(path.read_text()) == tiny_run.checkpoint()["tiny_transformer"]["config"]
+    assert (
+        config.to_dict()
+        == yaml.safe_load(path.read_text())
+        == tiny_run.checkpoint()["tiny_transformer"]["config"]
+    )
     assert (config.model.d_model, config.training.muon_lr, config.model.head_dim) == (32, 0.02, 8)
     for word in ("# torch: ", "# lightning: ", "# python: ", "# git_commit: ", "# command: "):
         assert word in path.read_text()
@@ -383,14 +481,17 @@ def test_text_samples_are_printed_and_do_not_change_the_run(run, tiny_run, tmp_p
     samples = ("training.sample_every=5", "training.sample_prompts=[Attention is, A token]")
     made = run(tmp_path / "run", *samples)
     shown = [line for line in made.out.splitlines() if "sample:" in line]
-    for line, (step, prompt) in zip(shown, [(step, prompt) for step in (5, 10) for prompt in ("Attention is", "A token")], strict=True):
+    for line, (step, prompt) in zip(
+        shown, [(step, prompt) for step in (5, 10) for prompt in ("Attention is", "A token")], strict=True
+    ):
         assert re.match(rf"step {step:>6} sample: ['\"]{prompt}.{{10}}", line)
     assert made.sha256 == tiny_run.sha256
     assert made.timeless_rows == tiny_run.timeless_rows
 
 
 def test_each_sample_prompt_has_a_seed_of_its_own_and_the_same_in_each_run(run, tmp_path):
-    """Two models that write the same would else write the same behind each prompt: a model that has learned nothing does."""
+    """Two models that write the same would else write the same behind each prompt: a model that has
+    learned nothing does."""
     samples = ("training.sample_every=3", "training.sample_prompts=[a, a, a]", "training.lr=1e-9")
     texts = []
     for name in ("one", "two"):
@@ -405,9 +506,20 @@ def test_a_sample_shows_the_space_between_a_prompt_and_what_follows(run, tmp_pat
     (tmp_path / "tokenizer.json").write_text(tokenizer_like("llama + bos").backend.to_str())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (tmp_path / "text.txt").write_text("tick tock " * 600)
-    chosen = ("tokenizer.kind=file", f"tokenizer.path={tmp_path / 'tokenizer.json'}", f"data.path={tmp_path / 'text.txt'}")
+    chosen = (
+        "tokenizer.kind=file",
+        f"tokenizer.path={tmp_path / 'tokenizer.json'}",
+        f"data.path={tmp_path / 'text.txt'}",
+    )
     samples = ("training.sample_every=30", "training.sample_prompts=[tick]", "training.sample_temperature=0")
-    made = run(tmp_path / "run", *chosen, *samples, "training.max_steps=30", "training.schedule_steps=30", "training.lr=1e-2")
+    made = run(
+        tmp_path / "run",
+        *chosen,
+        *samples,
+        "training.max_steps=30",
+        "training.schedule_steps=30",
+        "training.lr=1e-2",
+    )
     assert re.search(r"sample: 'tick tock tick", made.out)
 
 
@@ -419,19 +531,32 @@ def test_samples_under_dropout_are_the_saved_models_and_do_not_change_the_run(ru
     model, tokenizer, _ = load_model(made.folder / "final.ckpt")
     ids, sampling = torch.tensor([tokenizer.encode("Attention is")]), SamplingConfig(temperature=0.8)
     seed = int(np.random.SeedSequence([42, 3, 0]).generate_state(1)[0])
-    text = tokenizer.decode(model.generate(ids, 64, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))[0].tolist())
+    text = tokenizer.decode(
+        model.generate(
+            ids, 64, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed)
+        )[0].tolist()
+    )
     assert f"step      3 sample: {text!r}" in made.out.splitlines()
 
 
 @pytest.mark.parametrize("prompts", ['[""]', "[Attention ∑]"])
 def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(run, tmp_path, prompts):
     with pytest.raises(UserError, match="sample_prompts"):
-        run(tmp_path / "run", *SHORT, "tokenizer.kind=char", "training.sample_every=3", f"training.sample_prompts={prompts}")
+        run(
+            tmp_path / "run",
+            *SHORT,
+            "tokenizer.kind=char",
+            "training.sample_every=3",
+            f"training.sample_prompts={prompts}",
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_workers_do_not_change_the_run(run, tmp_path):
-    assert run(tmp_path / "two", *SHORT, "hardware.num_workers=2").sha256 == run(tmp_path / "none", *SHORT).sha256
+    assert (
+        run(tmp_path / "two", *SHORT, "hardware.num_workers=2").sha256
+        == run(tmp_path / "none", *SHORT).sha256
+    )
 
 
 # ---- the folder ---------------------------------------------------------------------------------------------------
@@ -441,7 +566,16 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name != ".lock"}
 
 
-RUN = {"step-0000003.ckpt", "last.ckpt", "best.ckpt", "final.ckpt", "metrics.jsonl", "run_config.yaml", "loss.svg", "loss.png"}
+RUN = {
+    "step-0000003.ckpt",
+    "last.ckpt",
+    "best.ckpt",
+    "final.ckpt",
+    "metrics.jsonl",
+    "run_config.yaml",
+    "loss.svg",
+    "loss.png",
+}
 
 
 def test_a_finished_run_is_moved_aside_and_foreign_files_stay(run, tmp_path):
@@ -566,7 +700,14 @@ def test_bad_numbers_stop_the_run_and_never_reach_a_checkpoint(run, tmp_path, mo
         run(tmp_path / "run", "tokenizer.kind=byte", "checkpoint.save_every=1")
     message = str(error.value)
     assert message.startswith("step 3: ")
-    for advice in ("training.lr", "training.warmup_steps", "grad_clip", "hardware.precision", "--show-step 3", "step-0000002.ckpt"):
+    for advice in (
+        "training.lr",
+        "training.warmup_steps",
+        "grad_clip",
+        "hardware.precision",
+        "--show-step 3",
+        "step-0000002.ckpt",
+    ):
         assert advice in message
     assert len(message.splitlines()) <= 3
     model, _, metadata = load_model(tmp_path / "run" / "last.ckpt")
@@ -599,5 +740,8 @@ def test_out_of_memory_says_what_to_lower(run, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", full)
-    with pytest.raises(UserError, match=r"micro_batch_size \(now 4\)(.|\n)*grad_accum_steps \(now 2\)(.|\n)*gradient_checkpointing"):
+    with pytest.raises(
+        UserError,
+        match=r"micro_batch_size \(now 4\)(.|\n)*grad_accum_steps \(now 2\)(.|\n)*gradient_checkpointing",
+    ):
         run(tmp_path / "run", *SHORT)

@@ -1,4 +1,5 @@
-"""A value is what its key's type says: texts as written, numbers in decimal, JSON as JSON; and what is written is read back."""
+"""A value is what its key's type says: texts as written, numbers in decimal, JSON as JSON; and what is
+written is read back."""
 
 import json
 import math
@@ -42,19 +43,30 @@ def test_a_text_is_taken_as_it_is_typed(text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_deep_in_a_section_too(text):
-    rows = {"data": {"source": "instructions", "path": "x.json"}, "training": {"max_steps": 5}, "template": None}
+    rows = {
+        "data": {"source": "instructions", "path": "x.json"},
+        "training": {"max_steps": 5},
+        "template": None,
+    }
     config = load_config(None, [f"data.fields.output={text}", f"template.system={text}", "template.prompt={instruction}:",
                                 "template.prompt_with_input=- {instruction} # {input}"], rows)  # fmt: skip
     assert config.data.fields == {"output": text}
     assert config.template.system == text
-    assert (config.template.prompt, config.template.prompt_with_input) == ("{instruction}:", "- {instruction} # {input}")
+    assert (config.template.prompt, config.template.prompt_with_input) == (
+        "{instruction}:",
+        "- {instruction} # {input}",
+    )
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "", "~", "null", "x\x1b[2J", "\ufeff"])
 def test_quotes_around_all_of_a_text_are_taken_off(text):
     """Single quotes as in YAML, with '' for ', and double quotes with escapes, of which JSON's are a part."""
     assert given("'" + text.replace("'", "''") + "'") == text
-    assert given(json.dumps(text)) == text if text.isascii() or len(text.encode("utf-16-le")) == 2 * len(text) else True
+    assert (
+        given(json.dumps(text)) == text
+        if text.isascii() or len(text.encode("utf-16-le")) == 2 * len(text)
+        else True
+    )
     assert given(f" {json.dumps(text, ensure_ascii=False)} ") == text
 
 
@@ -75,21 +87,31 @@ def test_an_escape_that_is_none_says_what_to_do():
         given("caf\udce9")
 
 
-@pytest.mark.parametrize(("key", "text"), [("model.norm", "layernorm"), ("hardware.precision", " 32-true "), ("data.errors", "replace")])
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [("model.norm", "layernorm"), ("hardware.precision", " 32-true "), ("data.errors", "replace")],
+)
 def test_one_of_a_few_words(key, text):
     assert given(text, key) == text.strip()
 
 
 @pytest.mark.parametrize(
     ("key", "text", "word"),
-    [("hardware.accelerator", "gpu", "cuda"), ("hardware.precision", "bf16", "bf16-mixed"), ("model.norm", "rms_norm", "rmsnorm")],
+    [
+        ("hardware.accelerator", "gpu", "cuda"),
+        ("hardware.precision", "bf16", "bf16-mixed"),
+        ("model.norm", "rms_norm", "rmsnorm"),
+    ],
 )
 def test_a_word_of_other_projects_is_answered_with_ours(key, text, word):
     with pytest.raises(UserError, match=f"here that is {word}"):
         given(text, key)
 
 
-@pytest.mark.parametrize(("text", "value"), [("[a #b, c]", None), ("['a #b', 007]", ["a #b", "007"]), ("[on, 2024-05-01]", ["on", "2024-05-01"])])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("[a #b, c]", None), ("['a #b', 007]", ["a #b", "007"]), ("[on, 2024-05-01]", ["on", "2024-05-01"])],
+)
 def test_a_list_of_texts_is_yaml_with_its_items_as_written(text, value):
     if value is None:
         with pytest.raises(UserError, match="--override training"):
@@ -109,7 +131,23 @@ def test_a_text_for_a_list_is_answered_with_a_flag_that_works():
         assert load_config(None, [override], BASE).training.sample_prompts == [text]
 
 
-WRITTEN = ["2024-05-01", "007", "on", "No", "1e3", "1:30", "0x1F", "3.10", ".5", "1_000", "true", "12:30:45", "+5", ".inf", "2024-05-01T10:00:00Z"]
+WRITTEN = [
+    "2024-05-01",
+    "007",
+    "on",
+    "No",
+    "1e3",
+    "1:30",
+    "0x1F",
+    "3.10",
+    ".5",
+    "1_000",
+    "true",
+    "12:30:45",
+    "+5",
+    ".inf",
+    "2024-05-01T10:00:00Z",
+]
 
 
 @pytest.mark.parametrize("text", WRITTEN)
@@ -119,13 +157,21 @@ def test_what_yaml_takes_for_something_else_is_a_text_in_a_file_too(tmp_path, te
         f"training: {{max_steps: 1, sample_every: 1, sample_prompts: [{text}]}}"
     )
     config = load_config(tmp_path / "c.yaml")
-    assert {config.data.path, config.data.text_field, config.checkpoint.dir, *config.training.sample_prompts} == {text}
+    assert {
+        config.data.path,
+        config.data.text_field,
+        config.checkpoint.dir,
+        *config.training.sample_prompts,
+    } == {text}
 
 
 # ---- numbers and switches -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "value"), [("010", 10), ("0123", 123), ("1_000", 1000), ("+5", 5), (" 7 ", 7), ("008", 8), ("99999999", 99999999)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("0123", 123), ("1_000", 1000), ("+5", 5), (" 7 ", 7), ("008", 8), ("99999999", 99999999)],
+)
 def test_whole_numbers_are_decimal(tmp_path, text, value):
     assert given(text, "training.max_steps") == value
     (tmp_path / "c.yaml").write_text(f"data: {{path: x}}\ntraining: {{max_steps: {text}}}\nseed: {text}")
@@ -134,7 +180,25 @@ def test_whole_numbers_are_decimal(tmp_path, text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["1:30", "0x1F", "0o17", "0b11", "1e3", "1.0", "1,000", "1__0", "_1", "1_", "\uff11\uff12", "1 # one", "'7'", "10k", "--5", "2024-05-01"]
+    "text",
+    [
+        "1:30",
+        "0x1F",
+        "0o17",
+        "0b11",
+        "1e3",
+        "1.0",
+        "1,000",
+        "1__0",
+        "_1",
+        "1_",
+        "\uff11\uff12",
+        "1 # one",
+        "'7'",
+        "10k",
+        "--5",
+        "2024-05-01",
+    ],
 )
 def test_what_is_no_whole_decimal_number_is_refused(text):
     with pytest.raises(UserError, match=r"training\.max_steps="):
@@ -163,7 +227,26 @@ def test_numbers_are_decimal(tmp_path, text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["inf", "nan", ".inf", "-.inf", ".NaN", "infinity", "1e999", "1:30", "0x1p3", "1,5", "3e", "e3", "1e5.5", ".", "+", "1/2", "5%"]
+    "text",
+    [
+        "inf",
+        "nan",
+        ".inf",
+        "-.inf",
+        ".NaN",
+        "infinity",
+        "1e999",
+        "1:30",
+        "0x1p3",
+        "1,5",
+        "3e",
+        "e3",
+        "1e5.5",
+        ".",
+        "+",
+        "1/2",
+        "5%",
+    ],
 )
 def test_what_is_no_finite_number_is_refused(text):
     with pytest.raises(UserError, match=r"training\.lr="):
@@ -171,7 +254,16 @@ def test_what_is_no_finite_number_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("true", True), ("True", True), ("yes", True), ("ON", True), ("false", False), ("no", False), ("Off", False)]
+    ("text", "value"),
+    [
+        ("true", True),
+        ("True", True),
+        ("yes", True),
+        ("ON", True),
+        ("false", False),
+        ("no", False),
+        ("Off", False),
+    ],
 )
 def test_a_switch(text, value):
     assert given(text, "training.compile") is value
@@ -202,11 +294,22 @@ def test_the_flag_and_the_override_agree():
 
 
 @pytest.mark.parametrize("name", ["c.json", "C.JSON"])
-@pytest.mark.parametrize("options", [{"indent": "\t"}, {}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+@pytest.mark.parametrize(
+    "options", [{"indent": "\t"}, {}, {"ensure_ascii": False}, {"separators": (",", ":")}]
+)
 def test_a_file_that_ends_in_json_is_read_as_json(tmp_path, name, options):
     """The witness is Python's own reader."""
     prompts = ["🎉", "a\u0085b\u2028c", "tab\t", "#", "007", "null", "\ufeff", "\\", "/"]
-    tree = {"data": {"path": "x: y"}, "training": {"max_steps": 5, "lr": 1e-5, "sample_every": 1, "sample_prompts": prompts, "grad_clip": None}}
+    tree = {
+        "data": {"path": "x: y"},
+        "training": {
+            "max_steps": 5,
+            "lr": 1e-5,
+            "sample_every": 1,
+            "sample_prompts": prompts,
+            "grad_clip": None,
+        },
+    }
     text = json.dumps(tree, **options)
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_config_file(tmp_path / name) == tree == json.loads(text)
@@ -338,8 +441,18 @@ def test_what_is_written_is_read_back_the_same_whatever_the_texts_are(tmp_path):
     draw = random.Random(3)
     for _ in range(300):
         text, prompts = random_text(draw), [random_text(draw) for _ in range(3)]
-        training = {"max_steps": 2, "lr": 10 ** draw.uniform(-9, 1), "sample_every": 1, "sample_prompts": prompts}
-        config = validate_config({"data": {"source": "hf", "dataset": "a", "config": text, "text_field": text}, "training": training})
+        training = {
+            "max_steps": 2,
+            "lr": 10 ** draw.uniform(-9, 1),
+            "sample_every": 1,
+            "sample_prompts": prompts,
+        }
+        config = validate_config(
+            {
+                "data": {"source": "hf", "dataset": "a", "config": text, "text_field": text},
+                "training": training,
+            }
+        )
         written = dump_yaml(config.to_dict())
         assert typed(parse_yaml(written, "text"), Config) == config.to_dict()
         assert yaml.safe_load(written) == config.to_dict()
@@ -350,7 +463,11 @@ def test_an_override_gives_the_random_text_that_is_quoted():
     for _ in range(300):
         text = random_text(draw)
         assert given("'" + text.replace("'", "''") + "'") == text
-        if text.strip() and text.strip() not in ("null", "Null", "NULL") and not (text.strip()[0] == text.strip()[-1] and text.strip()[0] in "'\""):
+        if (
+            text.strip()
+            and text.strip() not in ("null", "Null", "NULL")
+            and not (text.strip()[0] == text.strip()[-1] and text.strip()[0] in "'\"")
+        ):
             assert given(text) == text
 
 
@@ -366,4 +483,8 @@ def test_every_key_has_a_type_of_its_own():
 
 def test_a_tree_that_reads_the_same_file_twice_is_the_same(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("data: {path: 007}\ntraining: {max_steps: 010}\n")
-    assert read_config_file(tmp_path / "c.yaml") == read_config_file(tmp_path / "c.yaml") == {"data": {"path": "007"}, "training": {"max_steps": 10}}
+    assert (
+        read_config_file(tmp_path / "c.yaml")
+        == read_config_file(tmp_path / "c.yaml")
+        == {"data": {"path": "007"}, "training": {"max_steps": 10}}
+    )
