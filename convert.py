@@ -158,7 +158,7 @@ def all_or_nothing(output: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# ---- in -----------------------------------------------------------------------------------------------------------
+# ---- in ------------------------------------------------------------------------------------------
 
 
 def import_model(args: argparse.Namespace) -> None:
@@ -184,7 +184,7 @@ def import_model(args: argparse.Namespace) -> None:
     print(f"written: {output}; python3 infer.py --ckpt {output} --prompt ...")
 
 
-# ---- out ----------------------------------------------------------------------------------------------------------
+# ---- out -----------------------------------------------------------------------------------------
 
 
 def public(path: str) -> str:

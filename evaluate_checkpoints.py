@@ -124,7 +124,7 @@ from tokenizer import Tokenizer
 RESAMPLES = 2000  # of the bootstrap
 COLUMNS = 10  # categories that the terminal's table shows; beyond, they are in the files of --output-dir
 
-# ---- one model on all cases ---------------------------------------------------------------------------------------
+# ---- one model on all cases ----------------------------------------------------------------------
 
 
 def options_of(case: Case) -> list[str]:
@@ -144,7 +144,9 @@ def case_ids(
             prompt = tokenizer.encode_parts(parts)
         else:
             prompt = (
-                tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+                tokenizer.encode_prompt(case.prompt)
+                if case.prompt
+                else [*tokenizer.bos_ids] or [tokenizer.eos_id]
             )
     except UserError:
         return None, [encode(tokenizer, option) for option in options_of(case)]
@@ -269,7 +271,7 @@ def validation(
     )
 
 
-# ---- all of them, ranked ------------------------------------------------------------------------------------------
+# ---- all of them, ranked -------------------------------------------------------------------------
 
 
 def rank(checkpoints: list[CheckpointResult], cases: list[Case], seed: int) -> list[CheckpointResult]:
@@ -416,7 +418,7 @@ def evaluate_tasks(
     return [row for rows in each_checkpoint(paths, len(paths), score) for row in rows]
 
 
-# ---- what is shown and written ------------------------------------------------------------------------------------
+# ---- what is shown and written -------------------------------------------------------------------
 
 
 def place(checkpoint: CheckpointResult) -> str:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from support.exchange.tokenizer_json import byte_characters
 from tokenizer import EOS_TEXT, WORD_END, last_place
 
-# ---- layers -------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
@@ -149,7 +149,7 @@ class RMSNorm(nn.Module):
         return x / (x.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt() * self.weight
 
 
-# ---- positions ----------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 
 
 def rope_angles(n_positions: int, hd: int, theta: float = 10000.0) -> Tensor:
@@ -185,7 +185,7 @@ def to_neighbours(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -222,7 +222,7 @@ class MultiHeadAttention(nn.Module):
         return self.o_proj(attention(q, k, v, past_and_present).transpose(1, 2).reshape(B, T, D))
 
 
-# ---- optimization -------------------------------------------------------------------------------------------------
+# ---- optimization --------------------------------------------------------------------------------
 
 
 class AdamW(torch.optim.Optimizer):
@@ -319,7 +319,7 @@ def learning_rate(step: int, peak: float, floor: float, warmup: int, total: int)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def sampling_probabilities(
@@ -342,7 +342,7 @@ def sampling_probabilities(
     return torch.zeros_like(p).scatter(0, order, p)
 
 
-# ---- byte-pair encoding -------------------------------------------------------------------------------------------
+# ---- byte-pair encoding --------------------------------------------------------------------------
 
 # GPT-2 cuts text into words before it merges anything, so that no token reaches from one word into the next:
 # English endings, letters, digits, other signs, each with the space before it, and blanks (Radford et al.,
@@ -577,7 +577,7 @@ class BPE:
         return b"".join(tokens).decode("utf-8", errors="replace")
 
 
-# ---- proofs -------------------------------------------------------------------------------------------------------
+# ---- proofs --------------------------------------------------------------------------------------
 
 REPO = Path(__file__).parent
 

@@ -106,12 +106,12 @@ def make_sampling(args: argparse.Namespace) -> SamplingConfig:
         ) from None
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_to_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not UTF-8 text (character {error.start}); convert it first") from None
-    ids = tokenizer.begin(prompt)
+    ids = tokenizer.encode_prompt(prompt)
     if len(ids) == len(tokenizer.bos_ids):
         raise UserError('the prompt is empty; give some text to continue, e.g. --prompt "Attention is"')
     return ids
@@ -130,7 +130,7 @@ def stream_text(
     beyond the context is read from its end."""
     device = next(model.parameters()).device
     ids = torch.tensor(
-        [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device
+        [prompt_to_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device
     )
     generator = torch.Generator(device).manual_seed(seed)
     text = TextStream(tokenizer, ids[0].tolist())
@@ -279,7 +279,7 @@ class Chat:
     def answer(self, question: str, seed: int) -> Iterator[str]:
         """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C.
         Raises UserError."""
-        encode_prompt(self.tokenizer, question)  # refuses what is no text
+        prompt_to_ids(self.tokenizer, question)  # refuses what is no text
         ids = conversation_ids(self.template, self.tokenizer, self.turns, question, self.room)
         if (n := len(prompt_ids(self.template, self.tokenizer, question))) > self.room:
             warn(f"the question has {n} tokens with its template, and {self.room} fit: only its end is read")
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     if prompt is None:
         interact(model, tokenizer, args, sampling)
         return 0
-    n_prompt = len(encode_prompt(tokenizer, prompt))
+    n_prompt = len(prompt_to_ids(tokenizer, prompt))
     if n_prompt > model.config.max_seq_len:
         warn(
             f"the prompt has {n_prompt} tokens, the model sees {model.config.max_seq_len}: it reads the "

@@ -111,7 +111,7 @@ def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     return pairs[: data.train_docs], val
 
 
-# ---- rows to train on ---------------------------------------------------------------------------------------------
+# ---- rows to train on ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ from support.checkpoint import (
     read_metadata,
     saved_config,
 )
+from support.config.values import flat_keys
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -181,14 +182,6 @@ def newest(path: str) -> Path:
     return max(find_checkpoints([path]), key=lambda file: describe(file).get("step") or -1)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"training": {"lr": 1}} is {"training.lr": 1}."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
-
-
 def print_diff(paths: list[str]) -> None:
     """The keys in which two configs differ, with both values."""
     if len(paths) != 2:
@@ -197,7 +190,7 @@ def print_diff(paths: list[str]) -> None:
             "runs/a runs/b"
         )
     one, other = map(newest, paths)
-    before, after = (flat(saved_config(read_metadata(path), path)) for path in (one, other))
+    before, after = (flat_keys(saved_config(read_metadata(path), path)) for path in (one, other))
     print(f"{printable(one)} -> {printable(other)}")
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     for key in keys:

@@ -166,7 +166,7 @@ def source_of(args: argparse.Namespace, paths: list[str] | None, split: str, fla
     )
 
 
-# ---- a tokenizer --------------------------------------------------------------------------------------------------
+# ---- a tokenizer ---------------------------------------------------------------------------------
 
 
 def training_pieces(source: Source) -> Iterator[str]:
@@ -230,7 +230,7 @@ def make_tokenizer(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- token files --------------------------------------------------------------------------------------------------
+# ---- token files ---------------------------------------------------------------------------------
 
 
 def read_tokenizer(name: str) -> Tokenizer:

@@ -83,7 +83,7 @@ class Tokenizer:
         """The ids of each text, as lists, or as arrays where the library has them sooner."""
         return [self.encode(text) for text in texts]
 
-    def begin(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that stands at the beginning of a document: a prompt, say."""
         return [*self.bos_ids, *self.encode(text)]
 

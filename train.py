@@ -53,7 +53,7 @@ from support.files.atomic import claim_folder
 from support.plots import draw_loss
 from support.run.checklist import prepare
 from support.run.folder import move_aside, write_run_config
-from support.run.guards import explain, how_to_go_on, why_no_gradient
+from support.run.guards import explain, how_to_resume, why_no_gradient
 from support.run.plan import Plan
 from support.run.show import print_header
 from support.run.starting_weights import starting_net
@@ -468,7 +468,7 @@ def finish(plan: Plan) -> None:
 def nothing_left(plan: Plan, metrics: dict) -> None:
     """The checkpoint is at the run's end already; if a kill came right behind it, its names are still
     missing."""
-    if plan.goes_on and not (plan.folder / "final.ckpt").exists():
+    if plan.resumes_in_place and not (plan.folder / "final.ckpt").exists():
         lock = claim_folder(plan.folder)
         name_checkpoint(plan.resume_from, best=metrics.get("best_step") == metrics["step"], final=True)
         finish(plan)
@@ -492,7 +492,7 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
     lock = console = None
     if is_main_process():
         lock = claim_folder(plan.folder)
-        if not plan.goes_on and (moved := move_aside(plan.folder)):
+        if not plan.resumes_in_place and (moved := move_aside(plan.folder)):
             print(f"the earlier run in {plan.folder} has been moved to {moved}")
         write_run_config(plan.folder, plan.config, plan.record)
         if resumed and plan.record["threads"] != resumed["run"]["threads"]:
@@ -507,7 +507,7 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
         if console:
             console.close()
             draw(plan.folder)
-            print(f"stopped; {how_to_go_on(plan)}")
+            print(f"stopped; {how_to_resume(plan)}")
         return (
             stop.code if console else 0
         )  # Lightning kills the main process where a further one ends with another status

@@ -105,7 +105,7 @@ def typed_plain(written: str, kind: Any) -> Any:
     return str(written)
 
 
-# ---- the command line ---------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def typed_override(override: str, key: str, written: str, kind: Any) -> Any:
@@ -157,3 +157,11 @@ def _as_list(key: str, text: str) -> str:
     """The flag that gives this text as a list of one, for a shell."""
     item = text.strip().replace("\\", "\\\\").replace('"', '\\"')
     return "--override " + shlex.quote(f'{key}=["{item}"]')
+
+
+def flat_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config tree as `section.key: value` pairs: {"a": {"b": 1}} gives {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

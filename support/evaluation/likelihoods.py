@@ -25,7 +25,7 @@ def encode(
     """Ids of `text`, which begins a document, or stands after other text; None if it has characters that
     this tokenizer (kind `char`) does not know."""
     try:
-        return tokenizer.begin(text) if begins else ids_after(tokenizer, after, text)
+        return tokenizer.encode_prompt(text) if begins else ids_after(tokenizer, after, text)
     except UserError:
         return None
 

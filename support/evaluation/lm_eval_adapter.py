@@ -43,12 +43,16 @@ def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
         prefix_token_id = [*tokenizer.bos_ids, tokenizer.eos_id][0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
-            return tokenizer.encode(string) if add_special_tokens is False else tokenizer.begin(string)
+            return (
+                tokenizer.encode(string) if add_special_tokens is False else tokenizer.encode_prompt(string)
+            )
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             """Apart where together they end in one token, which would leave no continuation to score."""
             pair = super()._encode_pair(context, continuation)
-            return pair if pair[1] else (tokenizer.begin(context), tokenizer.encode_inside(continuation))
+            return (
+                pair if pair[1] else (tokenizer.encode_prompt(context), tokenizer.encode_inside(continuation))
+            )
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **options
@@ -61,7 +65,7 @@ def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
             window, totals = model.config.max_seq_len, []
             for request in requests:
                 windows = get_rolling_token_windows(
-                    tokenizer.begin(request.args[0]), self.prefix_token_id, window, context_len=1
+                    tokenizer.encode_prompt(request.args[0]), self.prefix_token_id, window, context_len=1
                 )
                 found = log_likelihoods(model, [make_disjoint_window(pair) for pair in windows])
                 totals.append(sum(value for value, _ in found))
@@ -75,7 +79,7 @@ def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
                     "a task of --lm-eval wants sampled text (do_sample: true), and ours is greedy; take "
                     "another task"
                 )
-            ids = [tokenizer.begin(prompt) or [tokenizer.eos_id] for prompt in prompts]
+            ids = [tokenizer.encode_prompt(prompt) or [tokenizer.eos_id] for prompt in prompts]
             texts = continuations(
                 model, tokenizer, ids, [wish.get("max_gen_toks", MAX_GEN_TOKS) for wish in wishes]
             )

@@ -83,7 +83,7 @@ class CaseView:
         return " ".join(mark for mark, holds in marks.items() if holds)
 
 
-# ---- numbers and texts --------------------------------------------------------------------------------------------
+# ---- numbers and texts ---------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -132,7 +132,7 @@ def visible(text: str, limit: int = MAX_TEXT) -> Markup:
     return Markup("").join(shown)
 
 
-# ---- what the template shows --------------------------------------------------------------------------------------
+# ---- what the template shows ---------------------------------------------------------------------
 
 
 def pick_choices(case: "Case", results: list[CaseResult]) -> list[int]:

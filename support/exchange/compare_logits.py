@@ -63,7 +63,7 @@ class Witness:
     ending: Sequence[int] = ()  # ids that it may put behind a text, and ours does not
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def telling_texts(tokenizer: Tokenizer) -> list[str]:
@@ -98,7 +98,7 @@ def first_difference(tokenizer: Tokenizer, witness: Witness) -> str | None:
     """The first text or ids that the two sides read or write differently, in words; None if there are none."""
     texts = telling_texts(tokenizer)
     for text in texts:
-        theirs, ours = witness.encode(text), tokenizer.begin(text)
+        theirs, ours = witness.encode(text), tokenizer.encode_prompt(text)
         if theirs[: len(ours)] != ours or not set(theirs[len(ours) :]) <= set(witness.ending):
             return (
                 f"{witness.program} reads {text[:100]!r} as {shown(theirs)}, and this project as "
@@ -208,7 +208,7 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:150] or type(error).__name__
 
 
-# ---- logits -------------------------------------------------------------------------------------------------------
+# ---- logits --------------------------------------------------------------------------------------
 
 
 def random_ids(vocab_size: int, rows: int, length: int) -> Tensor:
@@ -277,7 +277,7 @@ def verify(ours: Tensor, folder: Path, written: bool = False) -> str:
     )
 
 
-# ---- gguf ---------------------------------------------------------------------------------------------------------
+# ---- gguf ----------------------------------------------------------------------------------------
 
 
 def verify_gguf(path: Path, model: GPTMini, tokenizer: Tokenizer, dtype: str, words: str) -> str:

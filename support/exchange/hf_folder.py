@@ -29,7 +29,7 @@ FLOATS = {
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "tekken.json")
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def tensors(folder: Path, header_only: bool = False) -> Iterator[tuple[str, Tens
             raise UserError(f"{file} {reason}") from None
 
 
-# ---- the tokenizer ------------------------------------------------------------------------------------------------
+# ---- the tokenizer -------------------------------------------------------------------------------
 
 
 def is_published_gpt2(tokenizer: FileTokenizer) -> bool:
@@ -182,7 +182,7 @@ def read_tokenizer(folder: Path, hf: dict[str, Any], say: Callable[[str], None])
     )
 
 
-# ---- the model ----------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def quantization(hf: dict[str, Any]) -> str | None:

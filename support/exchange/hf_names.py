@@ -28,7 +28,7 @@ SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "ma
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # tables that older files carry along
 
 
-# ---- config.json --------------------------------------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
 
 
 def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def fused_qkv(weights: dict[str, Tensor], q_name: str) -> Tensor:
     return torch.cat([weights[q_name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
 
 
-# ---- weights in ---------------------------------------------------------------------------------------------------
+# ---- weights in ----------------------------------------------------------------------------------
 
 
 def split_c_attn(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def to_ours(kind: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name: tensor}
 
 
-# ---- weights and config out ---------------------------------------------------------------------------------------
+# ---- weights and config out ----------------------------------------------------------------------
 
 
 def family_of(config: GPTConfig) -> str:

@@ -20,7 +20,7 @@ TOO_LONG = f"a number of more than {MAX_DIGITS} digits"
 HALF = "half of a surrogate pair, which is no character"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-# ---- YAML ---------------------------------------------------------------------------------------------------------
+# ---- YAML ----------------------------------------------------------------------------------------
 
 
 class Plain(str):
@@ -114,7 +114,7 @@ def dump_yaml(tree: dict) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-# ---- JSON ---------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 COLON = re.compile(r"\s*:")
@@ -183,7 +183,7 @@ def _json_text(word: str) -> str:
         return word
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> dict:

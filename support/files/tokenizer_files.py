@@ -79,7 +79,7 @@ def eos_of(path: Path, settings: dict[str, Any], tokens: Sequence[str]) -> str:
     )
 
 
-# ---- vocab.json and merges.txt ------------------------------------------------------------------------------------
+# ---- vocab.json and merges.txt -------------------------------------------------------------------
 
 
 def is_vocabulary(tree: Any) -> bool:

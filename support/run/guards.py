@@ -10,7 +10,7 @@ from support.messages import UserError
 from support.run.compiling import advice_on_compiling, causes, is_of_compiler
 from support.run.plan import Plan
 
-# ---- what is said -------------------------------------------------------------------------------------------------
+# ---- what is said --------------------------------------------------------------------------------
 
 
 def explain(error: Exception, plan: Plan) -> UserError | None:
@@ -27,7 +27,7 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
             f"out of memory on {plan.device}: {text[:160]}\n       halve training.micro_batch_size (now "
             f"{training.micro_batch_size}) and double training.grad_accum_steps (now "
             f"{training.grad_accum_steps}); "
-            f"or model.gradient_checkpointing=true\n       {how_to_go_on(plan)}"
+            f"or model.gradient_checkpointing=true\n       {how_to_resume(plan)}"
         )
     no_room = any(
         isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None
@@ -39,21 +39,21 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
         return UserError(
             "data workers need shared memory (/dev/shm), and there is no room in it\n       try "
             "hardware.num_workers=0, or give the container "
-            f"more: docker run --shm-size=1g\n       {how_to_go_on(plan)}"
+            f"more: docker run --shm-size=1g\n       {how_to_resume(plan)}"
         )
     if "DataLoader worker" in text:
         return UserError(
             f"a data worker has ended: {text[:160]}\n       try hardware.num_workers=0\n       "
-            f"{how_to_go_on(plan)}"
+            f"{how_to_resume(plan)}"
         )
     if plan.world > 1 and ("gloo/" in text or isinstance(error, torch.distributed.DistError)):
         return UserError(
             f"the connection to another process of this run is lost: {text[-160:]}\n       it may have "
             "been killed, for want of memory "
-            f"too: see what it said, and the system's log\n       {how_to_go_on(plan)}"
+            f"too: see what it said, and the system's log\n       {how_to_resume(plan)}"
         )
     if plan.config.training.compile and is_of_compiler(error):
-        return UserError(f"{advice_on_compiling(error)}\n       {how_to_go_on(plan)}")
+        return UserError(f"{advice_on_compiling(error)}\n       {how_to_resume(plan)}")
     return None
 
 
@@ -77,7 +77,7 @@ def why_no_gradient(config: Config) -> str:
     )
 
 
-def how_to_go_on(plan: Plan) -> str:
+def how_to_resume(plan: Plan) -> str:
     """The newest checkpoint of the run, and the command that goes on from it."""
     last = find_latest_checkpoint(plan.folder)
     if last is None:

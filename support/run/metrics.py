@@ -293,7 +293,7 @@ class TextSamples(pl.Callback):
 
     def sample(self, n: int, prompt: str, step: int, pl_module: pl.LightningModule) -> None:
         seed = int(np.random.SeedSequence([self.seed, step, n]).generate_state(1)[0])  # one for each prompt
-        ids = self.tokenizer.begin(prompt)
+        ids = self.tokenizer.encode_prompt(prompt)
         out = pl_module.net.generate(
             torch.tensor([ids], device=pl_module.device),
             self.NEW_TOKENS,

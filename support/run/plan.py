@@ -51,7 +51,7 @@ class Plan:
         return Path(self.config.checkpoint.dir)
 
     @property
-    def goes_on(self) -> bool:
+    def resumes_in_place(self) -> bool:
         """Whether this run continues the one in its folder."""
         return in_folder(self.resume_from, self.folder)
 

@@ -6,6 +6,7 @@ from typing import Any
 from support.checkpoint import read_metadata
 from support.config.read import validate_config
 from support.config.schema import Config
+from support.config.values import flat_keys
 from support.messages import UserError
 
 # What may differ between a run and its resumption: how long it goes on, what it shows, and where it runs. The
@@ -31,14 +32,6 @@ RESUMABLE = (
 )
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def read_run(path: Path) -> dict[str, Any]:
     """Our fields of a checkpoint that a run can go on from. Raises UserError if it does not hold the run's
     config."""
@@ -61,7 +54,7 @@ def in_folder(checkpoint: Path | None, folder: Path) -> bool:
 
 def compare_configs(saved: dict, config: Config, source: Path) -> None:
     """Refuse to resume under a config that would have made another run; names the key and both values."""
-    before, now = flatten(validate_config(saved, str(source)).to_dict()), flatten(config.to_dict())
+    before, now = flat_keys(validate_config(saved, str(source)).to_dict()), flat_keys(config.to_dict())
     changed = [key for key in now if now[key] != before.get(key) and not key.startswith(RESUMABLE)]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed[:5])

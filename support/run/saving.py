@@ -147,13 +147,13 @@ class CheckpointSaver(pl.Callback):
             checkpoint.keep_last,
         )
         self.val_every, self.n_steps, self.stop = training.val_every, plan.n_steps, stop
-        self.goes_on_from = plan.resume_from if plan.goes_on else None
+        self.resumed_from = plan.resume_from if plan.resumes_in_place else None
         self.tidying = Extra("removing older checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Going on in a folder: its names as they should be, also where a kill came between a file and its
         names, and best.ckpt as the one to beat, also if the run goes on from an older file than that."""
-        if trainer.is_global_zero and self.goes_on_from:
+        if trainer.is_global_zero and self.resumed_from:
             (self.folder / "final.ckpt").unlink(
                 missing_ok=True
             )  # a run that is extended is not finished any more
@@ -164,9 +164,9 @@ class CheckpointSaver(pl.Callback):
                     and metrics["best_val_loss"] < pl_module.best_val_loss
                 ):
                     pl_module.best_val_loss, pl_module.best_step = metrics["best_val_loss"], metrics["step"]
-            if self.goes_on_from.name.startswith("step-"):
+            if self.resumed_from.name.startswith("step-"):
                 name_checkpoint(
-                    self.goes_on_from, best=pl_module.best_step == trainer.global_step, final=False
+                    self.resumed_from, best=pl_module.best_step == trainer.global_step, final=False
                 )
         pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast(
             (pl_module.best_val_loss, pl_module.best_step)

@@ -57,7 +57,7 @@ def same_steps(one: list[list[dict]], other: list[list[dict]]) -> bool:
     return len(one) == len(other) and all(map(same, one, other))
 
 
-# ---- tokens -------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def test_eos_stands_behind_every_document_and_nowhere_else():
@@ -108,7 +108,7 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(vocab_size, dtype):
     assert row.tolist() == [97, vocab_size - 1], "the largest id fits"
 
 
-# ---- blocks -------------------------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [*range(8, 31), 100, 127])
@@ -176,7 +176,7 @@ def test_a_batch_is_its_blocks_stacked():
         assert torch.equal(tensor, torch.stack([blocks[i][name] for i in (5, 2, 2)]))
 
 
-# ---- document mask ------------------------------------------------------------------------------------------------
+# ---- document mask -------------------------------------------------------------------------------
 
 
 def test_a_segment_ends_with_its_eos():
@@ -202,7 +202,7 @@ def test_segments_come_with_the_batch_when_asked_for(tmp_path, document_mask):
                 assert segments == [ids[:t].count(BYTE.eos_id) for t in range(len(ids))]
 
 
-# ---- steps --------------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 SHAPE = StepShape(micro_batch_size=2, grad_accum_steps=3)
 
@@ -282,7 +282,7 @@ def test_no_two_micro_batches_of_a_run_share_a_number():
     assert sorted(numbers) == list(range(120))
 
 
-# ---- loaders of text in memory ------------------------------------------------------------------------------------
+# ---- loaders of text in memory -------------------------------------------------------------------
 
 
 def text_config(
@@ -431,7 +431,7 @@ def test_a_char_tokenizer_knows_the_validation_text_and_a_bpe_tokenizer_never_sa
     assert list(tokenizer_documents(corpus, "bpe")) == ["abc", "abd"]
 
 
-# ---- validation batches -------------------------------------------------------------------------------------------
+# ---- validation batches --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -463,7 +463,7 @@ def test_the_validation_loader_is_the_same_each_time(tmp_path):
     assert same(list(limited), list(val)[:1])
 
 
-# ---- streams ------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 N_DOCS, N_VAL = 47, 5
 STORIES = [f"<{i}> " + "word " * (i * 7 % 13) for i in range(N_DOCS)]
@@ -861,7 +861,7 @@ def test_validating_on_the_training_split_is_refused():
         )
 
 
-# ---- datasets in memory -------------------------------------------------------------------------------------------
+# ---- datasets in memory --------------------------------------------------------------------------
 
 
 def test_a_dataset_in_memory_gives_whole_documents_to_one_side_only(library):

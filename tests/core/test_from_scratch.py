@@ -113,7 +113,7 @@ def test_ours_in_use_agree_with_the_lessons():
             assert ours == pytest.approx(3e-3 * optim.lr_factor(step, "cosine", warmup, total, 0.1))
 
 
-# ---- byte-pair encoding -------------------------------------------------------------------------------------------
+# ---- byte-pair encoding --------------------------------------------------------------------------
 
 
 def naive_merges(words: Counter, n: int) -> list[tuple[int, int]]:
@@ -254,7 +254,7 @@ def test_training_touches_only_the_words_that_hold_a_pair(monkeypatch):
     assert len(bpe.merges) > 500 and rewritten < 0.03 * n_words * len(bpe.merges)
 
 
-# ---- AdamW in training --------------------------------------------------------------------------------------------
+# ---- AdamW in training ---------------------------------------------------------------------------
 
 
 def test_training_with_the_adamw_written_out_gives_the_curve_of_pytorchs(tmp_path):

@@ -53,7 +53,7 @@ def autocast(device: str, dtype: torch.dtype):
     return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-# ---- the past does not see the future -----------------------------------------------------------------------------
+# ---- the past does not see the future ------------------------------------------------------------
 
 
 def check_causality(
@@ -111,7 +111,7 @@ def test_no_gradient_flows_from_a_position_to_a_later_token():
         assert (grad[t + 1 :] == 0).all()
 
 
-# ---- the cache ----------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def check_cached_equals_uncached(m: ModuleType, pieces: tuple[int, ...] = (3, 1, 1, 2), **switches) -> None:
@@ -217,7 +217,7 @@ def test_a_sequence_beyond_max_seq_len_is_refused_with_value_and_rule(cached):
         net(tokens(1, 1 if cached else 17), cache=cache)
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def naive_attention(attn: nn.Module, x: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def test_attention_dropout_acts_in_training_only():
     assert not torch.equal(net(ids), net(ids))
 
 
-# ---- positions ----------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 
 
 def rotated(m: ModuleType, x: Tensor, positions: list[int], theta: float = 100.0) -> Tensor:
@@ -388,7 +388,7 @@ def test_positions_keep_float32_precision_in_a_bf16_model():
     assert all(table.dtype == torch.float32 for table in real.rope_tables(torch.arange(T), 6, 10000.0))
 
 
-# ---- documents in one row -----------------------------------------------------------------------------------------
+# ---- documents in one row ------------------------------------------------------------------------
 
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [5, 5, 6, 6, 6, 9, 9]])
@@ -441,7 +441,7 @@ def test_segment_mask_and_positions_by_hand():
     ]
 
 
-# ---- training: loss, checkpointing, initialization ----------------------------------------------------------------
+# ---- training: loss, checkpointing, initialization -----------------------------------------------
 
 
 def test_with_labels_forward_gives_the_summed_loss_and_the_number_of_targets():
@@ -565,7 +565,7 @@ def test_flops_per_token_by_hand():
         assert net.flops_per_token(seq_len) == 6 * (3 * block + V * D) + 3 * attention
 
 
-# ---- precision ----------------------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 
 
 def exact_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -646,7 +646,7 @@ def test_loss_is_float32(model_dtype):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)  # a sum in bf16 would be off by 1e-3
 
 
-# ---- switches -----------------------------------------------------------------------------------------------------
+# ---- switches ------------------------------------------------------------------------------------
 
 
 def test_gpt2_switches_build_gpt2():

@@ -50,7 +50,7 @@ def backward(net: GPTMini, step: int) -> None:
     (loss / n_targets).backward()
 
 
-# ---- groups -------------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 
 @MODELS
@@ -119,7 +119,7 @@ def test_frozen_parameters_are_left_out_and_empty_groups_too(optimizer):
     assert [names(net, group["params"]) for group in groups] == [{"norm.weight"}]
 
 
-# ---- AdamW --------------------------------------------------------------------------------------------------------
+# ---- AdamW ---------------------------------------------------------------------------------------
 
 
 def test_adamw_is_torch_s_with_these_settings():
@@ -164,7 +164,7 @@ def test_what_muon_leaves_to_adamw_is_stepped_as_adamw_does():
     assert equal == {name: not name.endswith("proj.weight") for name in equal}
 
 
-# ---- Muon ---------------------------------------------------------------------------------------------------------
+# ---- Muon ----------------------------------------------------------------------------------------
 
 
 def with_singular_values(
@@ -319,7 +319,7 @@ def test_the_loss_falls(optimizer):
     assert losses[-1] < 0.5 * losses[0]
 
 
-# ---- the learning rate --------------------------------------------------------------------------------------------
+# ---- the learning rate ---------------------------------------------------------------------------
 
 SCHEDULES = ("cosine", "linear", "wsd", "step", "constant")
 

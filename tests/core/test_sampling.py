@@ -37,7 +37,7 @@ def test_without_controls_the_model_s_own_distribution_is_drawn_from():
     assert probs(log(0.5, 0.3, 0.2)) == pytest.approx([0.5, 0.3, 0.2])
 
 
-# ---- temperature --------------------------------------------------------------------------------------------------
+# ---- temperature ---------------------------------------------------------------------------------
 
 
 def test_temperature_zero_takes_the_largest_whatever_the_generator():
@@ -73,7 +73,7 @@ def test_a_high_temperature_becomes_uniform():
     assert probs([3.0, -2.0, 0.5, 1.0], temperature=1e6) == pytest.approx([0.25] * 4, abs=1e-5)
 
 
-# ---- top-k --------------------------------------------------------------------------------------------------------
+# ---- top-k ---------------------------------------------------------------------------------------
 
 
 def test_top_k_keeps_the_k_likeliest_in_their_proportions():
@@ -93,7 +93,7 @@ def test_top_k_of_the_vocabulary_or_more_changes_nothing(top_k):
     assert probs(log(0.5, 0.3, 0.2), top_k=top_k) == pytest.approx([0.5, 0.3, 0.2])
 
 
-# ---- top-p --------------------------------------------------------------------------------------------------------
+# ---- top-p ---------------------------------------------------------------------------------------
 
 # The likeliest tokens first: 0.4, then 0.7, 0.9, 1.0 together.
 UNSORTED = log(0.1, 0.4, 0.2, 0.3)
@@ -126,7 +126,7 @@ def test_rows_are_filtered_independently():
     assert kept.tolist() == [[True, False, False], [False, True, True]]
 
 
-# ---- repetition penalty -------------------------------------------------------------------------------------------
+# ---- repetition penalty --------------------------------------------------------------------------
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
@@ -167,7 +167,7 @@ def test_generate_penalizes_prompt_and_generated_tokens(monkeypatch):
     assert out.tolist() == [[1, 0, 2, 3, 4]]
 
 
-# ---- together -----------------------------------------------------------------------------------------------------
+# ---- together ------------------------------------------------------------------------------------
 
 
 def test_penalty_comes_before_top_k():
@@ -220,7 +220,7 @@ def test_filters_work_in_float32_on_bf16_logits():
     assert filtered.softmax(dim=-1)[0].tolist() == pytest.approx(softmax([2 / 3, 1 / 3]))
 
 
-# ---- drawing ------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others():

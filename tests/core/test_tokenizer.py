@@ -103,7 +103,7 @@ def published_encoding() -> tiktoken.Encoding:
     )
 
 
-# ---- every kind ---------------------------------------------------------------------------------------------------
+# ---- every kind ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -197,7 +197,7 @@ def test_fingerprints_are_equal_exactly_when_ids_are(tokenizers):
             assert (one.fingerprint() == other.fingerprint()) == (ids(one) == ids(other))
 
 
-# ---- streaming ----------------------------------------------------------------------------------------------------
+# ---- streaming -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name != "long_word"])
@@ -257,7 +257,7 @@ def test_text_stream_keeps_the_spaces_of_a_decoder_that_strips_the_first_one():
     assert [stream.push(i) for i in tokenizer.encode("a b a")] == ["a", " b", " a"]
 
 
-# ---- vocab.json and merges.txt ------------------------------------------------------------------------------------
+# ---- vocab.json and merges.txt -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_a_vocabulary_alone_is_refused(gpt2_style):
         FileTokenizer.from_file(gpt2_style / "vocab.json")
 
 
-# ---- gpt2 ---------------------------------------------------------------------------------------------------------
+# ---- gpt2 ----------------------------------------------------------------------------------------
 
 
 def test_gpt2_ids_equal_those_of_the_published_vocabulary(tokenizers):
@@ -368,7 +368,7 @@ def test_damaged_gpt2_files_are_refused(monkeypatch, tmp_path, damaged, damage):
         GPT2Tokenizer()
 
 
-# ---- bpe ----------------------------------------------------------------------------------------------------------
+# ---- bpe -----------------------------------------------------------------------------------------
 
 
 def test_bpe_ids_equal_what_the_tokenizers_library_gives(tokenizers):
@@ -419,7 +419,7 @@ def test_bpe_of_the_smallest_size_is_the_bytes_alone():
     assert (tokenizer.vocab_size, len(tokenizer.encode("é"))) == (257, 2)
 
 
-# ---- char ---------------------------------------------------------------------------------------------------------
+# ---- char ----------------------------------------------------------------------------------------
 
 
 def test_char_ids_are_in_code_point_order_with_eos_last():
@@ -444,7 +444,7 @@ def test_char_shortens_a_long_list_of_unknown_characters():
     assert len(str(caught.value)) < 400
 
 
-# ---- file ---------------------------------------------------------------------------------------------------------
+# ---- file ----------------------------------------------------------------------------------------
 
 
 def write_folder(folder: Path, eos_token: object = None, **settings) -> Path:

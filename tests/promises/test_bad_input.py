@@ -63,7 +63,7 @@ def overridden(*overrides: str) -> list[str]:
     return ["--config", "good.yaml", *(word for override in overrides for word in ("--override", override))]
 
 
-# ---- the config ---------------------------------------------------------------------------------------------------
+# ---- the config ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_no_config_is_an_error_that_names_one(refusal):
     assert "--config config_smoke.yaml" in refusal([])
 
 
-# ---- the text -----------------------------------------------------------------------------------------------------
+# ---- the text ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_local_data_files_that_are_not_there(refusal, name):
     assert "data.path=nowhere.*" in message
 
 
-# ---- the device, the folder, the command line ---------------------------------------------------------------------
+# ---- the device, the folder, the command line ----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda", "gpu", ""])
@@ -297,7 +297,7 @@ def test_a_wrong_command_line_shows_the_usage_and_exits_2(here, capsys, argv):
     assert "usage: " in capsys.readouterr().err
 
 
-# ---- real processes -----------------------------------------------------------------------------------------------
+# ---- real processes ------------------------------------------------------------------------------
 
 REPO = Path(train.__file__).parent
 

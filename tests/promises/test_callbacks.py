@@ -191,7 +191,7 @@ def test_rows_that_are_not_text_do_not_keep_a_run_from_going_on(run, tmp_path, m
     assert [row["step"] for row in run(tmp_path / "run", *BYTE, "--resume").train_rows] == list(range(1, 13))
 
 
-# ---- the loss on training text ------------------------------------------------------------------------------------
+# ---- the loss on training text -------------------------------------------------------------------
 
 
 def test_training_text_is_measured_as_validation_text_is(run, tmp_path):

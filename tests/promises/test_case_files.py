@@ -215,7 +215,7 @@ def test_three_thousand_cases_fit_into_a_file(tmp_path):
     assert len(read_case_file(path)) == 3000
 
 
-# ---- instructions -------------------------------------------------------------------------------------------------
+# ---- instructions --------------------------------------------------------------------------------
 
 
 def test_a_file_of_windows_has_the_texts_of_any_other(tmp_path):
@@ -323,7 +323,7 @@ def test_a_mistake_in_an_instruction_is_named_with_its_place(tmp_path, head, cas
     assert said in refusal(write(tmp_path, f"{head}\ncases:\n  - {case}\n"))
 
 
-# ---- our own ------------------------------------------------------------------------------------------------------
+# ---- our own -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)

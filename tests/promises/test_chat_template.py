@@ -39,7 +39,7 @@ AWKWARD = [
 ]
 
 
-# ---- one prompt ---------------------------------------------------------------------------------------------------
+# ---- one prompt ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -130,7 +130,7 @@ def test_a_config_takes_a_template_by_name_or_written_out_and_keeps_it():
         config_of("llama")
 
 
-# ---- the named ones -----------------------------------------------------------------------------------------------
+# ---- the named ones ------------------------------------------------------------------------------
 
 
 def test_alpacas_texts_are_those_of_its_authors_and_a_line_end():
@@ -179,7 +179,7 @@ def test_a_named_templates_stops_are_what_a_model_would_go_on_with(name):
     )
 
 
-# ---- ids ----------------------------------------------------------------------------------------------------------
+# ---- ids -----------------------------------------------------------------------------------------
 
 
 def test_the_ids_of_a_prompt_are_those_of_its_text_behind_the_system_text():
@@ -303,7 +303,7 @@ def test_half_a_character_is_refused(key):
         )
 
 
-# ---- the same ids in other programs -------------------------------------------------------------------------------
+# ---- the same ids in other programs --------------------------------------------------------------
 
 PIECES = [
     "<|im_start|>",
@@ -399,7 +399,7 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it_by_the_exported_t
     theirs = exported(tokenizer, tmp_path)
     assert (
         theirs("tick").input_ids[: len(tokenizer.bos_ids) + 1]
-        == tokenizer.begin("tick")[: len(tokenizer.bos_ids) + 1]
+        == tokenizer.encode_prompt("tick")[: len(tokenizer.bos_ids) + 1]
     )
     for _ in range(25):
         template = drawn_template(draw)

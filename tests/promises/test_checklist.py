@@ -59,7 +59,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-# ---- the checklist ------------------------------------------------------------------------------------------------
+# ---- the checklist -------------------------------------------------------------------------------
 
 
 def test_check_passes_for_the_smoke_config_and_changes_nothing_on_disk(tmp_path, monkeypatch, capsys):
@@ -248,7 +248,7 @@ def test_check_finds_a_folder_without_permission(check, tmp_path):
     assert (code, verdicts["checkpoint folder"]) == (1, "FAIL")
 
 
-# ---- the memory estimate ------------------------------------------------------------------------------------------
+# ---- the memory estimate -------------------------------------------------------------------------
 
 
 def config_for(model: dict, **training) -> Config:
@@ -429,7 +429,7 @@ def test_instructions_are_estimated_by_the_rows_they_are_and_not_by_the_context(
     assert f"x {longest}), up to" in capsys.readouterr().out
 
 
-# ---- --show-step --------------------------------------------------------------------------------------------------
+# ---- --show-step ---------------------------------------------------------------------------------
 
 
 def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp_path, monkeypatch, capsys):

@@ -84,7 +84,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-# ---- what is in it ------------------------------------------------------------------------------------------------
+# ---- what is in it -------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_opens_with_weights_only_and_holds_the_documented_fields(tiny_run):
@@ -165,7 +165,7 @@ def test_ties_are_restored_after_load(saved, tied):
     assert bool((model.lm_head.weight[5] == 7.0).all()) == tied
 
 
-# ---- strict weights -----------------------------------------------------------------------------------------------
+# ---- strict weights ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module."])
@@ -252,7 +252,7 @@ def test_head_and_tokenizer_of_different_sizes_are_refused(saved):
     assert "257" in message
 
 
-# ---- numbers that are none ----------------------------------------------------------------------------------------
+# ---- numbers that are none -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -292,7 +292,7 @@ def test_the_first_of_several_is_named_and_what_holds_no_float_is_passed_over():
     assert first_not_finite({"deep": deep, "loop": loop}) is None
 
 
-# ---- files that are no checkpoint ---------------------------------------------------------------------------------
+# ---- files that are no checkpoint ----------------------------------------------------------------
 
 
 def test_a_truncated_file_is_refused_at_every_length(tiny_run, tmp_path):
@@ -423,7 +423,7 @@ def test_another_format_version_is_refused_with_both_numbers(saved, version):
     assert "reads 1" in message
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):

@@ -192,11 +192,13 @@ def test_every_pair_of_tokens_in_the_wrong_place_is_noticed():
         places[one], places[other] = other, one
         witness = Witness(
             "a program",
-            encode=tokenizer.begin,
+            encode=tokenizer.encode_prompt,
             decode=lambda ids, places=places: tokenizer.decode([places[id] for id in ids]),
         )
         assert "writes the ids" in first_difference(tokenizer, witness)
-    assert first_difference(tokenizer, Witness("a program", tokenizer.begin, tokenizer.decode)) is None
+    assert (
+        first_difference(tokenizer, Witness("a program", tokenizer.encode_prompt, tokenizer.decode)) is None
+    )
 
 
 def test_the_texts_tell_and_a_vocabulary_of_characters_has_texts_of_its_own():
@@ -209,7 +211,7 @@ def test_the_texts_tell_and_a_vocabulary_of_characters_has_texts_of_its_own():
     chars = CharTokenizer.train(["\u0436\u0443\u043a"])
     assert not set("".join(telling_texts(chars))) - set("\u0436\u0443\u043a")
     wrong = CharTokenizer("\u043a\u0443\u0436")
-    assert "reads" in first_difference(chars, Witness("a program", wrong.begin, wrong.decode))
+    assert "reads" in first_difference(chars, Witness("a program", wrong.encode_prompt, wrong.decode))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_each_kind_is_proven_in_text_both_ways(saved, tmp_path, tokenizer):
     assert "read the same" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
 
 
-# ---- whose tokenizer a folder has -----------------------------------------------------------------------------------
+# ---- whose tokenizer a folder has ----------------------------------------------------------------
 
 
 GPT2_SWITCHES = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True}

@@ -56,7 +56,7 @@ def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
     return folder / name
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_json_is_a_config_too(tmp_path):
     )
 
 
-# ---- unknown keys -------------------------------------------------------------------------------------------------
+# ---- unknown keys --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_a_config_of_another_project_is_answered_at_once_and_the_answer_is_a_con
     ) == ("runs", 2, 512, 0.01)
 
 
-# ---- values -------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 def test_everything_wrong_is_said_at_once():
@@ -726,7 +726,7 @@ def test_keys_of_another_data_source_are_refused(source, key, value):
     )
 
 
-# ---- overrides ----------------------------------------------------------------------------------------------------
+# ---- overrides -----------------------------------------------------------------------------------
 
 
 def test_overrides_reach_nested_keys_in_order(tmp_path):
@@ -914,7 +914,7 @@ def test_every_key_that_is_a_path_is_among_them():
     assert set(PATHS) == paths
 
 
-# ---- round trips --------------------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1022,7 +1022,7 @@ def test_prompts_that_nothing_samples_are_said_to_be_so(capsys, training, warned
     assert ("--override training.sample_every=100" in capsys.readouterr().err) == warned
 
 
-# ---- the reference ------------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------
 
 
 def fields(model: type[BaseModel], prefix: str = ""):
@@ -1055,7 +1055,7 @@ def test_the_reference_in_the_docs_is_the_schema():
     )
 
 
-# ---- anything at all ----------------------------------------------------------------------------------------------
+# ---- anything at all -----------------------------------------------------------------------------
 
 SCALARS = [
     None,

@@ -102,7 +102,7 @@ def same_weights(one: GPTMini, other: GPTMini) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- there and back -----------------------------------------------------------------------------------------------
+# ---- there and back ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["another", "a copy of the embedding"])
@@ -398,7 +398,7 @@ def _write(folder: Path, model: GPTMini) -> Path:
     return folder / "plain.ckpt"
 
 
-# ---- names and shapes ---------------------------------------------------------------------------------------------
+# ---- names and shapes ----------------------------------------------------------------------------
 
 
 @SHAPE
@@ -566,7 +566,7 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path):
     call("--ckpt", path, "--to", "hf", "--output", tmp_path / "empty")
 
 
-# ---- tokenizers ---------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gpt2"])
@@ -643,7 +643,7 @@ def test_a_tokenizer_that_begins_each_text_with_a_token_does_so_everywhere(tmp_p
     back = load_model(tmp_path / "back.ckpt")[1]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     bos, text = tokenizer.vocab_size - 1, "attention is"
-    assert theirs(text).input_ids == infer.encode_prompt(back, text) == [bos, *trained_bpe.encode(text)]
+    assert theirs(text).input_ids == infer.prompt_to_ids(back, text) == [bos, *trained_bpe.encode(text)]
     assert (theirs.bos_token_id, theirs.eos_token_id) == (bos, trained_bpe.eos_id)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["bos_token_id"] == bos
     assert bos not in back.encode("<s>") and trained_bpe.bos_ids == ()
@@ -654,7 +654,7 @@ def test_a_tokenizer_that_begins_each_text_with_a_token_does_so_everywhere(tmp_p
     assert tokenize(documents, back).tolist() == expected
     assert conversation_ids(TEMPLATES["chat"], back, [], "How?", 1000)[0] == bos
     with pytest.raises(UserError, match="the prompt is empty"):
-        infer.encode_prompt(back, "")
+        infer.prompt_to_ids(back, "")
 
 
 class Documents:
@@ -699,7 +699,7 @@ def test_streamed_documents_begin_with_it_too(trained_bpe):
     )
 
 
-# ---- gguf ---------------------------------------------------------------------------------------------------------
+# ---- gguf ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -809,7 +809,7 @@ def test_llama_cpp_cuts_text_into_words_as_the_published_tokenizers_do(saved, tm
     assert call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf").startswith("verified")
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, vocab_only=True, verbose=False)
     for text in HOSTILE:
-        assert llama.tokenize(text.encode(), add_bos=True) == tokenizer.begin(text), text
+        assert llama.tokenize(text.encode(), add_bos=True) == tokenizer.encode_prompt(text), text
     llama.close()
 
 
@@ -843,7 +843,7 @@ def test_gguf_refuses_what_it_cannot_hold(saved, tmp_path, trained_bpe):
     assert not list(tmp_path.glob("m.gguf*"))
 
 
-# ---- what can be done with it -------------------------------------------------------------------------------------
+# ---- what can be done with it --------------------------------------------------------------------
 
 
 def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeypatch):
@@ -996,7 +996,7 @@ def test_flags_that_do_not_go_together(argv, capsys):
     assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-# ---- the hub ------------------------------------------------------------------------------------------------------
+# ---- the hub -------------------------------------------------------------------------------------
 
 
 def convert_process(environment: dict[str, str], *argv: str) -> subprocess.CompletedProcess:
@@ -1061,7 +1061,7 @@ def test_older_repositories_have_pytorch_bin(saved, tmp_path):
     assert same_weights(load_model(tmp_path / "one.ckpt")[0], model)
 
 
-# ---- full size ----------------------------------------------------------------------------------------------------
+# ---- full size -----------------------------------------------------------------------------------
 
 TELLS_ITS_PEAK = """
 import sys

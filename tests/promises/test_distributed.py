@@ -193,7 +193,7 @@ def forked(argv_of) -> Iterator[Callable[..., Group]]:
         group.kill()
 
 
-# ---- the same training --------------------------------------------------------------------------------------------
+# ---- the same training ---------------------------------------------------------------------------
 
 
 def difference(one: Run, other: Run) -> float:
@@ -292,7 +292,7 @@ def assert_same_end(resumed: Run, straight: Run) -> None:
     assert resumed.timeless_rows == straight.timeless_rows
 
 
-# ---- killed -------------------------------------------------------------------------------------------------------
+# ---- killed --------------------------------------------------------------------------------------
 
 
 STREAM = (
@@ -421,7 +421,7 @@ def test_a_process_ends_when_whoever_started_it_is_gone(tmp_path):
         assert said.read() == "error: the process that started this one is gone; it ends too\n"
 
 
-# ---- told to stop -------------------------------------------------------------------------------------------------
+# ---- told to stop --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -456,7 +456,7 @@ def test_a_mistake_that_all_processes_meet_is_told_once(forked, tmp_path, monkey
     assert len(ended.err.splitlines()) == 3
 
 
-# ---- other launchers ----------------------------------------------------------------------------------------------
+# ---- other launchers -----------------------------------------------------------------------------
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

@@ -30,7 +30,7 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
-# ---- which files --------------------------------------------------------------------------------------------------
+# ---- which files ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_linked_folders_are_followed_and_each_file_is_read_once(tmp_path):
     assert sorted(documents(f"{tmp_path}/texts/**/*.txt")) == ["a book", "a note", "another"]
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def test_a_file_without_separators_is_one_document_byte_for_byte(tmp_path):
@@ -255,7 +255,7 @@ def test_a_corpus_without_text_is_an_error(tmp_path, content):
         documents(write(tmp_path / "a.txt", content))
 
 
-# ---- what is no text ----------------------------------------------------------------------------------------------
+# ---- what is no text -----------------------------------------------------------------------------
 
 BROKEN = {
     "first byte": (b"\xff", 0),
@@ -302,7 +302,7 @@ def test_a_nul_byte_is_binary_and_named_with_its_offset(tmp_path, content, offse
     assert "\0" in documents(tmp_path / "a.txt", errors="replace")[0]
 
 
-# ---- rows ---------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def test_a_jsonl_row_is_a_document_whatever_is_in_it(tmp_path):
@@ -388,7 +388,7 @@ def test_documents_are_read_one_by_one(tmp_path):
         next(rows)
 
 
-# ---- validation ---------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 STORIES = [f"document {i} " + "x" * (37 * i % 101) for i in range(60)]
 

@@ -212,7 +212,7 @@ def test_a_text_with_characters_the_tokenizer_does_not_know_is_refused(run, tmp_
         eval_val.main(["--ckpt", str(made.folder / "final.ckpt"), "--data", str(tmp_path / "greek.txt")])
 
 
-# ---- instructions -------------------------------------------------------------------------------------------------
+# ---- instructions --------------------------------------------------------------------------------
 
 ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} and {n}."} for n in range(20)]
 

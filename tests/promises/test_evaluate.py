@@ -53,7 +53,7 @@ def write_cases(path: Path, cases: list[dict]) -> Path:
     return path
 
 
-# ---- likelihoods --------------------------------------------------------------------------------------------------
+# ---- likelihoods ---------------------------------------------------------------------------------
 
 
 def naive(model, context: list[int], following: list[int]) -> tuple[float, bool]:
@@ -140,7 +140,7 @@ def test_a_continuation_ends_before_eos(loaded):
     assert texts == [letter * 2, letter, ""]
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def judged(likelihoods: list[float], text: str | None = None, **fields) -> CaseResult:
@@ -200,7 +200,7 @@ def test_an_empty_prompt_is_the_start_of_a_document(loaded):
         assert value == pytest.approx(naive(model, [tokenizer.eos_id], tokenizer.encode(text))[0], rel=1e-5)
 
 
-# ---- instructions -------------------------------------------------------------------------------------------------
+# ---- instructions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "llama + bos", "space first + bos", "bytes + bos", "bpe"])
@@ -223,7 +223,11 @@ def test_a_target_is_scored_with_the_ids_that_it_has_after_its_prompt(name):
     ]
     cases = [Case(prompt=prompt, target=target, choices=[target, target + "!"]) for prompt, target in pairs]
     for case, result in zip(cases, score_cases(model, tokenizer, cases), strict=True):
-        context = tokenizer.begin(case.prompt) if case.prompt else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+        context = (
+            tokenizer.encode_prompt(case.prompt)
+            if case.prompt
+            else [*tokenizer.bos_ids] or [tokenizer.eos_id]
+        )
         whole = tokenizer.encode(case.prompt + case.target)
         known = len(tokenizer.encode(case.prompt))
         if whole[:known] == tokenizer.encode(case.prompt):
@@ -344,7 +348,7 @@ def test_the_command_reads_files_of_instructions(evaluate, tiny_run, tmp_path):
     assert row["score"] == float(two > one)
 
 
-# ---- ranks --------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 def results_of(*scores: float) -> list[CaseResult]:
@@ -445,7 +449,7 @@ def test_what_guessing_wins():
     ) == {"x": pytest.approx((0.25 + 3 * 0.5) / 4), "y": None, "z": pytest.approx(0.125)}
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def test_a_folder_is_ranked_each_file_once_and_again_the_same(evaluate, tiny_run):
@@ -659,7 +663,7 @@ def test_mistakes_are_answered(tiny_run, argv, said):
         evaluate_checkpoints.main([word.format(run=tiny_run.folder) for word in argv])
 
 
-# ---- does the rank follow the training? ---------------------------------------------------------------------------
+# ---- does the rank follow the training? ----------------------------------------------------------
 
 
 def next_word_cases(path: Path, shuffled: bool) -> Path:

@@ -118,7 +118,7 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- where it begins ----------------------------------------------------------------------------------------------
+# ---- where it begins -----------------------------------------------------------------------------
 
 
 def test_it_starts_from_the_base_and_leaves_it_alone(sft, tiny_run, tmp_path):
@@ -260,7 +260,7 @@ def test_the_template_of_an_instruction_model_is_passed_on(sft, tmp_path):
     )
 
 
-# ---- what is measured ---------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def test_validation_begins_with_the_base_and_equals_what_eval_val_finds(sft, tiny_run, tmp_path):
@@ -429,7 +429,7 @@ def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
     assert ["".join(chat.answer(row["instruction"], 1)) for row in asked] == [row["output"] for row in asked]
 
 
-# ---- what is trained ----------------------------------------------------------------------------------------------
+# ---- what is trained -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_a_checkpoint_with_adapters_that_do_not_fit_is_one_line(sft, tmp_path, c
         load_model(tmp_path / "bad.ckpt")
 
 
-# ---- going on -----------------------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------------
 
 KINDS = pytest.mark.parametrize(
     "words",
@@ -661,7 +661,7 @@ def test_two_processes_train_as_one(sft, tmp_path):
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
-# ---- looking ------------------------------------------------------------------------------------------------------
+# ---- looking -------------------------------------------------------------------------------------
 
 
 def test_show_mask_marks_what_is_trained_on_and_writes_nothing(sft, tmp_path, capsys):
@@ -714,7 +714,7 @@ def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
     assert "everything passed" in out and not (tmp_path / "sft").exists()
 
 
-# ---- the hub ------------------------------------------------------------------------------------------------------
+# ---- the hub -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def in_little_memory(*paths: Path) -> list[str]:
     return lines
 
 
-# ---- archives -----------------------------------------------------------------------------------------------------
+# ---- archives ------------------------------------------------------------------------------------
 
 
 def entries_of(checkpoint: dict) -> list[tuple[str, bytes]]:
@@ -242,7 +242,7 @@ def test_thousands_of_entries_are_no_trouble(tmp_path):
     assert in_little_memory(path) == ["opened"]
 
 
-# ---- pickles ------------------------------------------------------------------------------------------------------
+# ---- pickles -------------------------------------------------------------------------------------
 
 
 class Call:
@@ -401,7 +401,7 @@ def test_a_dict_whose_methods_are_hidden_is_refused(saved, name):
         refusal(path)
 
 
-# ---- tensors ------------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
 def lengthened(checkpoint: dict, numel: int) -> bytes:
@@ -466,7 +466,7 @@ def test_a_weight_without_a_name_is_refused(saved, name):
     assert repr(name) in refusal(saved(with_weight(torch.ones(3), name)))
 
 
-# ---- what a file says of itself -----------------------------------------------------------------------------------
+# ---- what a file says of itself ------------------------------------------------------------------
 
 ESCAPE = "\x1b[2J\n\udcff\u202e"  # clears the screen, a second line, no character, text from right to left
 MODEL = checkpoint_of()[KEY]["model"]
@@ -574,7 +574,7 @@ def test_what_a_model_says_cannot_command_the_terminal(monkeypatch):
     assert infer.shown(text) == "a\\x1b[2J\nb\té\\r\\u202e"
 
 
-# ---- the newest checkpoint ----------------------------------------------------------------------------------------
+# ---- the newest checkpoint -----------------------------------------------------------------------
 
 
 def make(kind: str, path: Path) -> None:
@@ -644,7 +644,7 @@ def test_names_that_only_look_like_steps_are_left_alone(saved, tmp_path):
     assert find_latest_checkpoint(tmp_path) == good
 
 
-# ---- YAML ---------------------------------------------------------------------------------------------------------
+# ---- YAML ----------------------------------------------------------------------------------------
 
 
 def laughs(form: str, first: str) -> str:

@@ -44,7 +44,7 @@ from tokenizer import (
 REPO = Path(__file__).resolve().parents[2]
 CORPUS = (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
 
-# ---- pieces -------------------------------------------------------------------------------------------------------
+# ---- pieces --------------------------------------------------------------------------------------
 
 ATOMS = [
     *" \n\t\r" * 4,
@@ -218,7 +218,7 @@ def test_bpe_learns_from_evenly_spread_parts_of_a_corpus_that_is_too_long(monkey
     assert vocabularies[0] != vocabularies[1]
 
 
-# ---- streams ------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def long_documents(seed: int) -> list[str]:
@@ -284,7 +284,7 @@ def test_the_state_of_an_older_checkpoint_still_loads(tokenizers, small_pieces):
     )
 
 
-# ---- what is read -------------------------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -394,7 +394,7 @@ def test_a_stream_of_empty_rows_is_left_out_or_refused(tmp_path, monkeypatch, la
             hf_documents(config, 0)
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def test_text_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def assert_one_clear_error(answer: dict) -> None:
     assert answer["out"] == ""
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def train(hub: LoopbackHub, folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -203,7 +203,7 @@ def test_a_run_streamed_from_the_hub_resumes_exactly(hub, tmp_path, workers):
     assert rest.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1] != first.stdout.splitlines()[-1]
 
 
-# ---- mistakes -----------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = {
     "dataset": (["data.dataset=no/such"], "no/such"),
@@ -251,7 +251,7 @@ def test_show_step_reads_the_stream_up_to_that_step(answers):
         assert gpt2.decode(row[start : start + 32]) in answers["show-step"]["out"]
 
 
-# ---- no network ---------------------------------------------------------------------------------------------------
+# ---- no network ----------------------------------------------------------------------------------
 
 
 def closed_port() -> int:

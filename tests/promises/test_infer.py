@@ -95,7 +95,7 @@ def always(path: Path, token: int, tokenizer: Tokenizer | None = None) -> str:
     return craft(path, model, tokenizer)
 
 
-# ---- the text -----------------------------------------------------------------------------------------------------
+# ---- the text ------------------------------------------------------------------------------------
 
 
 def test_stdout_is_the_prompt_and_its_continuation_and_nothing_else(say, ckpt):
@@ -225,7 +225,7 @@ def test_a_text_may_end_the_generation(ckpt):
         infer.generate_text(model, tokenizer, PROMPT, eos_token="")
 
 
-# ---- prompts ------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def feed(monkeypatch, content: bytes) -> None:
@@ -294,7 +294,7 @@ def test_another_tokenizers_name_only_warns(say, ckpt, name, warns):
     assert (err == "") == (not warns)
 
 
-# ---- where an answer stops ----------------------------------------------------------------------------------------
+# ---- where an answer stops -----------------------------------------------------------------------
 
 
 def up_to(text: str, stops: list[str]) -> str:
@@ -368,7 +368,7 @@ def test_what_only_looked_like_a_stop_is_given_at_the_end():
         )
 
 
-# ---- chat ---------------------------------------------------------------------------------------------------------
+# ---- chat ----------------------------------------------------------------------------------------
 
 ASK = {
     "system": "",
@@ -659,7 +659,7 @@ def test_a_damaged_template_is_one_line(chatty, capsys, template):
     assert capsys.readouterr().out == ""
 
 
-# ---- mistakes -----------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def ids_of(pair: Pair) -> tuple[list[int], list[int]]:
     return list(prompt.encode()), [*pair.output.encode(), 256]
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 ROWS = [
     {"instruction": "Name a color.", "input": "", "output": "Red."},
@@ -330,7 +330,7 @@ def test_a_file_without_any_output_is_refused(tmp_path, rows, capsys):
     assert capsys.readouterr().err == "", "one message, not two"
 
 
-# ---- the split ----------------------------------------------------------------------------------------------------
+# ---- the split -----------------------------------------------------------------------------------
 
 
 def config_of(path: Path, seed: int = 42, seq_len: int = 19, **data) -> Config:
@@ -474,7 +474,7 @@ def test_a_single_row_cannot_be_split(tmp_path):
         split_pairs(config_of(write(tmp_path / "one.json", [GOOD])))
 
 
-# ---- labels -------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def test_the_response_and_its_eos_are_scored_and_the_prompt_is_not():
@@ -589,7 +589,7 @@ def test_characters_that_the_tokenizer_lacks_are_refused_with_the_rows_place():
             InstructPairDataset([pair("a", "x"), bad], tokenizer, SHORT, 9)
 
 
-# ---- too long -----------------------------------------------------------------------------------------------------
+# ---- too long ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -641,7 +641,7 @@ def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, pack
         assert seq_len > 23 or too_long == "drop" or n_cut
 
 
-# ---- padding and packing ------------------------------------------------------------------------------------------
+# ---- padding and packing -------------------------------------------------------------------------
 
 
 def pieces(made: InstructPairDataset, size: int = 3) -> list[tuple[list[int], list[int]]]:
@@ -710,7 +710,7 @@ def test_the_first_pairs_can_be_had_padded_or_packed(made_packed):
     assert len(made.example_batch(99, packing=False)["labels"]) == 3
 
 
-# ---- the model ----------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 FEW = CharTokenizer("ab:,")  # with so few tokens some responses are right by chance
 COLON = Template(prompt="{instruction}:", prompt_with_input="{instruction},{input}:")
@@ -871,7 +871,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_for_ea
     assert (found.token_accuracy, found.response_accuracy) == (0, 0)
 
 
-# ---- what is said and compared ------------------------------------------------------------------------------------
+# ---- what is said and compared -------------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_any_token_and_not_with_the_packing():

@@ -36,7 +36,7 @@ ARROWS = {
     "tokenizer",
     "eval_val": "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
     "support.text",
-    "list": "support.checkpoint support.cli support.messages",
+    "list": "support.checkpoint support.cli support.config support.messages",
     "prepare": "support.checkpoint support.cli support.exchange support.files support.messages support.text "
     "tokenizer",
     "convert": "model sampling support.checkpoint support.cli support.evaluation support.exchange "
@@ -124,7 +124,7 @@ def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)}
 
 
-# ---- names --------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 @BY_FILE
@@ -200,7 +200,7 @@ def test_nothing_that_a_run_leaves_is_in_the_repository():
     assert found.stdout == ""
 
 
-# ---- budgets ------------------------------------------------------------------------------------------------------
+# ---- budgets -------------------------------------------------------------------------------------
 
 
 @BY_FILE
@@ -218,7 +218,7 @@ def test_a_function_fits_a_screen(path):
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > LINES_PER_FUNCTION] == []
 
 
-# ---- arrows -------------------------------------------------------------------------------------------------------
+# ---- arrows --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -287,7 +287,7 @@ def test_what_only_some_runs_need_is_imported_where_it_is_needed(path):
     }
 
 
-# ---- what a process loads -----------------------------------------------------------------------------------------
+# ---- what a process loads ------------------------------------------------------------------------
 
 
 def loaded(code: str, *suspects: str) -> list[str]:
@@ -332,7 +332,7 @@ for script in {sorted(SCRIPTS)}:
     assert loaded(code, "argparse", *heavy) == ["argparse"]
 
 
-# ---- safety -------------------------------------------------------------------------------------------------------
+# ---- safety --------------------------------------------------------------------------------------
 
 
 @BY_FILE

@@ -85,7 +85,7 @@ def requests(*arguments: tuple) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=args) for args in arguments]
 
 
-# ---- the same numbers ---------------------------------------------------------------------------------------------
+# ---- the same numbers ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -237,7 +237,7 @@ def test_a_text_ends_before_the_first_stop(ends, kept):
     assert until_first("a, b. c", ends) == kept
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

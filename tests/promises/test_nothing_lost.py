@@ -66,7 +66,7 @@ def file_limit():
     limit(None)
 
 
-# ---- the disk -----------------------------------------------------------------------------------------------------
+# ---- the disk ------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(
@@ -158,7 +158,7 @@ def test_what_a_kill_left_half_written_is_removed_by_the_next_run(run, tmp_path)
     assert not list(folder.glob("*.tmp-*"))
 
 
-# ---- between two writes -------------------------------------------------------------------------------------------
+# ---- between two writes --------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -216,7 +216,7 @@ def test_a_checkpoint_between_validations_says_the_same_after_a_resume(run, tmp_
         )
 
 
-# ---- signals ------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(
@@ -326,7 +326,7 @@ def test_a_killed_run_leaves_no_lock_though_its_data_workers_live_on(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-# ---- bad numbers --------------------------------------------------------------------------------------------------
+# ---- bad numbers ---------------------------------------------------------------------------------
 
 
 def test_weights_that_a_step_throws_out_of_range_are_not_saved(run, tmp_path, monkeypatch):
@@ -383,11 +383,11 @@ def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monk
     monkeypatch.setattr("support.run.checklist.try_compiler", lambda device: None)
     monkeypatch.setattr(GPTMini, "compile", lambda self: None)
 
-    def begin(self, *args):
+    def without_any_gradient(self, *args):
         without_gradient(self.net)
         return STEP(self, *args)
 
-    monkeypatch.setattr(train.LitCausalLM, "training_step", begin)
+    monkeypatch.setattr(train.LitCausalLM, "training_step", without_any_gradient)
     with pytest.raises(
         UserError, match=rf"step 1: every gradient is zero while the loss is 5\.\d+.*\n.*{advice}"
     ):
@@ -503,7 +503,7 @@ def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
     assert run(tmp_path / "run", *BYTE, f"--resume={made.folder / 'step-0000004.ckpt'}").code == 0
 
 
-# ---- file systems without locks ------------------------------------------------------------------------------------
+# ---- file systems without locks ------------------------------------------------------------------
 
 
 def no_locks(monkeypatch, number: int) -> None:

@@ -86,7 +86,7 @@ def test_a_run_without_validation_is_drawn(tmp_path):
     assert "validation" not in texts((tmp_path / "loss.svg").read_bytes())
 
 
-# ---- scores of checkpoints ----------------------------------------------------------------------------------------
+# ---- scores of checkpoints -----------------------------------------------------------------------
 
 
 def test_scores_are_drawn_over_steps_with_a_line_for_each_run_and_a_panel_for_each_category(tmp_path):

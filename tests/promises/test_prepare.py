@@ -211,7 +211,7 @@ def test_a_vocabulary_beyond_16_bits_takes_32(tmp_path, monkeypatch):
     assert encode_pieces(pieces, BYTE, begins).dtype == np.uint32
 
 
-# ---- tokenizers ---------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 def test_the_issue_in_one_go(library, tmp_path, capsys):
@@ -303,7 +303,7 @@ def test_a_checkpoint_lends_its_tokenizer(tiny_run, library, tmp_path):
     assert (meta["tokenizer"]["kind"], meta["train"]["documents"] + meta["val"]["documents"]) == ("bpe", 12)
 
 
-# ---- interrupted --------------------------------------------------------------------------------------------------
+# ---- interrupted ---------------------------------------------------------------------------------
 
 
 def start(output: Path, *words: str, **options) -> subprocess.Popen:
@@ -471,7 +471,7 @@ def test_two_at_once_in_one_folder_are_one_too_many(library, tmp_path):
     lock.release()
 
 
-# ---- the hub ------------------------------------------------------------------------------------------------------
+# ---- the hub -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -516,7 +516,7 @@ def test_a_dataset_of_the_hub_is_streamed_and_gone_on_with_where_it_was(tmp_path
     assert BYTE.decode(val.tolist()) == "".join(story + EOS_TEXT for story in stories[250:])
 
 
-# ---- mistakes -----------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

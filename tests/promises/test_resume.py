@@ -188,7 +188,7 @@ def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tm
     )
 
 
-# ---- signals ------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 def test_a_stop_leaves_the_curves_and_the_command_to_go_on(run, tmp_path):
@@ -393,7 +393,7 @@ def test_rows_behind_the_checkpoint_and_a_cut_off_line_are_dropped_on_resume(run
     assert run(folder, *BYTE, "--resume").timeless_rows == straight.timeless_rows
 
 
-# ---- what may change, and what is refused -------------------------------------------------------------------------
+# ---- what may change, and what is refused --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def tokens_of(path: Path | str, *words: str) -> tuple[str, ...]:
     return ("data.source=tokens", f"data.path={path}", "tokenizer.kind=byte", *words)
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_other_tokens_are_refused_on_resume(run, folder, tmp_path):
         run(tmp_path / "run", *tokens_of(folder), "--resume")
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", ">u2", "uint8"])
@@ -316,7 +316,7 @@ def test_documents_and_bytes_are_counted_by_decoding(tmp_path, monkeypatch):
             assert file.count(tokenizer) == (40, sum(len(text.encode()) for text in texts) - first)
 
 
-# ---- order and memory ---------------------------------------------------------------------------------------------
+# ---- order and memory ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 4097])

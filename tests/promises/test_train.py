@@ -45,7 +45,7 @@ def shapes(micro: int, accum: int) -> tuple[str, str]:
     return f"training.micro_batch_size={micro}", f"training.grad_accum_steps={accum}"
 
 
-# ---- the step -----------------------------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", [(1, 4), (2, 2)])
@@ -233,7 +233,7 @@ def test_compiled_training_gives_plain_weight_names(run, tmp_path):
     load_model(compiled.folder / "final.ckpt")
 
 
-# ---- metrics ------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def test_every_logged_step_has_a_full_row_in_order(tiny_run):
@@ -341,7 +341,7 @@ def test_epochs_become_steps(run, tmp_path):
     assert made.checkpoint()["tiny_transformer"]["config"]["training"]["schedule_steps"] == 6
 
 
-# ---- what a run leaves --------------------------------------------------------------------------------------------
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 
 def test_checkpoints_last_best_and_final_are_names_of_step_files(tiny_run):
@@ -559,7 +559,7 @@ def test_workers_do_not_change_the_run(run, tmp_path):
     )
 
 
-# ---- the folder ---------------------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 def names(folder) -> set[str]:
@@ -667,7 +667,7 @@ def test_the_folder_is_free_again_when_a_run_has_ended(run, tmp_path, monkeypatc
     assert run(tmp_path / "run", *SHORT).code == 0
 
 
-# ---- things that go wrong -----------------------------------------------------------------------------------------
+# ---- things that go wrong ------------------------------------------------------------------------
 
 
 def nan_loss(forward):

@@ -33,7 +33,7 @@ def given(text: str, key: str = "data.text_field") -> object:
     return value
 
 
-# ---- texts --------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -165,7 +165,7 @@ def test_what_yaml_takes_for_something_else_is_a_text_in_a_file_too(tmp_path, te
     } == {text}
 
 
-# ---- numbers and switches -----------------------------------------------------------------------------------------
+# ---- numbers and switches ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_the_flag_and_the_override_agree():
         assert load_config(None, flag_overrides(args), BASE).seed == given(text, "seed") == int(text)
 
 
-# ---- JSON ---------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["c.json", "C.JSON"])
@@ -393,7 +393,7 @@ def test_random_json_is_read_as_pythons_reader_does_or_refused():
             assert value == json.loads(text)
 
 
-# ---- round trips --------------------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------
 
 
 def random_text(draw: random.Random) -> str:
