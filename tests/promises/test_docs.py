@@ -107,7 +107,7 @@ def spans(page: Path) -> list[str]:
 
 
 def command_lines(text: str) -> list[str]:
-    joined = text.replace("\\\n", " ")
+    joined = re.sub(r"\s*\\\n\s*", " ", text)  # a backslash ends a line that the next one continues
     return [
         line for line in (raw.strip() for raw in joined.splitlines()) if line and not line.startswith("#")
     ]
