@@ -15,7 +15,7 @@ from support.cli import add_run_flags, file_path, guarded, make_parser
 from support.messages import UserError
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_run_flags(parser)
     parser.add_argument(
@@ -37,52 +37,47 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--picture goes with --show-mask N")
     if args.picture and (Path(args.picture).is_dir() or Path(args.picture).suffix not in (".svg", ".png")):
         raise UserError(f"--picture {args.picture}: name a file that ends in .svg; a .png is drawn beside it")
-    args.finetuning, args.only_looks = True, bool(args.check or args.show_step is not None or args.show_mask)
     return args
 
 
-if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:], results=False)  # --help and wrong flags answer before torch is imported
+def plan_or_answer(argv: list[str] | None = None) -> "Plan":
+    """The checked plan of a run. With --check, --show-step or --show-mask: print the answer and exit.
 
-from torch import Tensor
-
-from data import Batch
-from instruct import InstructPairDataset, score_responses
-from support.checkpoint import KEY
-from support.plots import draw_mask
-from support.run.checklist import prepare
-from support.run.plan import Plan
-from support.run.show import show_mask
-
-
-def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
-    """The first `n` pairs as a batch, one a row and packed."""
-    data: InstructPairDataset = plan.data.train
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    batches = {
-        name: data.example_batch(n, packing) for name, packing in (("padded", False), ("packed", True))
-    }
-    return draw_mask(stem, batches, plan.tokenizer.decode)
-
-
-def plan_or_answer(argv: list[str] | None) -> Plan:
-    """The checked plan of the run; --check, --show-step and --show-mask answer and exit here. Raises
-    UserError."""
+    Raises UserError.
+    """
     args = parse_args(argv)
-    plan = prepare(args)
-    if args.show_mask:
+    from support.run.checklist import run_checks
+    from support.run.plan import plan_run
+    from support.run.show import draw_examples, show_mask, show_step
+
+    if args.check:
+        sys.exit(run_checks(args, finetuning=True))
+    only_looks = args.show_step is not None or args.show_mask is not None
+    plan = plan_run(args, finetuning=True, only_looks=only_looks)
+    if args.show_step is not None:
+        print(show_step(plan, args.show_step))
+    elif args.show_mask is not None:
         show_mask(plan, args.show_mask)
         if args.picture:
             print(f"picture: {draw_examples(plan, args.show_mask, Path(args.picture).with_suffix(''))}")
+    if only_looks:
         sys.exit(0)
     return plan
 
 
 if __name__ == "__main__":
-    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest
-    # together.
-    PLAN = guarded(plan_or_answer, sys.argv[1:])
+    # A user's mistake is answered here, before the slow imports below; Lightning's is slower than all others.
+    plan = guarded(plan_or_answer, results=False)
+    from finetune import LitSFT, run  # this file again, as a module
 
+    sys.exit(guarded(run, plan, LitSFT))
+
+from torch import Tensor
+
+from data import Batch
+from instruct import score_responses
+from support.checkpoint import KEY
+from support.run.plan import Plan
 from train import LitCausalLM, run
 
 
@@ -125,9 +120,5 @@ class LitSFT(LitCausalLM):
         self.base_val_loss = checkpoint[KEY]["metrics"]["base_val_loss"]
 
 
-def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
-    return run(plan or plan_or_answer(argv), LitSFT)
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, plan=PLAN))
+def main(argv: list[str] | None = None) -> int:
+    return run(plan_or_answer(argv), LitSFT)

@@ -22,19 +22,39 @@ from support.cli import add_run_flags, guarded, make_parser
 from support.messages import Extra, UserError, is_main_process, warn
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_run_flags(parser)
-    args = parser.parse_args(argv)
-    args.finetuning, args.only_looks = False, args.check or args.show_step is not None
-    return args
+    return parser.parse_args(argv)
+
+
+def plan_or_answer(argv: list[str] | None = None) -> "Plan":
+    """The checked plan of a run. With --check or --show-step: print the answer and exit. Raises UserError."""
+    args = parse_args(argv)
+    from support.run.checklist import run_checks
+    from support.run.plan import plan_run
+    from support.run.show import show_step
+
+    if args.check:
+        sys.exit(run_checks(args, finetuning=False))
+    plan = plan_run(args, finetuning=False, only_looks=args.show_step is not None)
+    if args.show_step is not None:
+        print(show_step(plan, args.show_step))
+        sys.exit(0)
+    return plan
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:], results=False)  # --help and wrong flags answer before torch is imported
+    # A user's mistake is answered here, before the slow imports below; Lightning's is slower than all others.
+    plan = guarded(plan_or_answer, results=False)
+    from train import LitCausalLM, run  # this file again, as a module
 
+    sys.exit(guarded(run, plan, LitCausalLM))
+
+import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from data import Batch, make_dataloaders, step_shape
@@ -51,23 +71,13 @@ from support.checkpoint import (
 from support.chunked_loss import IGNORE
 from support.files.atomic import claim_folder
 from support.plots import draw_loss
-from support.run.checklist import prepare
 from support.run.folder import move_aside, write_run_config
 from support.run.guards import explain, how_to_resume, why_no_gradient
+from support.run.metrics import Console, JsonlFile, Metrics, TextSamples, make_sinks, perplexity
 from support.run.plan import Plan
+from support.run.saving import AtomicCheckpointIO, CheckpointSaver, StopOnSignal, StopRun, name_checkpoint
 from support.run.show import print_header
 from support.run.starting_weights import starting_net
-
-if __name__ == "__main__":
-    # A user's mistake is answered here, before Lightning, whose import takes longer than all the rest
-    # together.
-    PLAN = guarded(lambda: prepare(parse_args(sys.argv[1:])))
-
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-from support.run.metrics import Console, JsonlFile, Metrics, TextSamples, make_sinks, perplexity
-from support.run.saving import AtomicCheckpointIO, CheckpointSaver, StopOnSignal, StopRun, name_checkpoint
 
 LEARNED = 1e-3  # nats: below such a loss a gradient may round to zero, because there is nothing left to learn
 
@@ -527,9 +537,5 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None, plan: Plan | None = None) -> int:
-    return run(plan or prepare(parse_args(argv)), LitCausalLM)
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, plan=PLAN))
+def main(argv: list[str] | None = None) -> int:
+    return run(plan_or_answer(argv), LitCausalLM)

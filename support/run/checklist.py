@@ -3,9 +3,7 @@ time. Writes nothing."""
 
 import contextlib
 import itertools
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +13,6 @@ from data import Batch
 from model import GPTConfig, GPTMini, KVCache
 from optim import build_optimizer, lr_factor
 from support.chunked_loss import IGNORE
-from support.cli import end_with_parent
 from support.device import device_label, memory_total
 from support.files.atomic import why_no_lock
 from support.messages import UserError
@@ -23,7 +20,7 @@ from support.run.compiling import compare_gradients, try_compiler
 from support.run.estimates import estimate_step_time, memory_of
 from support.run.folder import refuse_unfinished, refuse_unwritable
 from support.run.plan import Plan, plan_run
-from support.run.show import batches_of_step, show_step
+from support.run.show import batches_of_step
 from support.run.starting_weights import shape_net
 
 LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
@@ -85,26 +82,11 @@ def overfit_probe(model: GPTMini, batch: Batch, steps: int = 60) -> tuple[float,
     return losses[0], losses[-1]
 
 
-def prepare(args: Any) -> Plan:
-    """The checked plan of the run; `--check` and `--show-step` answer and exit here. Raises UserError."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        end_with_parent()
-    if args.check:
-        sys.exit(run_checks(args))
-    plan = plan_run(args)
-    if args.show_step is not None:
-        print(show_step(plan, args.show_step))
-        sys.exit(0)
-    if plan.config.training.compile and not args.only_looks:
-        try_compiler(plan.device)
-    return plan
-
-
-def run_checks(args: Any) -> int:
+def run_checks(args: Any, finetuning: bool) -> int:
     """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config, but
     for compiling."""
     failed = 0
-    checks: Iterator[tuple[str, Callable[[], str]]] = checklist(args)
+    checks: Iterator[tuple[str, Callable[[], str]]] = checklist(args, finetuning)
     for name, check in checks:
         try:
             print(f"ok    {name}: {check()}", flush=True)
@@ -117,12 +99,12 @@ def run_checks(args: Any) -> int:
     return 1 if failed else 0
 
 
-def checklist(args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
+def checklist(args: Any, finetuning: bool) -> Iterator[tuple[str, Callable[[], str]]]:
     """(name, check) pairs; a check returns what it found, or raises UserError."""
     found: dict[str, Any] = {}
 
     def plan_it() -> str:
-        found["plan"] = plan_run(args)
+        found["plan"] = plan_run(args, finetuning=finetuning, only_looks=True)
         return (
             f"{args.config or args.resume} is valid; {device_label(found['plan'].device)}, "
             f"{found['plan'].precision}"

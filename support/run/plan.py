@@ -20,10 +20,12 @@ from data import PackedData, load_corpus, pack_corpus, pack_token_files, step_sh
 from instruct import load_instructions
 from model import GPTConfig
 from support.checkpoint import find_latest_checkpoint, read_metadata
+from support.cli import end_with_parent
 from support.config.read import config_tree, flag_overrides, validate_config
 from support.config.schema import Config
 from support.device import resolve_device, resolve_precision
 from support.messages import UserError, is_main_process, warn
+from support.run.compiling import try_compiler
 from support.run.folder import refuse_unfinished, refuse_unwritable, run_files, run_record
 from support.run.resuming import compare_configs, compare_data, in_folder, read_run
 from support.run.starting_weights import net_on_meta, with_base, with_own_tokenizer
@@ -77,25 +79,28 @@ class Plan:
         return self.sequences_per_step * max(self.row_lengths)
 
 
-def plan_run(args: Any) -> Plan:
+def plan_run(args: Any, *, finetuning: bool, only_looks: bool) -> Plan:
     """Check the command line (`--config --override --seed --device --resume --fresh`) against files, data and
     hardware.
 
-    `args.finetuning` says whether `finetune.py` asks. Raises UserError; writes nothing.
+    `finetuning` says whether `finetune.py` asks. With `only_looks` nothing will be trained, so the folder may
+    be in use and the compiler is not tried. Raises UserError; writes nothing.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent()
     metadata, resume_from = None, None
     if args.resume not in (None, "auto"):
         resume_from = Path(args.resume)
         metadata = read_run(resume_from)
     if args.config is None and metadata is None:
-        example = "config_finetune.yaml" if args.finetuning else "config_smoke.yaml"
+        example = "config_finetune.yaml" if finetuning else "config_smoke.yaml"
         raise UserError(
             f"no config given; try --config {example}, or --resume CHECKPOINT to go on with a run's own"
         )
     tree = config_tree(args.config, flag_overrides(args), base=metadata and metadata["config"])
-    check_task(tree, args.finetuning)
+    check_task(tree, finetuning)
     if args.config:  # a checkpoint's own config has everything, so its base may be gone
-        tree = with_base(tree) if args.finetuning else with_own_tokenizer(tree)
+        tree = with_base(tree) if finetuning else with_own_tokenizer(tree)
     config = validate_config(tree, str(args.config or "config"))
     check_samples(tree, config)
     device = resolve_device(config.hardware.accelerator)
@@ -108,7 +113,7 @@ def plan_run(args: Any) -> Plan:
         metadata = read_run(resume_from) if resume_from else None
         if resume_from is None and not (folder / "run_config.yaml").exists():
             raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
-    if is_main_process() and not args.only_looks:
+    if is_main_process() and not only_looks:
         refuse_unwritable(folder)
         if not args.fresh and not in_folder(resume_from, folder) and args.resume != "auto":
             refuse_unfinished(folder)
@@ -142,6 +147,8 @@ def plan_run(args: Any) -> Plan:
     net_on_meta(plan.model_config, config)  # for mistakes in lora.targets and training.freeze
     if metadata:
         compare_data(metadata, plan.sequences_per_step, plan.data.fingerprint)
+    if config.training.compile and not only_looks:
+        try_compiler(device)
     return plan
 
 

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from pathlib import Path
 
 from data import Batch, make_dataloaders
 from model import GPTMini
 from support.chunked_loss import IGNORE
 from support.device import device_label, memory_total
 from support.messages import UserError, printable_lines
+from support.plots import draw_mask
 from support.run.estimates import count_trained, memory_of
 from support.run.plan import Plan
 from support.text.mid_document import text_after
@@ -114,3 +116,11 @@ def show_mask(plan: Plan, n: int) -> None:
             text.append(marked, style="bold green" if is_trained else "dim")
         console.print(text)
     print("\n".join(plan.data.describe()))
+
+
+def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
+    """The first `n` pairs as a batch, one a row and packed."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    data = plan.data.train
+    batches = {"padded": data.example_batch(n, packing=False), "packed": data.example_batch(n, packing=True)}
+    return draw_mask(stem, batches, plan.tokenizer.decode)

@@ -372,8 +372,7 @@ def test_the_time_of_a_step_is_scaled_from_what_was_measured(argv_of, tmp_path, 
     """By a clock that ticks a second each time it is looked at: forward and backward of a micro-batch take
     one, the optimizer another."""
     args = train.parse_args(argv_of(tmp_path / "run", "training.grad_accum_steps=3", "tokenizer.kind=byte"))
-    args.only_looks = True
-    plan = plan_run(args)
+    plan = plan_run(args, finetuning=False, only_looks=True)
     ticks = itertools.count()
     monkeypatch.setattr("support.run.estimates.now", lambda device: float(next(ticks)))
     per_step, flops_per_sec = estimate_step_time(plan, GPTMini(plan.model_config))
@@ -412,7 +411,7 @@ def test_instructions_are_estimated_by_the_rows_they_are_and_not_by_the_context(
             *(f"--override={word}" for word in words),
         ]
         args = finetune.parse_args([*argv, "--check"])
-        said[packing] = plan_run(args)
+        said[packing] = plan_run(args, finetuning=True, only_looks=True)
     padded, packed = said["false"], said["true"]
     longest = max(len(pair) for pair in padded.data.train.examples)
     assert longest < 60

@@ -144,7 +144,7 @@ def test_what_fails_in_the_first_step_is_explained_too(run, monkeypatch, tmp_pat
             raise TooDifficult("LoweringException: cannot\n" + "lower this\n" * 200)
         return step(self, *args)
 
-    monkeypatch.setattr("support.run.checklist.try_compiler", lambda device: None)
+    monkeypatch.setattr("support.run.plan.try_compiler", lambda device: None)
     monkeypatch.setattr(GPTMini, "compile", lambda self: None)
     monkeypatch.setattr(train.LitCausalLM, "training_step", fails)
     with pytest.raises(

@@ -28,7 +28,7 @@ LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a scre
 ARROWS = {
     "train": "data model optim support.checkpoint support.chunked_loss support.cli support.files "
     "support.messages support.plots support.run",
-    "finetune": "data instruct support.checkpoint support.cli support.messages support.plots support.run train",
+    "finetune": "data instruct support.checkpoint support.cli support.messages support.run train",
     "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text "
     "tokenizer",
     "evaluate_checkpoints": "model support.checkpoint support.cli support.config support.device "
@@ -62,8 +62,8 @@ ARROWS = {
     "support.messages": "",
     "support.plots": "support.files",
     "support.run": "data instruct lora model optim sampling support.checkpoint support.chunked_loss "
-    "support.cli support.config support.device support.files support.messages support.text "
-    "tokenizer",
+    "support.cli support.config support.device support.files support.messages "
+    "support.plots support.text tokenizer",
     "support.text": "support.cli support.device support.files support.foreign support.messages tokenizer",
 }
 SCRIPTS = {
@@ -254,7 +254,9 @@ def in_a_circle(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def test_neither_rooms_nor_files_import_in_a_circle():
     assert in_a_circle({name: set(row.split()) for name, row in ARROWS.items()}) == {}
-    assert in_a_circle({module_name(path): set(imports(path)) & OURS for path in FILES}) == {}
+    files = {module_name(path): set(imports(path)) & OURS for path in FILES}
+    # A script imports itself, as a module, once its command line has been understood.
+    assert in_a_circle({name: used - {name} for name, used in files.items()}) == {}
 
 
 def test_scripts_build_on_each_other_only_where_that_is_the_point():
