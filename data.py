@@ -19,7 +19,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,15 @@ from support.text.validation_split import check_share, hold_out
 from tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
+
+
+class Step(NamedTuple):
+    """What one optimizer step trains on, and for a stream the position after it, as JSON to resume from."""
+
+    micro_batches: list[Batch]
+    stream_state: str | None = None
+
+
 SHUFFLE_GROUP = 1000  # documents of a stream that are shuffled among themselves
 STREAM_TOKENIZER_DOCS = 2000  # documents of a stream that a bpe tokenizer is trained on
 ORDER_IN_MEMORY = 2**22  # blocks whose order is drawn as an array
@@ -198,7 +207,7 @@ class StepShape:
 
 
 class IndexedSteps(Dataset):
-    """Item `step` is the list of micro-batches of that optimizer step, whoever asks and whenever."""
+    """Item `step` is what that optimizer step trains on, whoever asks and whenever."""
 
     def __init__(self, blocks: Any, shape: StepShape, seed: int, shuffle: bool, n_steps: int):
         self.blocks, self.shape, self.seed, self.shuffle, self.n_steps = blocks, shape, seed, shuffle, n_steps
@@ -222,11 +231,13 @@ class IndexedSteps(Dataset):
         first = self.shape.micro_index(step, micro) * self.shape.micro_batch_size
         return range(first, first + self.shape.micro_batch_size)
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return [
-            self.blocks.batch([self.block_of(k) for k in self.samples(step, micro)])
-            for micro in range(self.shape.grad_accum_steps)
-        ]
+    def __getitem__(self, step: int) -> Step:
+        return Step(
+            [
+                self.blocks.batch([self.block_of(k) for k in self.samples(step, micro)])
+                for micro in range(self.shape.grad_accum_steps)
+            ]
+        )
 
 
 class StepSampler(Sampler):
@@ -247,8 +258,7 @@ class StreamingPackedLMDataset(IterableDataset):
     """The same steps from documents that are read, tokenized and packed while training.
 
     Documents are shuffled within groups of SHUFFLE_GROUP. Every process reads the whole stream and keeps its
-    share of the blocks. Each step carries, as JSON under "stream_state" of its first micro-batch, the
-    position behind it: the epoch, the group and where it starts in the source, the documents of it already
+    share of the blocks. The `stream_state` of each step is the position after it: the epoch, the group and where it starts in the source, the documents of it already
     used, and in the document that follows the pieces already used, the tokens left over from them, and how
     many tokens of the next piece are taken.
     """
@@ -276,7 +286,7 @@ class StreamingPackedLMDataset(IterableDataset):
         start = {"epoch": 0, "group": 0, "source": None, "used": 0, "piece": 0, "tokens": [], "taken": 0}
         self.state = start | (json.loads(state) if state else {})  # older states lack piece and taken
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[Step]:
         buffer: list[int] = list(self.state["tokens"])
         taken = self.state["taken"]  # tokens of the buffer that are trained on
         needed = (self.shape.blocks - 1) * self.stride + self.seq_len + 1
@@ -297,13 +307,13 @@ class StreamingPackedLMDataset(IterableDataset):
             del buffer[:taken]
             taken = 0
 
-    def _step(self, rows: np.ndarray, state: str) -> list[Batch]:
-        """Blocks (blocks, T + 1) to this process's micro-batches."""
+    def _step(self, rows: np.ndarray, state: str) -> Step:
+        """The step of this process: its share of the blocks (blocks, T + 1)."""
         B, batches = self.shape.micro_batch_size, []
         for micro in range(self.shape.grad_accum_steps):
             first = self.shape.micro_index(0, micro) * B
             batches.append(make_batch(rows[first : first + B], rows[first : first + B, 1:], self.mask_eos))
-        return [{**batches[0], "stream_state": state}, *batches[1:]]
+        return Step(batches, state)
 
     def _pieces(self, state: dict) -> Iterator[tuple[str, bool, dict]]:
         """(piece, whether its document ends with it, the position before it): shuffled documents for ever."""
@@ -454,9 +464,8 @@ def make_dataloaders(
     world: int = 1,
     stream_state: str | None = None,
 ) -> tuple[DataLoader, DataLoader]:
-    """(train, val). One item of `train` is one optimizer step: a list of micro-batches {input_ids, labels,
-    ...}, each (B, T); it begins at `start_step`, or where `stream_state` says. One item of `val` is a
-    batch."""
+    """(train, val). One item of `train` is a Step, of micro-batches {input_ids, labels, ...}, each (B, T); the
+    first is `start_step`, or where `stream_state` says. One item of `val` is a batch."""
     shape, workers = step_shape(config, rank, world), config.hardware.num_workers
     mask_eos = tokenizer.eos_id if config.data.document_mask else None
     own_random = {

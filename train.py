@@ -57,7 +57,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from data import Batch, make_dataloaders, step_shape
+from data import Batch, Step, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
 from support.checkpoint import (
@@ -113,19 +113,20 @@ class LitCausalLM(pl.LightningModule):
         """AdamW or Muon with their parameter groups. The learning rate is set at each step, from the step."""
         return build_optimizer(self.net, self.config.training)
 
-    def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
+    def training_step(self, step: Step, batch_idx: int) -> None:
         """One optimizer step. The gradient is that of the mean loss over all targets of the step, over
         micro-batches and processes, so how the step is cut up changes nothing but rounding."""
-        training, step = self.config.training, self.trainer.global_step
+        training, number = self.config.training, self.trainer.global_step
+        self.stream_state = step.stream_state
         optimizer = self.optimizers()
         n_targets = self.sum_over_processes(
-            sum((batch["labels"] != IGNORE).sum() for batch in micro_batches)
+            sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
         ).clamp(min=1)
         loss_total = torch.zeros((), device=self.device)
-        for micro, batch in enumerate(micro_batches):
-            self.stream_state = batch.pop("stream_state", self.stream_state)
-            self.seed_dropout(step, micro)
-            with self.gradients_stay_local() if micro + 1 < len(micro_batches) else contextlib.nullcontext():
+        for micro, batch in enumerate(step.micro_batches):
+            self.seed_dropout(number, micro)
+            is_last = micro + 1 == len(step.micro_batches)
+            with contextlib.nullcontext() if is_last else self.gradients_stay_local():
                 loss_sum, _ = self.net(**batch)
                 # DDP and FSDP average gradients over processes; times world_size that is their sum.
                 self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
@@ -134,9 +135,9 @@ class LitCausalLM(pl.LightningModule):
         grad_norm = float(
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
         )
-        self.refuse_bad_numbers(step, loss, grad_norm)
+        self.refuse_bad_numbers(number, loss, grad_norm)
         factor = lr_factor(
-            step,
+            number,
             training.schedule,
             training.warmup_steps,
             training.schedule_steps,
@@ -246,8 +247,9 @@ class LitCausalLM(pl.LightningModule):
         steps, _ = make_dataloaders(
             config, plan.data, plan.tokenizer, n, 0, self.global_rank, self.trainer.world_size
         )
-        batches = itertools.islice(itertools.chain.from_iterable(steps), n) if n else []
-        return [{name: value for name, value in batch.items() if name != "stream_state"} for batch in batches]
+        if n == 0:
+            return []
+        return list(itertools.islice((batch for step in steps for batch in step.micro_batches), n))
 
     def loss_sums(self, batch: Batch) -> Tensor:
         """(2,): the summed loss of a batch, and the number of its targets."""

@@ -192,11 +192,7 @@ def check_tokenizer(plan: Plan) -> str:
 
 def small_batch(plan: Plan, length: int) -> Batch:
     """Two rows of the first step, of at most `length` tokens, on the plan's device."""
-    batch = {
-        name: tensor
-        for name, tensor in batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)[0].items()
-        if name != "stream_state"
-    }
+    [batch] = batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)
     end = (
         int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1
     )  # of a row with a long prompt, the end is what is learned

@@ -29,7 +29,7 @@ def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]
     steps = iter(train)
     for _ in range(start_step if plan.data.streaming else 0):
         next(steps)
-    return next(steps)
+    return next(steps).micro_batches
 
 
 def show_step(plan: Plan, step: int) -> str:

@@ -3,6 +3,7 @@ a stream."""
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import data as data_module
 from data import (
     IndexedSteps,
     PackedLMDataset,
+    Step,
     StepSampler,
     StepShape,
     StreamingPackedLMDataset,
@@ -39,22 +41,28 @@ def positions(n: int) -> np.ndarray:
     return np.arange(n)
 
 
-def flat(batches: list[dict], name: str = "labels") -> list[int]:
+def flat(batches: Iterable[dict], name: str = "labels") -> list[int]:
     return torch.cat([batch[name].flatten() for batch in batches]).tolist()
 
 
+def batches_of(steps: Iterable[Step]) -> list[dict]:
+    return [batch for step in steps for batch in step.micro_batches]
+
+
 def same(one: list[dict], other: list[dict]) -> bool:
-    """Whether two lists of micro-batches hold equal tensors; where a stream stands may be written down in
-    several ways."""
+    """Whether two lists of micro-batches hold equal tensors."""
     one, other = (
-        [{k: v.tolist() for k, v in batch.items() if k != "stream_state"} for batch in batches]
+        [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
         for batches in (one, other)
     )
     return one == other
 
 
-def same_steps(one: list[list[dict]], other: list[list[dict]]) -> bool:
-    return len(one) == len(other) and all(map(same, one, other))
+def same_steps(one: list[Step], other: list[Step]) -> bool:
+    """Whether the steps train on the same; the same position of a stream may be written in several ways."""
+    return len(one) == len(other) and all(
+        same(a.micro_batches, b.micro_batches) for a, b in zip(one, other, strict=True)
+    )
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def test_segments_come_with_the_batch_when_asked_for(tmp_path, document_mask):
         text_data(tmp_path, document_mask=document_mask),
     )
     train, val = make_dataloaders(config, packed, BYTE, 2)
-    for batch in [*next(iter(train)), next(iter(val))]:
+    for batch in [*next(iter(train)).micro_batches, next(iter(val))]:
         assert ("segments" in batch) == document_mask
         if document_mask:
             assert batch["segments"].shape == batch["input_ids"].shape
@@ -218,14 +226,14 @@ def indexed(
     return IndexedSteps(PackedLMDataset(positions(n_tokens), SEQ_LEN), shape, seed, shuffle, n_steps)
 
 
-def blocks_of(steps: list[list[dict]]) -> list[int]:
-    """The block numbers the steps train on, in order."""
-    return [i // SEQ_LEN for step in steps for batch in step for i in batch["input_ids"][:, 0].tolist()]
+def blocks_of(batches: Iterable[dict]) -> list[int]:
+    """The numbers of the blocks in these micro-batches, in order."""
+    return [i // SEQ_LEN for batch in batches for i in batch["input_ids"][:, 0].tolist()]
 
 
 def test_every_epoch_visits_every_block_once_in_another_order():
     steps = indexed(n_steps=25)
-    visited = blocks_of([steps[i] for i in range(25)])
+    visited = blocks_of(batches_of([steps[i] for i in range(25)]))
     epochs = [visited[i : i + 25] for i in range(0, 150, 25)]
     assert all(sorted(epoch) == list(range(25)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 6
@@ -234,11 +242,11 @@ def test_every_epoch_visits_every_block_once_in_another_order():
 
 def test_without_shuffling_the_blocks_come_in_order():
     steps = indexed(shuffle=False)
-    assert blocks_of([steps[i] for i in range(20)]) == [k % 25 for k in range(120)]
+    assert blocks_of(batches_of([steps[i] for i in range(20)])) == [k % 25 for k in range(120)]
 
 
 def test_another_seed_is_another_order():
-    orders = {tuple(blocks_of([indexed(seed=seed)[i] for i in range(4)])) for seed in range(10)}
+    orders = {tuple(blocks_of(batches_of([indexed(seed=seed)[i] for i in range(4)]))) for seed in range(10)}
     assert len(orders) == 10
 
 
@@ -246,7 +254,7 @@ def test_a_step_is_the_same_whoever_asks_and_whenever():
     in_order = [indexed()[i] for i in range(20)]
     steps = indexed()
     for i in (19, 3, 3, 11, 0, 19, 4):
-        assert same(steps[i], in_order[i])
+        assert same_steps([steps[i]], [in_order[i]])
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 19, 20])
@@ -263,8 +271,8 @@ def test_processes_together_see_what_one_process_accumulates(world, accum):
     alone = indexed(StepShape(2, accum * world))
     ranks = [indexed(StepShape(2, accum, rank, world)) for rank in range(world)]
     for step in range(20):
-        together = [ranks[rank][step][micro] for micro in range(accum) for rank in range(world)]
-        assert same(together, alone[step])
+        together = [ranks[rank][step].micro_batches[micro] for micro in range(accum) for rank in range(world)]
+        assert same(together, alone[step].micro_batches)
         numbers = [
             ranks[rank].shape.micro_index(step, micro) for micro in range(accum) for rank in range(world)
         ]
@@ -316,9 +324,8 @@ def test_any_number_of_workers_gives_the_same_steps(tmp_path):
     packed = text_data(tmp_path)
     alone = list(make_dataloaders(text_config(tmp_path), packed, BYTE, 20)[0])
     assert len(alone) == 20
-    assert all(
-        len(step) == 2 and batch["input_ids"].shape == (3, SEQ_LEN) for step in alone for batch in step
-    )
+    assert all(len(step.micro_batches) == 2 for step in alone)
+    assert all(batch["input_ids"].shape == (3, SEQ_LEN) for batch in batches_of(alone))
     for workers in (1, 2):
         train, _ = make_dataloaders(text_config(tmp_path, workers=workers), packed, BYTE, 20)
         assert same_steps(list(train), alone)
@@ -347,7 +354,10 @@ def test_ranks_and_workers_together_see_every_block_of_an_epoch_once(tmp_path, w
     ]
     assert [len(steps) for steps in ranks] == [9] * world
     seen = blocks_of(
-        [[ranks[rank][step][micro]] for step in range(9) for micro in range(2) for rank in range(world)]
+        ranks[rank][step].micro_batches[micro]
+        for step in range(9)
+        for micro in range(2)
+        for rank in range(world)
     )
     for start in range(0, len(seen) - 25, 25):
         assert sorted(seen[start : start + 25]) == list(range(25))
@@ -515,7 +525,7 @@ def stream_config(library: Path, kind: str = "json", workers: int = 0, accum: in
 
 def stream_steps(
     library: Path, n: int, state: str | None = None, rank: int = 0, world: int = 1, **options
-) -> list[list[dict]]:
+) -> list[Step]:
     """The first n steps of a stream opened anew, as a resumed process would."""
     config = stream_config(library, **options)
     packed = pack_corpus(load_corpus(config), BYTE, config)
@@ -525,15 +535,13 @@ def stream_steps(
     return list(itertools.islice(steps, n))
 
 
-def states(steps: list[list[dict]]) -> list[str]:
-    """Each step carries one, in its first micro-batch."""
-    assert all("stream_state" not in batch for step in steps for batch in step[1:])
-    return [step[0]["stream_state"] for step in steps]
+def states(steps: list[Step]) -> list[str]:
+    return [step.stream_state for step in steps]
 
 
-def documents_of(steps: list[list[dict]]) -> list[str]:
-    """The whole documents that the steps train on, in order."""
-    ids = [i for step in steps for batch in step for i in batch["input_ids"].flatten().tolist()]
+def documents_of(batches: Iterable[dict]) -> list[str]:
+    """The whole documents in these micro-batches, in order."""
+    ids = flat(batches, "input_ids")
     return BYTE.decode(ids).split("<|endoftext|>")[:-1]
 
 
@@ -547,17 +555,14 @@ def steps_of_epochs(epochs: float) -> int:
 def test_a_stream_in_order_equals_packing_in_memory(library, kind, stride):
     witness = PackedLMDataset(tokenize(STORIES[N_VAL:], BYTE), SEQ_LEN, stride)
     steps = stream_steps(library, len(witness) // 6, kind=kind, shuffle=False, stride=stride)
-    in_memory = [
-        [witness.batch(range(6 * s + 3 * m, 6 * s + 3 * m + 3)) for m in range(2)]
-        for s in range(len(witness) // 6)
-    ]
-    assert len(in_memory) > 10
-    assert same_steps(steps, in_memory)
+    in_memory = [witness.batch(range(first, first + 3)) for first in range(0, 6 * len(steps), 3)]
+    assert len(steps) > 10
+    assert same(batches_of(steps), in_memory)
 
 
 def test_a_stream_has_segments_like_text_in_memory(library):
     steps = stream_steps(library, 5, document_mask=True)
-    for batch in (batch for step in steps for batch in step):
+    for batch in batches_of(steps):
         assert torch.equal(
             batch["segments"], torch.from_numpy(document_segments(batch["input_ids"].numpy(), BYTE.eos_id))
         )
@@ -567,7 +572,7 @@ def test_a_stream_has_segments_like_text_in_memory(library):
 def test_no_document_is_lost_or_doubled_in_an_epoch_of_a_stream(library, shuffle):
     """What is left of one epoch is packed together with the beginning of the next: nothing is dropped."""
     n = N_DOCS - N_VAL
-    read = documents_of(stream_steps(library, steps_of_epochs(3.2), shuffle=shuffle))
+    read = documents_of(batches_of(stream_steps(library, steps_of_epochs(3.2), shuffle=shuffle)))
     epochs = [read[i : i + n] for i in range(0, 3 * n, n)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(STORIES[N_VAL:])
@@ -576,8 +581,8 @@ def test_no_document_is_lost_or_doubled_in_an_epoch_of_a_stream(library, shuffle
 
 
 def test_a_stream_is_shuffled_by_the_seed_within_its_groups(library):
-    read = documents_of(stream_steps(library, steps_of_epochs(1)))
-    assert read == documents_of(stream_steps(library, steps_of_epochs(1)))
+    read = documents_of(batches_of(stream_steps(library, steps_of_epochs(1))))
+    assert read == documents_of(batches_of(stream_steps(library, steps_of_epochs(1))))
     train = STORIES[N_VAL:]
     for start in range(0, len(train) - 8, 8):
         assert sorted(read[start : start + 8]) == sorted(train[start : start + 8])
@@ -637,7 +642,7 @@ def test_two_ranks_share_the_blocks_of_a_stream(library):
     alone = stream_steps(library, n, accum=2)
     ranks = [stream_steps(library, n, accum=1, rank=rank, world=2) for rank in range(2)]
     assert states(ranks[0]) == states(ranks[1]), "whichever rank saves, the position is that of all"
-    together = [[*one, *other] for one, other in zip(*ranks, strict=True)]
+    together = [Step([*one.micro_batches, *other.micro_batches]) for one, other in zip(*ranks, strict=True)]
     assert same_steps(together, alone)
     at = 5
     resumed = stream_steps(library, 5, states(ranks[0])[at], accum=1, rank=1, world=2)
@@ -657,7 +662,10 @@ def test_ranks_and_workers_share_a_stream_of_uneven_files(tmp_path, world, worke
     ranks = [stream_steps(tmp_path, n, rank=rank, world=world, workers=workers) for rank in range(world)]
     assert [len(steps) for steps in ranks] == [n] * world
     together = [
-        [ranks[rank][step][micro] for micro in range(2) for rank in range(world)] for step in range(n)
+        ranks[rank][step].micro_batches[micro]
+        for step in range(n)
+        for micro in range(2)
+        for rank in range(world)
     ]
     read = documents_of(together)
     assert len(read) >= 2 * (N_DOCS - N_VAL)
@@ -669,12 +677,12 @@ def test_validation_documents_of_a_stream_are_never_trained_on(library):
     config = stream_config(library)
     packed = pack_corpus(load_corpus(config), BYTE, config)
     assert BYTE.decode(packed.val.tokens.tolist()).split("<|endoftext|>")[:-1] == STORIES[:N_VAL]
-    read = documents_of(stream_steps(library, steps_of_epochs(2)))
+    read = documents_of(batches_of(stream_steps(library, steps_of_epochs(2))))
     assert not set(read) & set(STORIES[:N_VAL])
 
 
 def test_a_limited_stream_repeats_its_documents(library):
-    read = documents_of(stream_steps(library, 30, train_docs=6, shuffle=False))
+    read = documents_of(batches_of(stream_steps(library, 30, train_docs=6, shuffle=False)))
     assert len(read) > 18
     assert read == list(itertools.islice(itertools.cycle(STORIES[N_VAL : N_VAL + 6]), len(read)))
 
@@ -768,9 +776,9 @@ def test_a_stream_resumes_exactly_between_rows_without_text():
         )
 
     whole = steps(60)
-    assert json.loads(whole[-1][0]["stream_state"])["epoch"] > 0
+    assert json.loads(whole[-1].stream_state)["epoch"] > 0
     for at in range(0, 56, 5):
-        assert same_steps(steps(3, whole[at][0]["stream_state"]), whole[at + 1 : at + 4])
+        assert same_steps(steps(3, whole[at].stream_state), whole[at + 1 : at + 4])
 
 
 def test_a_stream_whose_first_row_has_no_such_field_is_refused():

@@ -217,7 +217,7 @@ def test_training_text_is_measured_as_validation_text_is(run, tmp_path):
     steps = iter(
         make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 2)[0]
     )
-    batches = [batch for step in steps for batch in step][:3]
+    batches = [batch for step in steps for batch in step.micro_batches][:3]
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(

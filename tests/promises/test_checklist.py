@@ -441,9 +441,9 @@ def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp
 
     trained_on, compute = [], train.LitCausalLM.training_step
 
-    def watch(self, micro_batches, index):
-        trained_on.append([batch["input_ids"].tolist() for batch in micro_batches])
-        return compute(self, micro_batches, index)
+    def watch(self, step, index):
+        trained_on.append([batch["input_ids"].tolist() for batch in step.micro_batches])
+        return compute(self, step, index)
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", watch)
     run(folder, *BYTE)
@@ -478,7 +478,7 @@ def test_show_step_of_a_stream_is_what_the_loader_yields(argv_of, tmp_path, caps
     loader, _ = make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 12)
     steps = iter(loader)
     third = [next(steps) for _ in range(3)][-1]
-    texts = [tokenizer.decode(ids) for batch in third for ids in batch["input_ids"].tolist()]
+    texts = [tokenizer.decode(ids) for batch in third.micro_batches for ids in batch["input_ids"].tolist()]
     assert [
         text.strip("\n") for text in re.split(r"--- step 3, micro-batch \d, row \d ---\n", shown)[1:]
     ] == texts

@@ -688,13 +688,14 @@ def test_streamed_documents_begin_with_it_too(trained_bpe):
     expected = tokenize(documents, tokenizer).tolist()
     steps = list(itertools.islice(stream(), len(expected) // 256))
     assert (
-        torch.cat([step[0]["input_ids"].flatten() for step in steps]).tolist() == expected[: len(steps) * 256]
+        torch.cat([step.micro_batches[0]["input_ids"].flatten() for step in steps]).tolist()
+        == expected[: len(steps) * 256]
     )
     n = len(steps) * 3 // 4  # the long document is read in two pieces, and this is in the second
-    assert json.loads(steps[n][0]["stream_state"])["piece"] == 1
-    again = list(itertools.islice(stream(steps[n][0]["stream_state"]), len(steps) - n - 1))
+    assert json.loads(steps[n].stream_state)["piece"] == 1
+    again = list(itertools.islice(stream(steps[n].stream_state), len(steps) - n - 1))
     assert all(
-        torch.equal(one[0]["input_ids"], other[0]["input_ids"])
+        torch.equal(one.micro_batches[0]["input_ids"], other.micro_batches[0]["input_ids"])
         for one, other in zip(again, steps[n + 1 :], strict=True)
     )
 

@@ -26,7 +26,7 @@ import data as data_module
 import support.device as hardware
 import support.text.encode_corpus as encoding
 import tokenizer as tokenizer_module
-from data import StepShape, StreamingPackedLMDataset, load_corpus, pack_corpus, tokenize
+from data import Step, StepShape, StreamingPackedLMDataset, load_corpus, pack_corpus, tokenize
 from support.config.read import validate_config
 from support.config.schema import DataConfig
 from support.messages import UserError
@@ -229,15 +229,17 @@ def long_documents(seed: int) -> list[str]:
 
 def stream(
     texts: list[str], tokenizer: Tokenizer, state: str | None = None, stride: int = 7, shuffle: bool = True
-) -> Iterator[list[dict]]:
+) -> Iterator[Step]:
     documents = DocumentStream(datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(), "text")
     return iter(
         StreamingPackedLMDataset(documents, tokenizer, 7, stride, StepShape(2, 2), 42, shuffle, state=state)
     )
 
 
-def tokens_of(steps: list[list[dict]]) -> list[int]:
-    return [i for step in steps for batch in step for i in batch["input_ids"].flatten().tolist()]
+def tokens_of(steps: list[Step]) -> list[int]:
+    return [
+        i for step in steps for batch in step.micro_batches for i in batch["input_ids"].flatten().tolist()
+    ]
 
 
 @pytest.fixture
@@ -256,14 +258,14 @@ def test_a_stream_of_long_documents_resumes_from_any_step(tokenizers, small_piec
     texts, tokenizer = long_documents(seed), tokenizers[kind]
     n = 2 * sum(len(tokenizer.encode(text)) + 1 for text in texts) // (4 * stride)
     whole = list(itertools.islice(stream(texts, tokenizer, stride=stride), n))
-    states = [step[0]["stream_state"] for step in whole]
+    states = [step.stream_state for step in whole]
     assert {json.loads(state)["epoch"] for state in states} >= {0, 1}
     assert max(json.loads(state)["piece"] for state in states) >= 5
     assert max(len(json.loads(state)["tokens"]) for state in states) <= 3 * stride + 8
     for at in sorted(random.Random(seed).sample(range(n - 1), 40)):
         resumed = list(itertools.islice(stream(texts, tokenizer, states[at], stride), min(3, n - at - 1)))
         assert tokens_of(resumed) == tokens_of(whole[at + 1 : at + 4]), states[at]
-        assert [step[0]["stream_state"] for step in resumed] == states[at + 1 : at + 4]
+        assert [step.stream_state for step in resumed] == states[at + 1 : at + 4]
 
 
 def test_a_stream_in_pieces_is_the_row_that_tokenize_makes(tokenizers, small_pieces):

@@ -396,11 +396,11 @@ def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monk
 
 
 def test_a_step_without_targets_has_no_gradient_and_goes_by(run, tmp_path, monkeypatch):
-    def masked(self, batches, index):
+    def masked(self, step, index):
         if self.trainer.global_step in (0, 3):
-            for batch in batches:
+            for batch in step.micro_batches:
                 batch["labels"][:] = -100
-        return STEP(self, batches, index)
+        return STEP(self, step, index)
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", masked)
     made = run(tmp_path / "run", *BYTE, "training.max_steps=5")

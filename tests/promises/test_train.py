@@ -65,7 +65,7 @@ def with_holes(loader: DataLoader) -> DataLoader:
         def __iter__(self):
             for step in loader:
                 row = 0
-                for batch in step:
+                for batch in step.micro_batches:
                     for labels in batch["labels"]:
                         labels[: 9 * row] = -100
                         row += 1
@@ -98,7 +98,7 @@ def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_p
     config = load_config(whole.folder / "run_config.yaml")
     model, tokenizer, _ = load_model(untrained.folder / "final.ckpt")
     data = pack_corpus(load_corpus(config), tokenizer, config)
-    [batch] = next(iter(with_holes(make_dataloaders(config, data, tokenizer, 3)[0])))
+    [batch] = next(iter(with_holes(make_dataloaders(config, data, tokenizer, 3)[0]))).micro_batches
     loss = F.cross_entropy(
         model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100
     )
@@ -183,7 +183,9 @@ def test_three_steps_equal_a_plain_training_loop(run, tmp_path):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     losses, norms = [], []
     for step, rate in zip(loader, (0.0015, 0.003, 0.003), strict=True):
-        ids, labels = (torch.cat([batch[name] for batch in step]) for name in ("input_ids", "labels"))
+        ids, labels = (
+            torch.cat([batch[name] for batch in step.micro_batches]) for name in ("input_ids", "labels")
+        )
         loss = F.cross_entropy(net(ids).flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
