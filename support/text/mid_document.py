@@ -1,48 +1,61 @@
-"""Text and ids away from the start of a document.
+"""Text and ids in the middle of a document.
 
-A tokenizer may treat the start of a text differently: those of Llama 2 and Mistral put a space before each
-text, and take the first space off when they decode. So a part is never encoded or decoded as if it were a
-whole text: `ids_after` and `text_after` look at what stands before it.
+A part of a document cannot be encoded or decoded as if it were a whole text, for three reasons:
+
+- A tokenizer may treat the start of a text differently. Those of Llama 2 and Mistral put a space before each
+  text and take the first space away when they decode: encoded on its own, the "s" of "ticks" becomes " s".
+- A character can be split over several tokens: "é" is two bytes, so two tokens of kind `byte`. Many tokenizers
+  have a token for each byte, for characters that their vocabulary lacks (byte fallback). The first half of a
+  character alone decodes to U+FFFD.
+- A token can reach over the border between two parts: "tick" and "s" may be one token together.
+
+So the functions here look at the text before the part. `ids_after` is text to ids, `text_after` is ids to
+text, and `TextStream` is ids to text one by one, for a model that writes.
 """
 
 from collections.abc import Sequence
 
 from tokenizer import Tokenizer
 
-CONTEXT = 16  # ids before a text that are looked at to decode it
+CONTEXT_TOKENS = 16  # how many ids before a part are looked at to decode it
+HALF_CHARACTER = "\ufffd"  # what a decoder writes for bytes that are not a whole character
 
 
 def ids_after(tokenizer: Tokenizer, before: Sequence[str | int], text: str) -> list[int]:
-    """The ids of `text` after others, given as for `encode_parts`: those of all together less those of
-    `before`, where these begin them. Elsewhere a token reaches over the border (`tick` and `s` are one),
-    and `text` is encoded apart: what was before it has its ids already, a prompt that was read for
-    example."""
-    known, all_ids = tokenizer.encode_parts(before), tokenizer.encode_parts([*before, text])
-    return all_ids[len(known) :] if all_ids[: len(known)] == known else tokenizer.encode_inside(text)
+    """The ids of `text` where it follows `before`, which is given as for `Tokenizer.encode_parts`.
+
+    Both are encoded together, and the ids of `before` are taken off the front. If a token reaches over the
+    border, that is impossible: `before` has its ids already (a prompt that a model has read, say). Then
+    `text` is encoded apart, without a space before it.
+    """
+    known = tokenizer.encode_parts(before)
+    together = tokenizer.encode_parts([*before, text])
+    if together[: len(known)] == known:
+        return together[len(known) :]
+    return tokenizer.encode_inside(text)
 
 
 def text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` where they follow `before`: the text of all less that of `before`."""
+    """The text of `ids` where they follow `before`. Both are decoded together, and the text of `before` is
+    taken off the front."""
     context = context_of(tokenizer, before)
     return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
 
 
 def context_of(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
-    """The last ids of `before`, at most CONTEXT, that belong to the same document and begin with a whole
-    character."""
-    context: list[int] = []
-    for id in reversed(before[-CONTEXT:]):
-        if id == tokenizer.eos_id or id in tokenizer.bos_ids:
-            break
-        context.insert(0, id)
-    while context and tokenizer.decode(context).startswith("\ufffd"):
+    """The last ids of `before` that are enough to decode what follows: at most CONTEXT_TOKENS, all of the
+    same document, and the first of them begins a character."""
+    context = list(before[-CONTEXT_TOKENS:])
+    starts = [n for n, id in enumerate(context, 1) if id == tokenizer.eos_id or id in tokenizer.bos_ids]
+    if starts:  # a document begins after the last EOS or BOS
+        context = context[starts[-1] :]
+    while context and tokenizer.decode(context).startswith(HALF_CHARACTER):
         context.pop(0)
     return context
 
 
 class TextStream:
-    """Ids in one by one, text out as soon as it is whole: a character split over two tokens is never shown
-    half.
+    """Ids in one by one, text out as soon as it is whole: half a character is never shown.
 
     >>> stream = TextStream(ByteTokenizer())
     >>> [stream.push(i) for i in "né".encode()]
@@ -50,28 +63,26 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        """`before` are the ids that the first of these follows: a prompt's."""
+        """`before` are the ids that come before the first one pushed: those of a prompt."""
         self.tokenizer = tokenizer
-        self.context = context_of(
-            tokenizer, before
-        )  # ids already shown, kept because some decoders treat the first token differently
-        self.pending: list[int] = []
+        self.context = context_of(tokenizer, before)  # ids whose text has been shown
+        self.pending: list[int] = []  # ids whose text has not been shown
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, or an empty string."""
         self.pending.append(token_id)
         text = self._new_text()
-        if text.endswith(
-            "\ufffd"
-        ):  # an unfinished character, or truly broken bytes: wait, or let `flush` show it
+        if text.endswith(HALF_CHARACTER):  # the rest may follow; if not, `flush` shows U+FFFD
             return ""
-        self.context, self.pending = self.pending, []
+        self.context = self.pending
+        self.pending = []
         return text
 
     def flush(self) -> str:
         """What is left at the end, with U+FFFD for an unfinished character."""
         text = self._new_text()
-        self.context, self.pending = [], []
+        self.context = []
+        self.pending = []
         return text
 
     def _new_text(self) -> str:

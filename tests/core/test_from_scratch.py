@@ -18,7 +18,8 @@ import from_scratch
 import optim
 from from_scratch import BPE, PROOFS, AdamW, byte_characters, learning_rate, merge_pair, orthogonalize
 from support.messages import UserError
-from tokenizer import EOS_TEXT, GPT2Tokenizer, gpt2_files
+from support.files.tokenizer_files import gpt2_files
+from tokenizer import EOS_TEXT, GPT2Tokenizer
 
 CORPUS = (from_scratch.REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiktoken
@@ -15,6 +16,9 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from support.config.read import validate_config
+from support.config.schema import TokenizerConfig
+from support.exchange.tokenizer_json import tokenizer_json
 from support.messages import UserError
 from support.text.mid_document import TextStream
 from tokenizer import (
@@ -160,9 +164,35 @@ def test_a_tokenizer_survives_its_dict_through_json(tokenizers, kind):
         assert copy.encode(text) == original.encode(text)
 
 
-def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"'wordpiece'.*byte, char, bpe, gpt2, file"):
-        tokenizer_from_dict({"kind": "wordpiece"})
+@pytest.mark.parametrize("state", [{"kind": "wordpiece"}, {"kind": ["byte"]}, {"kind": None}, {}], ids=str)
+def test_a_checkpoint_with_an_unknown_kind_is_refused_and_the_known_kinds_are_named(state):
+    with pytest.raises(UserError, match=r"unknown tokenizer kind .*byte, char, bpe, gpt2, file"):
+        tokenizer_from_dict(state)
+
+
+def test_an_unknown_kind_is_never_built_as_another_kind():
+    with pytest.raises(UserError, match="unknown tokenizer kind 'wordpiece'"):
+        build_tokenizer("wordpiece", CORPUS)
+
+
+def test_a_config_with_an_unknown_kind_is_refused_and_the_known_kinds_are_named():
+    with pytest.raises(UserError, match=r"tokenizer\.kind") as caught:
+        validate_config({"tokenizer": {"kind": "wordpiece"}, "training": {"max_steps": 1}})
+    assert all(kind in str(caught.value) for kind in KINDS)
+
+
+def test_the_config_knows_the_kinds_of_the_table():
+    assert set(get_args(TokenizerConfig.model_fields["kind"].annotation)) == set(KINDS)
+
+
+def test_a_kind_that_the_export_does_not_know_is_not_written_as_bytes():
+    class WordTokenizer(Tokenizer):
+        kind = "word"
+        vocab_size = 257
+        eos_id = 256
+
+    with pytest.raises(UserError, match="kind 'word' cannot be written as tokenizer.json"):
+        tokenizer_json(WordTokenizer())
 
 
 def test_fingerprints_are_equal_exactly_when_ids_are(tokenizers):
@@ -322,7 +352,7 @@ def test_files_of_another_kind_are_refused(gpt2_style, name, content, said):
 
 def test_a_vocabulary_alone_is_refused(gpt2_style):
     (gpt2_style / "merges.txt").unlink()
-    with pytest.raises(UserError, match=r"no merges\.txt beside it"):
+    with pytest.raises(UserError, match=r"no merges\.txt in its folder"):
         FileTokenizer.from_file(gpt2_style / "vocab.json")
 
 

@@ -287,7 +287,7 @@ def test_a_first_question_has_the_ids_it_has_in_training(multi_turn):
     assert conversation_ids(template, tokenizer, [], "Why", 99) == prompt_ids(template, tokenizer, "Why")
     kept = conversation_ids(template, tokenizer, [("Why", "So")], "How", 99)
     first = [
-        *tokenizer.encode(template.first("Why") + "So"),
+        *tokenizer.encode(template.first_prompt("Why") + "So"),
         tokenizer.eos_id,
         *tokenizer.encode(template.fill("How")),
     ]
@@ -518,8 +518,8 @@ def test_a_checkpoint_of_an_older_version_is_asked_as_it_was_trained(tmp_path, c
     checkpoint[KEY]["template"] = CHATML.model_dump(exclude={"special_tokens"})
     torch.save(checkpoint, tmp_path / "old.ckpt")
     template = saved_template(read_metadata(tmp_path / "old.ckpt"), "old.ckpt")
-    assert prompt_ids(template, tokenizer, "Hi") == tokenizer.encode(CHATML.first("Hi"))
-    assert prompt_ids(CHATML, tokenizer, "Hi") != tokenizer.encode(CHATML.first("Hi"))
+    assert prompt_ids(template, tokenizer, "Hi") == tokenizer.encode(CHATML.first_prompt("Hi"))
+    assert prompt_ids(CHATML, tokenizer, "Hi") != tokenizer.encode(CHATML.first_prompt("Hi"))
     chat_template(template, tokenizer)
     assert "<|im_start|>" in capsys.readouterr().err
     chat_template(CHATML, tokenizer)
