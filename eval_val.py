@@ -11,7 +11,14 @@ import json
 import sys
 from dataclasses import asdict
 
-from support.cli import add_config_flags, add_tokenizer_flag, file_path, guarded, make_parser
+from support.cli import (
+    add_config_flags,
+    add_tokenizer_flag,
+    file_path,
+    guarded,
+    make_parser,
+    warn_of_other_tokenizer,
+)
 from support.messages import UserError, warn
 
 
@@ -47,7 +54,7 @@ if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
 
-from support.checkpoint import load_model, warn_of_other_tokenizer
+from support.checkpoint import load_model
 from support.config.read import flag_overrides
 from support.config.schema import Config
 from support.device import resolve_device, resolve_precision

@@ -23,7 +23,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from support.cli import add_tokenizer_flag, file_path, guarded, make_parser, print_wide, progress
+from support.cli import (
+    add_tokenizer_flag,
+    file_path,
+    guarded,
+    make_parser,
+    print_wide,
+    progress,
+    warn_of_other_tokenizer,
+)
 from support.messages import UserError, printable, warn
 
 
@@ -101,13 +109,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from model import GPTMini
-from support.checkpoint import (
-    find_checkpoints,
-    load_model,
-    other_names,
-    saved_template,
-    warn_of_other_tokenizer,
-)
+from support.checkpoint import load_model, saved_template
 from support.config.schema import Config
 from support.device import resolve_device, resolve_precision
 from support.evaluation.case_files import Case, read_cases
@@ -116,6 +118,7 @@ from support.evaluation.lm_eval_adapter import find_tasks, run_tasks
 from support.evaluation.results import CaseResult, CheckpointResult, Evaluation
 from support.evaluation.validation import Validation, documents_of, scoring_config, validate
 from support.files.atomic import atomic_write
+from support.find_checkpoints import find_checkpoints, other_names
 from support.run.folder import run_record
 from support.text.chat_template import DEFAULT_TEMPLATE, TEMPLATES, Template, first_prompt_parts
 from support.text.hub import HubError

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from support.cli import add_model_flags, file_path, guarded, make_parser, unix_text
+from support.cli import add_model_flags, file_path, guarded, make_parser, unix_text, warn_of_other_tokenizer
 from support.messages import UserError, printable_lines, warn
 
 
@@ -76,7 +76,7 @@ from pydantic import ValidationError
 
 from model import GPTMini
 from sampling import SamplingConfig
-from support.checkpoint import load_model, saved_template, warn_of_other_tokenizer
+from support.checkpoint import load_model, saved_template
 from support.device import resolve_device
 from support.text.chat_template import Template, conversation_ids, prompt_ids
 from support.text.mid_document import TextStream

@@ -69,16 +69,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
 
-from support.checkpoint import (
-    KEY,
-    empty_model,
-    find_checkpoints,
-    other_names,
-    read_checkpoint,
-    read_metadata,
-    saved_config,
-)
+from support.checkpoint import KEY, empty_model, read_checkpoint, read_metadata, saved_config
 from support.config.values import flat_keys
+from support.find_checkpoints import find_checkpoints, other_names
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 from support.cli import add_run_flags, guarded, make_parser
-from support.messages import Extra, UserError, is_main_process, warn
+from support.messages import OptionalPart, UserError, is_main_process, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,16 +60,10 @@ from torch import Tensor
 from data import Batch, Step, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
-from support.checkpoint import (
-    FORMAT_VERSION,
-    KEY,
-    find_latest_checkpoint,
-    first_not_finite,
-    read_metadata,
-    weights_sha256,
-)
+from support.checkpoint import FORMAT_VERSION, KEY, read_metadata, weights_sha256
 from support.chunked_loss import IGNORE
 from support.files.atomic import claim_folder
+from support.find_checkpoints import find_latest_checkpoint
 from support.plots import draw_loss
 from support.run.folder import move_aside, write_run_config
 from support.run.guards import explain, how_to_resume, why_no_gradient
@@ -78,6 +72,7 @@ from support.run.plan import Plan
 from support.run.saving import AtomicCheckpointIO, CheckpointSaver, StopOnSignal, StopRun, name_checkpoint
 from support.run.show import print_header
 from support.run.starting_weights import starting_net
+from support.weights import first_not_finite
 
 LEARNED = 1e-3  # nats: below such a loss a gradient may round to zero, because there is nothing left to learn
 
@@ -431,7 +426,7 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
     net = starting_net(plan.model_config, plan.config, from_base=plan.resume_from is None)
     module = module_class(plan, net)
     if console:
-        with Extra("the summary of the run"):
+        with OptionalPart("the summary of the run"):
             print_header(plan, net, start_step)
     if plan.config.training.compile:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
@@ -447,7 +442,7 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
             trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
     finally:
         for sink in sinks:
-            with Extra(f"closing {sink.name}"):
+            with OptionalPart(f"closing {sink.name}"):
                 sink.close()
     if (
         plan.n_steps == 0
@@ -457,7 +452,7 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
 
 def draw(folder: Path) -> Path | None:
     """The curves. Whatever goes wrong with them must not hide what has been saved."""
-    with Extra(f"drawing the curves in {folder}"):
+    with OptionalPart(f"drawing the curves in {folder}"):
         return draw_loss(folder)
     return None
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from support.foreign.flags import flag_answers
-from support.messages import UserError, is_main_process
+from support.messages import UserError, is_main_process, warn
 
 SECONDS_BETWEEN_LINES = 20
 DISK_ERRORS = (
@@ -233,6 +233,15 @@ def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
         help="auto (default) takes the checkpoint's own; another name only warns, since its ids mean "
         "nothing to this model",
     )
+
+
+def warn_of_other_tokenizer(wanted: str, kind: str, vocab_size: int) -> None:
+    """Say that what --tokenizer names is not used where the checkpoint has another one."""
+    if wanted not in ("auto", kind):
+        warn(
+            f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own ({kind}, "
+            f"{vocab_size:,} tokens), since ids mean nothing under another vocabulary"
+        )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

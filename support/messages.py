@@ -34,7 +34,7 @@ def inform(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-class Extra(contextlib.AbstractContextManager):
+class OptionalPart(contextlib.AbstractContextManager):
     """`with extra: ...` around what is not training itself, such as a picture or a log: its first failure
     is a warning, and none of them ends the run."""
 

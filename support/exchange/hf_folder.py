@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import load_weights, misfits, oversized, read_tensors
+from support.checkpoint import read_tensors
 from support.exchange.hf_names import model_fields, to_ours
 from support.exchange.tokenizer_json import gpt2_merges
 from support.files.tokenizer_files import gpt2_files
 from support.foreign.model_files import what_is
 from support.messages import UserError, printable
+from support.weights import load_weights, misfits, oversized
 from tokenizer import EOS_TEXT, FileTokenizer, GPT2Tokenizer, Tokenizer
 
 DEFAULT_CONTEXT = (

@@ -69,10 +69,10 @@ def kind_of(path: str | Path) -> str:
     return ALIASES.get(suffix, suffix)
 
 
-def walk(folder: str | Path) -> tuple[list[Path], Counter]:
+def walk(folder: str | Path, folders_too: str | None = None) -> tuple[list[Path], Counter]:
     """(the files below a folder, in no order; what is left out, counted by reason). Links to folders are
     followed, each real folder once, so that a circle ends; real folders come first. Names that begin with
-    a dot are left out, as by a glob."""
+    a dot are left out, as by a glob. A folder with the ending `folders_too` is listed among the files."""
     files, left_out, seen, todo = [], Counter(), set(), [Path(folder)]
     links: list[Path] = []
     while todo or links:
@@ -91,6 +91,8 @@ def walk(folder: str | Path) -> tuple[list[Path], Counter]:
                 left_out["hidden"] += 1
             elif entry.is_dir():
                 (links if entry.is_symlink() else todo).append(Path(entry.path))
+                if folders_too and entry.name.endswith(folders_too):
+                    files.append(Path(entry.path))
             else:
                 files.append(Path(entry.path))
     return files, left_out

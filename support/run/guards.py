@@ -4,8 +4,9 @@ import errno
 
 import torch
 
-from support.checkpoint import find_latest_checkpoint, read_metadata
+from support.checkpoint import read_metadata
 from support.config.schema import Config
+from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
 from support.run.compiling import advice_on_compiling, causes, is_of_compiler
 from support.run.plan import Plan

@@ -19,7 +19,7 @@ from sampling import SamplingConfig
 from support.config.schema import LoggingConfig
 from support.device import bf16_peak_flops, memory_used_mb
 from support.files.atomic import atomic_write
-from support.messages import Extra, warn
+from support.messages import OptionalPart, warn
 from support.text.mid_document import text_after
 
 
@@ -36,14 +36,14 @@ class Metrics(pl.Callback):
     """
 
     def __init__(self, sinks: list[Any], log_every: int, n_steps: int, sequences_per_step: int, device: str):
-        self.sinks = [(sink, Extra(sink.name)) for sink in sinks]
+        self.sinks = [(sink, OptionalPart(sink.name)) for sink in sinks]
         self.log_every, self.n_steps, self.sequences_per_step, self.device = (
             log_every,
             n_steps,
             sequences_per_step,
             device,
         )
-        self.measuring = Extra("measuring memory and speed")
+        self.measuring = OptionalPart("measuring memory and speed")
         self.seconds, self.steps, self.tokens_before = 0.0, 0, None
         self.began = 0.0
 
@@ -169,13 +169,13 @@ def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any
     file = JsonlFile(folder / "metrics.jsonl", start_step)
     sinks = [file]
     if config.tensorboard:
-        with Extra("TensorBoard"):
+        with OptionalPart("TensorBoard"):
             purge = {"purge_step": start_step + 1} if start_step else {}
             sinks.append(
                 LoggerSink(pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge))
             )
     if config.wandb:
-        with Extra("Weights & Biases"):
+        with OptionalPart("Weights & Biases"):
             id_file = folder / "wandb_id.txt"
             if not id_file.exists():
                 with atomic_write(id_file) as new:
@@ -279,7 +279,7 @@ class TextSamples(pl.Callback):
         self.sampling, self.rows, self.extra = (
             SamplingConfig(temperature=temperature),
             rows,
-            Extra("a text sample"),
+            OptionalPart("a text sample"),
         )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -19,11 +19,12 @@ import torch
 from data import PackedData, load_corpus, pack_corpus, pack_token_files, step_shape, tokenizer_documents
 from instruct import load_instructions
 from model import GPTConfig
-from support.checkpoint import find_latest_checkpoint, read_metadata
+from support.checkpoint import read_metadata
 from support.cli import end_with_parent
 from support.config.read import config_tree, flag_overrides, validate_config
 from support.config.schema import Config
 from support.device import resolve_device, resolve_precision
+from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError, is_main_process, warn
 from support.run.compiling import try_compiler
 from support.run.folder import refuse_unfinished, refuse_unwritable, run_files, run_record

@@ -15,16 +15,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from support.checkpoint import (
-    first_not_finite,
-    read_checkpoint,
-    read_metadata,
-    save_archive,
-    step_files,
-    write_merged,
-)
+from support.checkpoint import read_checkpoint, read_metadata, save_archive, write_merged
 from support.files.atomic import link_or_copy, temporary_folder
-from support.messages import Extra, UserError, is_main_process, warn
+from support.find_checkpoints import step_files
+from support.messages import OptionalPart, UserError, is_main_process, warn
+from support.weights import first_not_finite
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -148,7 +143,7 @@ class CheckpointSaver(pl.Callback):
         )
         self.val_every, self.n_steps, self.stop = training.val_every, plan.n_steps, stop
         self.resumed_from = plan.resume_from if plan.resumes_in_place else None
-        self.tidying = Extra("removing older checkpoints")
+        self.tidying = OptionalPart("removing older checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Going on in a folder: its names as they should be, also where a kill came between a file and its

@@ -15,10 +15,11 @@ from torch import nn
 
 from lora import add_adapters
 from model import GPTConfig, GPTMini
-from support.checkpoint import load_weights, model_weights, read_checkpoint, read_metadata
+from support.checkpoint import model_weights, read_checkpoint, read_metadata
 from support.config.schema import Config
 from support.messages import UserError, warn
 from support.text.token_files import described, read_meta
+from support.weights import load_weights
 from tokenizer import tokenizer_from_dict
 
 FREE = (

@@ -12,16 +12,10 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import (
-    first_not_finite,
-    load_model,
-    misfits,
-    model_weights,
-    read_checkpoint,
-    read_metadata,
-)
+from support.checkpoint import load_model, model_weights, read_checkpoint, read_metadata
 from support.files.atomic import atomic_write, link_or_copy
 from support.messages import UserError
+from support.weights import first_not_finite, misfits
 from tokenizer import ByteTokenizer
 
 FIELDS = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import REPO
 
-from support.messages import Extra
+from support.messages import OptionalPart
 
 TEXT = "na\u00efve \u6771 \U0001f600 \ud800 \ufffd end"  # a Latin letter, one of another script, one beyond U+FFFF, a half
 
@@ -135,7 +135,7 @@ def test_a_reader_that_has_gone_still_ends_a_script_quietly():
 
 
 def test_an_extra_is_told_once_and_lets_exits_through(capsys):
-    extra = Extra("the weather")
+    extra = OptionalPart("the weather")
     for number in range(3):
         with extra:
             raise ValueError(f"no forecast {number}\n\x1b[2J")

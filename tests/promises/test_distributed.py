@@ -26,9 +26,10 @@ from conftest import Run
 from test_resume import BYTE, assert_same_tree
 
 import train
-from support.checkpoint import find_latest_checkpoint, load_model
+from support.checkpoint import load_model
 from support.cli import end_with_parent, guarded
 from support.config.read import load_config
+from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
 from support.run.plan import check_processes
 

@@ -20,12 +20,14 @@ import pytest
 import torch
 
 from model import GPTConfig, GPTMini
-from support.checkpoint import KEY, find_latest_checkpoint, first_not_finite, load_model, read_checkpoint
+from support.checkpoint import KEY, load_model, read_checkpoint
 from support.config.read import load_config, read_config_file
 from support.config.values import typed
 from support.files.safe_archive import check_pickle
 from support.files.safe_yaml import parse_yaml
+from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
+from support.weights import first_not_finite
 from tokenizer import BPETokenizer, ByteTokenizer
 
 listing = importlib.import_module("list")

@@ -27,16 +27,15 @@ LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a scre
 # reviewed.
 ARROWS = {
     "train": "data model optim support.checkpoint support.chunked_loss support.cli support.files "
-    "support.messages support.plots support.run",
+    "support.find_checkpoints support.messages support.plots support.run support.weights",
     "finetune": "data instruct support.checkpoint support.cli support.messages support.run train",
     "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text "
     "tokenizer",
-    "evaluate_checkpoints": "model support.checkpoint support.cli support.config support.device "
-    "support.evaluation support.files support.messages support.run support.text "
-    "tokenizer",
+    "evaluate_checkpoints": "model support.checkpoint support.cli support.config support.device support.evaluation "
+    "support.files support.find_checkpoints support.messages support.run support.text tokenizer",
     "eval_val": "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
     "support.text",
-    "list": "support.checkpoint support.cli support.config support.messages",
+    "list": "support.checkpoint support.cli support.config support.find_checkpoints support.messages",
     "prepare": "support.checkpoint support.cli support.exchange support.files support.messages support.text "
     "tokenizer",
     "convert": "model sampling support.checkpoint support.cli support.evaluation support.exchange "
@@ -49,21 +48,25 @@ ARROWS = {
     "tokenizer": "support.files support.messages",
     "optim": "from_scratch support.config",
     "lora": "support.messages",
-    "support.checkpoint": "lora model support.files support.foreign support.messages support.text tokenizer",
+    "support.checkpoint": "lora model support.files support.foreign support.messages support.text support.weights "
+    "tokenizer",
     "support.chunked_loss": "",
     "support.cli": "support.foreign support.messages",
     "support.config": "model support.cli support.files support.foreign support.messages support.text",
     "support.device": "support.messages",
     "support.evaluation": "data instruct model sampling support.checkpoint support.cli support.config "
     "support.files support.messages support.plots support.text tokenizer",
-    "support.exchange": "model support.checkpoint support.files support.foreign support.messages support.text tokenizer",
+    "support.exchange": "model support.checkpoint support.files support.foreign support.messages support.text "
+    "support.weights tokenizer",
     "support.files": "support.messages",
     "support.foreign": "support.messages",
     "support.messages": "",
     "support.plots": "support.files",
-    "support.run": "data instruct lora model optim sampling support.checkpoint support.chunked_loss "
-    "support.cli support.config support.device support.files support.messages "
-    "support.plots support.text tokenizer",
+    "support.run": "data instruct lora model optim sampling support.checkpoint support.chunked_loss support.cli "
+    "support.config support.device support.files support.find_checkpoints support.messages "
+    "support.plots support.text support.weights tokenizer",
+    "support.find_checkpoints": "support.checkpoint support.files support.foreign support.messages",
+    "support.weights": "model support.files support.messages",
     "support.text": "support.cli support.device support.files support.foreign support.messages tokenizer",
 }
 SCRIPTS = {

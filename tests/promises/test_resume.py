@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import train
-from support.checkpoint import find_latest_checkpoint, load_model
+from support.checkpoint import load_model
+from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
 from support.run.metrics import TextSamples
 from support.run.saving import CheckpointSaver

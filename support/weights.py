@@ -1,0 +1,97 @@
+"""Weights, checked before a model uses them: all there and of the right shapes, no larger than claimed, finite."""
+
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from model import GPTMini
+from support.files.safe_archive import named_tensors
+from support.messages import UserError, printable
+
+MAX_MISFITS_LISTED = 20
+MAX_CONTEXT = 2**22  # tokens; no weight has this size, so nothing in the file can confirm it
+
+
+def first_not_finite(tree: Any, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts and lists that holds a NaN or an infinity; None if all
+    are finite.
+
+    Reads each tensor once and copies nothing: the smallest and the largest element tell, and each of them
+    is NaN if any element is.
+
+    >>> first_not_finite({"net": [torch.zeros(2), torch.tensor([1.0, float("nan")])]})
+    'net.1'
+    """
+    for path, tensor in named_tensors(tree, name):
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        smallest, largest = tensor.detach().aminmax()
+        if not (smallest.isfinite() and largest.isfinite()):
+            return path
+    return None
+
+
+def oversized(sizes: dict[str, Any], weights: Collection[torch.Tensor]) -> str | None:
+    """The size of a model that is too large for these weights, in words; None if all sizes are possible.
+
+    Asked before a model is built: a million layers would take hours and gigabytes even without weights.
+    """
+    most_elements = max((weight.numel() for weight in weights), default=0)
+    widths = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
+    limits = dict.fromkeys(widths, most_elements) | {"n_layers": len(weights), "max_seq_len": MAX_CONTEXT}
+    for name, limit in limits.items():
+        if isinstance(sizes.get(name), int) and sizes[name] > limit:
+            return f"{name}={reprlib.repr(sizes[name])}, but its weights allow {limit} at most"
+    return None
+
+
+def misfits(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str | None:
+    """Why `weights` do not fit a model that wants tensors of these names and shapes, in words; None if they
+    fit. What is wrong in the same way in many blocks is said once.
+
+    >>> wanted = {"layers.0.a": torch.zeros(2), "layers.1.a": torch.zeros(2)}
+    >>> misfits(wanted, {"layers.0.a": torch.zeros(3), "layers.1.a": torch.zeros(3)})
+    'layers.*.a: expected (2,), provided (3,) (2 times)'
+    """
+    times: Counter[str] = Counter()
+    last_of_kind: dict[str, str] = {}
+    for name in [*wanted, *sorted(weights.keys() - wanted.keys())]:
+        expected = tuple(wanted[name].shape) if name in wanted else "none"
+        provided = tuple(weights[name].shape) if name in weights else "none"
+        if expected == provided:
+            continue
+        shapes = f"expected {expected}, provided {provided}"
+        name_in_any_block = re.sub(r"(?<=[.])[0-9]+(?=[.])", "*", name)
+        kind = f"{name_in_any_block[:100]}: {shapes}"
+        times[kind] += 1
+        last_of_kind[kind] = f"{name[:100]}: {shapes}"
+    if not times:
+        return None
+    listed = [last_of_kind[kind] if n == 1 else f"{kind} ({n} times)" for kind, n in times.items()]
+    message = "; ".join(printable(item) for item in listed[:MAX_MISFITS_LISTED])
+    if len(listed) > MAX_MISFITS_LISTED:
+        message += f"; and {len(listed) - MAX_MISFITS_LISTED} more"
+    return message
+
+
+def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Put `weights` into `model`: every name present, every shape right, nothing left over. Raises a UserError
+    that names everything that does not fit."""
+    if wrong := misfits(model.state_dict(), weights):
+        raise UserError(f"{source}: weights do not fit the model: {wrong}")
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    if len(dtypes) > 1 or "float" not in dtypes[0]:
+        raise UserError(
+            f"{source}: weights of {', '.join(dtypes)}; all should be of one kind of float, so take another "
+            "checkpoint"
+        )
+    if bad := first_not_finite(weights):
+        raise UserError(
+            f"{source}: {bad} holds a NaN or an infinity, so the model cannot be used; take an earlier checkpoint"
+        )
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
