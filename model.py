@@ -1,7 +1,8 @@
 """The network: a decoder-only transformer, its key/value cache, and sampling.
 
-With the default switches this is a Llama-style model: RMSNorm, rotary positions, SwiGLU, grouped-query
-attention. `norm: layernorm, mlp: gelu, position: learned, bias: true` turns the same file into GPT-2.
+With the default switches this is a Llama-style model: RMSNorm, rotary positions, SwiGLU, no biases, and
+grouped-query attention where `n_kv_heads` is smaller than `n_heads`. Five switches turn it into GPT-2:
+`norm: layernorm, mlp: gelu, position: learned, bias: true`, and `n_kv_heads` equal to `n_heads`.
 
 Shapes, here and in every file that moves tensors:
     B batch, T query positions, S key positions, D d_model, H query heads, K key/value heads, hd head_dim,

@@ -353,8 +353,9 @@ def test_flags_in_backticks_exist(page):
 
 @each(PAGES)
 def test_symbols_listed_for_a_file_are_defined_in_it(page):
+    on_one_line = re.sub(r"\n +", " ", prose(page))
     for file, listed in re.findall(
-        r"^- `([\w/]+\.py)`: ((?:`[^`]+`(?:, | and |, then |, above all )?)+)", prose(page), re.M
+        r"^- `([\w/]+\.py)`: ((?:`[^`]+`(?:,? (?:and |then |above all )?)?)+)", on_one_line, re.M
     ):
         symbols = set(re.findall(r"`([^`]+)`", listed))
         assert symbols <= definitions(REPO / file), (
