@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 from support.checkpoint import read_metadata
-from support.files.find_files import counted, kind_of, walk
+from support.files.find_files import count_each, kind_of, walk
 from support.foreign.model_files import what_is
 from support.messages import UserError, printable, warn
 
@@ -83,7 +83,7 @@ def _checkpoints_at(path: str) -> list[Path]:
         files, left_out = walk(path, folders_too=".ckpt")
         found = [file for file in files if kind_of(file) == ".ckpt"]
         if left_out:
-            left_out_note = f" ({counted(left_out)} left out)"
+            left_out_note = f" ({count_each(left_out)} left out)"
         if not found and (foreign := what_is(Path(path))):
             raise UserError(f"{path} is {foreign}")
     else:

@@ -1,5 +1,5 @@
-"""Which files a path means: itself, those in a folder at any depth, or those of a glob. What a file holds
-is said by its ending."""
+"""Which files a path means: itself, those in a folder at any depth, or those that a glob matches. The ending
+of a file's name says what it holds: its *kind*, such as `.txt`."""
 
 import codecs
 import glob
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support.messages import UserError, inform
 
-ALIASES = {
+USUAL_SPELLING = {
     ".ndjson": ".jsonl",
     ".yml": ".yaml",
     ".htm": ".html",
@@ -20,40 +20,37 @@ ALIASES = {
     ".zstd": ".zst",
 }
 
-PACKED, DOCUMENT, TABLE = (
-    "is packed, and only unpacked files are read; {}",
-    "is not plain text; save its text as .txt",
-    "is a table; {}",
-)
-AS_IT_IS = "or name it .txt to read it as it is"
-COLUMN = 'write the column with the text as .jsonl, {{"text": "..."}} a line'
-OTHER_KINDS = {  # what is said of a file that is not read as text, whatever its name was meant to say
-    ".gz": PACKED.format("unpack it first: gunzip -k {file}"),
-    ".bz2": PACKED.format("unpack it first: bunzip2 -k {file}"),
-    ".xz": PACKED.format("unpack it first: unxz -k {file}"),
-    ".zst": PACKED.format("unpack it first: unzstd {file}"),
-    ".zip": PACKED.format("unpack it first: unzip {file}"),
-    **dict.fromkeys((".7z", ".rar", ".tar", ".lz4"), PACKED.format("unpack it first")),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".ppt", ".pptx"), DOCUMENT),
-    **dict.fromkeys((".html", ".xml"), f"holds markup; save its text as .txt, {AS_IT_IS}"),
-    **dict.fromkeys((".csv", ".tsv"), TABLE.format(f"{COLUMN}, {AS_IT_IS}")),
-    **dict.fromkeys(
-        (".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"),
-        TABLE.format(COLUMN),
-    ),
+ARCHIVES = (".7z", ".rar", ".tar", ".lz4")
+OFFICE_FILES = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".ppt", ".pptx")
+TABLES = (".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite")
+MODELS = (".ckpt", ".pt", ".pth", ".safetensors", ".gguf")
+
+IS_PACKED = "is packed, and only unpacked files are read; unpack it first"
+WRITE_JSONL = 'write the column with the text as .jsonl, {{"text": "..."}} a line'
+OR_NAME_IT_TXT = "or name it .txt to read it as it is"
+
+# Files that are never read as text. The sentence begins with the file's name; `{file}` stands for it too.
+REFUSED_KINDS = {
+    ".gz": f"{IS_PACKED}: gunzip -k {{file}}",
+    ".bz2": f"{IS_PACKED}: bunzip2 -k {{file}}",
+    ".xz": f"{IS_PACKED}: unxz -k {{file}}",
+    ".zst": f"{IS_PACKED}: unzstd {{file}}",
+    ".zip": f"{IS_PACKED}: unzip {{file}}",
+    **dict.fromkeys(ARCHIVES, IS_PACKED),
+    **dict.fromkeys(OFFICE_FILES, "is not plain text; save its text as .txt"),
+    **dict.fromkeys((".html", ".xml"), f"holds markup; save its text as .txt, {OR_NAME_IT_TXT}"),
+    **dict.fromkeys((".csv", ".tsv"), f"is a table; {WRITE_JSONL}, {OR_NAME_IT_TXT}"),
+    **dict.fromkeys(TABLES, f"is a table; {WRITE_JSONL}"),
     **dict.fromkeys(
         (".npy", ".npz", ".bin"), "holds numbers, not text; token files are read with data.source=tokens"
     ),
-    **dict.fromkeys(
-        (".ckpt", ".pt", ".pth", ".safetensors", ".gguf"),
-        "holds a model, not text; name a .txt or .jsonl file",
-    ),
+    **dict.fromkeys(MODELS, "holds a model, not text; name a .txt or .jsonl file"),
     **dict.fromkeys(
         (".pkl", ".pickle"), "is a pickle, which can run code when opened; write its text as .txt or .jsonl"
     ),
 }
 
-FIRST_BYTES = {
+KIND_OF_FIRST_BYTES = {
     b"\x1f\x8b": ".gz",
     b"PK\x03\x04": ".zip",
     b"\x28\xb5\x2f\xfd": ".zst",
@@ -64,23 +61,32 @@ FIRST_BYTES = {
 
 
 def kind_of(path: str | Path) -> str:
-    """The ending that says what a file holds, in its usual spelling: `.jsonl` for A.JSONL and for a.ndjson."""
-    suffix = Path(path).suffix.lower()
-    return ALIASES.get(suffix, suffix)
+    """The ending that says what a file holds, in its usual spelling: `.jsonl` for A.JSONL and for
+    a.ndjson."""
+    ending = Path(path).suffix.lower()
+    return USUAL_SPELLING.get(ending, ending)
+
+
+# ---- which files there are -----------------------------------------------------------------------
 
 
 def walk(folder: str | Path, folders_too: str | None = None) -> tuple[list[Path], Counter]:
-    """(the files below a folder, in no order; what is left out, counted by reason). Links to folders are
-    followed, each real folder once, so that a circle ends; real folders come first. Names that begin with
-    a dot are left out, as by a glob. A folder with the ending `folders_too` is listed among the files."""
-    files, left_out, seen, todo = [], Counter(), set(), [Path(folder)]
-    links: list[Path] = []
-    while todo or links:
-        here = todo.pop() if todo else links.pop(0)
-        real = os.path.realpath(here)
-        if real in seen:
+    """(the files in a folder at any depth, in no order; how many were left out for each reason).
+
+    Links to folders are followed. Each real folder is read once, so that a circle of links ends, and the
+    folders that are not links come first. Names that begin with a dot are left out, as a glob does. A folder
+    whose name ends with `folders_too` is listed among the files.
+    """
+    files: list[Path] = []
+    left_out: Counter = Counter()
+    seen: set[str] = set()
+    folders, links = [Path(folder)], []
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        real_path = os.path.realpath(here)
+        if real_path in seen:
             continue
-        seen.add(real)
+        seen.add(real_path)
         try:
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except PermissionError:
@@ -89,19 +95,20 @@ def walk(folder: str | Path, folders_too: str | None = None) -> tuple[list[Path]
         for entry in entries:
             if entry.name.startswith("."):
                 left_out["hidden"] += 1
-            elif entry.is_dir():
-                (links if entry.is_symlink() else todo).append(Path(entry.path))
-                if folders_too and entry.name.endswith(folders_too):
-                    files.append(Path(entry.path))
-            else:
+                continue
+            if not entry.is_dir() or (folders_too and entry.name.endswith(folders_too)):
                 files.append(Path(entry.path))
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
     return files, left_out
 
 
 def each_once(files: Iterable[Path]) -> list[Path]:
-    """In the order of their names, so that a corpus is the same on every machine; of several names of one
-    file (links) the shortest, or its text would be read twice, and what is held out for validation would
-    be trained on too."""
+    """Each file once, in the order of their names, so that a corpus is the same on every machine.
+
+    Of several names of one file (links) the shortest is kept. Read twice, the text would be in the corpus
+    twice, and a part held out for validation would also be trained on.
+    """
     found: dict[tuple[int, int], Path] = {}
     for file in sorted(set(files), key=lambda file: (file.is_symlink(), len(file.parts), file)):
         status = file.stat()
@@ -109,93 +116,105 @@ def each_once(files: Iterable[Path]) -> list[Path]:
     return sorted(found.values())
 
 
-def counted(left_out: Counter) -> str:
-    """`3 .pdf, 1 hidden`."""
-    most_first = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(
-        f"{n:,} {reason}{'s' * (n > 1 and reason.endswith(('folder', 'link')))}" for reason, n in most_first
-    )
-
-
-def refusal(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str | None:
-    """Why a file that is named is not read, and what to do; None for one that is."""
-    kind = kind_of(file)
-    if kind in kinds:
-        return None
-    if strict and "is packed" not in OTHER_KINDS.get(kind, ""):
-        return (
-            f"{key}={file}: {listed(kinds)} files are read here, and this is none by its name; save it as "
-            "one of them"
-        )
-    if kind in (".parquet", ".json") and key.startswith("data."):
-        return (
-            f"{file} is read by --override data.source=hf --override data.dataset={kind[1:]}; prepare.py "
-            "reads .jsonl"
-        )
-    if kind in (".parquet", ".json"):
-        return f'{key} {file}: write it as .jsonl, {{"text": "..."}} a line'
-    return f"{file} {OTHER_KINDS[kind].format(file=file)}" if kind in OTHER_KINDS else None
-
-
-def refuse_disguised(file: Path, begins: bytes) -> None:
-    """Raise UserError for a file whose first bytes are those of a kind that is not read, whatever its name
-    says."""
-    if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(
-            f"{file} is UTF-16 text, as some programs of Windows save it; convert it: iconv -f UTF-16 -t "
-            f"UTF-8 {file} > utf8.txt"
-        )
-    kind = next((kind for magic, kind in FIRST_BYTES.items() if begins.startswith(magic)), None)
-    if kind:
-        raise UserError(
-            f"{file} {OTHER_KINDS[kind].format(file=file)} (by its first bytes it is a {kind} file)"
-        )
+# ---- which of them are read ----------------------------------------------------------------------
 
 
 def find_files(
     path: str, key: str = "data.path", kinds: tuple[str, ...] = (".txt", ".jsonl"), strict: bool = False
 ) -> list[Path]:
-    """The files a path means: itself, those in a folder (at any depth) that are of these kinds, or those
-    of a glob. `strict`: a file that is named must be of these kinds too; otherwise one of an unknown
-    ending is read. One line says what was left out. Raises UserError for none, and for a file that is
-    named and not read."""
+    """The files that a path means: itself, those of these `kinds` in a folder at any depth, or those that a
+    glob matches. A line on standard error says what was left out.
+
+    A file that the path or the glob names is read whatever its ending, if that is not one of REFUSED_KINDS.
+    With `strict` it must be of these kinds too. Raises UserError if no file is left, or if the file named is
+    not read.
+    """
     if os.path.isfile(path):
-        if why := refusal(Path(path), kinds, key, strict):
+        why = why_not_read(Path(path), kinds, key, strict)
+        if why:
             raise UserError(why)
         return [Path(path)]
-    folder = os.path.isdir(path)
-    there, left_out = walk(path) if folder else (list(map(Path, glob.glob(path, recursive=True))), Counter())
+    is_folder = os.path.isdir(path)
+    if is_folder:
+        there, left_out = walk(path)
+    else:
+        there, left_out = [Path(name) for name in glob.glob(path, recursive=True)], Counter()
     files: list[Path] = []
     for file in there:
-        kind = kind_of(file)
         if file.is_dir():
-            left_out["folder"] += "**" not in path  # whose files are there by their own names
+            if "**" not in path:  # with it, the files in the folder are found by their own names
+                left_out["folder"] += 1
         elif not file.is_file():
             left_out["broken link" if file.is_symlink() else "not a file"] += 1
-        elif kind in kinds or not (folder or refusal(file, kinds, key, strict)):
+        elif kind_of(file) in kinds or not (is_folder or why_not_read(file, kinds, key, strict)):
             files.append(file)
         else:
             left_out[file.suffix or "without an ending"] += 1
     if not files:
-        found = f" (found: {counted(left_out)})" if left_out.total() else ""
-        why_not = (
-            refusal(file, kinds, key, False) for file in sorted(there) if file.is_file() and not strict
-        )
-        advice = next(
-            (f"\n       {why}" for why in why_not if why), " give a file, a folder or a quoted glob"
-        )
-        raise UserError(f"{key}={path}: no {listed(kinds)} file there{found};{advice}")
+        found = f" (found: {count_each(left_out)})" if left_out.total() else ""
+        advice = " give a file, a folder or a quoted glob"
+        if not strict:
+            named = (why_not_read(file, kinds, key, strict) for file in sorted(there) if file.is_file())
+            first_reason = next((why for why in named if why), None)
+            advice = f"\n       {first_reason}" if first_reason else advice
+        raise UserError(f"{key}={path}: no {any_of(kinds)} file there{found};{advice}")
     files = each_once(files)
-    if n := left_out.total():
+    if left_out.total():
         label = key.partition(".")[0].strip("-")
         inform(
-            f"{label}: {len(files):,} file{'s' * (len(files) > 1)} read from {path}, {n:,} left out "
-            f"({counted(left_out)})"
+            f"{label}: {len(files):,} file{'s' * (len(files) > 1)} read from {path}, "
+            f"{left_out.total():,} left out ({count_each(left_out)})"
         )
     return files
 
 
-def listed(kinds: tuple[str, ...]) -> str:
+def why_not_read(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str | None:
+    """Why a file that the user named is not read, and what to do; None for a file that is read."""
+    kind = kind_of(file)
+    refused = REFUSED_KINDS.get(kind)
+    if kind in kinds:
+        return None
+    if strict and not (refused and refused.startswith(IS_PACKED)):
+        return (
+            f"{key}={file}: {any_of(kinds)} files are read here, and this is not one by its name; save it as "
+            "one of them"
+        )
+    if kind in (".parquet", ".json"):
+        if key.startswith("data."):
+            return (
+                f"{file} is read with --override data.source=hf --override data.dataset={kind[1:]}; "
+                "prepare.py reads .jsonl"
+            )
+        return f'{key} {file}: write it as .jsonl, {{"text": "..."}} a line'
+    return f"{file} {refused.format(file=file)}" if refused else None
+
+
+def refuse_disguised(file: Path, first_bytes: bytes) -> None:
+    """Raise UserError for a file that is not text by its first bytes, whatever its name says."""
+    if first_bytes.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(
+            f"{file} is UTF-16 text, as some Windows programs save it; convert it: iconv -f UTF-16 -t UTF-8 "
+            f"{file} > utf8.txt"
+        )
+    for magic, kind in KIND_OF_FIRST_BYTES.items():
+        if first_bytes.startswith(magic):
+            what = REFUSED_KINDS[kind].format(file=file)
+            raise UserError(f"{file} {what} (by its first bytes it is a {kind} file)")
+
+
+# ---- lists in words ------------------------------------------------------------------------------
+
+
+def any_of(kinds: tuple[str, ...]) -> str:
     """`.txt, .jsonl or .parquet`."""
-    *some, last = kinds
-    return f"{', '.join(some)} or {last}" if some else last
+    *others, last = kinds
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def count_each(left_out: Counter) -> str:
+    """`3 .pdf, 2 broken links, 1 hidden`: the most frequent first."""
+    words = []
+    for reason, n in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
+        plural = "s" if n > 1 and reason.endswith(("folder", "link")) else ""
+        words.append(f"{n:,} {reason}{plural}")
+    return ", ".join(words)
