@@ -1,8 +1,8 @@
-"""A checkpoint: one file that holds a model, its tokenizer and the state of its run. Reading it safely, turning it
-back into a model, writing it whole or not at all.
+"""A checkpoint: one file that holds a model, its tokenizer and the state of its run. Reading it safely,
+turning it back into a model, writing it whole or not at all.
 
-The file is a Lightning .ckpt of tensors and plain Python types. The weights are under `state_dict`, as `net.*`. Our
-own fields are under one key, `tiny_transformer`:
+The file is a Lightning .ckpt of tensors and plain Python types. The weights are under `state_dict`, as
+`net.*`. Our own fields are under one key, `tiny_transformer`:
 
     format_version       a number; this code reads and writes FORMAT_VERSION
     model                the fields of GPTConfig
@@ -58,11 +58,12 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     _check_layout(checkpoint, path)
     if odd := odd_fields(checkpoint):
         raise UserError(
-            f"checkpoint {path} is damaged: {', '.join(odd[:3])} missing or of the wrong type; take another one"
+            f"checkpoint {path} is damaged: {', '.join(odd[:3])} missing or of the wrong type; "
+            "take another one"
         )
     for tree in (checkpoint[KEY], checkpoint[KEY].get("config")):
         if isinstance(tree, dict) and isinstance(tree.get("template"), dict):
-            # Without this field an older version wrote it, which trained on the names of special tokens as text.
+            # Written by an older version, which trained on the names of special tokens as text.
             tree["template"].setdefault("special_tokens", False)
     return checkpoint
 
@@ -71,7 +72,8 @@ def _refuse_what_is_no_file(path: Path) -> None:
     """Raise UserError for a missing file, a folder, or something that could block for ever when opened."""
     if not path.exists():
         raise UserError(
-            f"checkpoint {path} does not exist; python3 list.py shows those there are{read_from_hub(str(path))}"
+            f"checkpoint {path} does not exist; python3 list.py shows those there "
+            f"are{read_from_hub(str(path))}"
         )
     if path.is_dir():
         what = what_is(path) or "a folder without a checkpoint; python3 list.py shows those there are"
@@ -130,8 +132,8 @@ def _check_layout(checkpoint: Any, path: Path) -> None:
     version = ours.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {path} has format_version {reprlib.repr(version)}, this code reads {FORMAT_VERSION}; "
-            "use the version of the code that wrote it"
+            f"checkpoint {path} has format_version {reprlib.repr(version)}, this code reads "
+            f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
 
 
@@ -226,8 +228,8 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def weights_sha256(path: str | Path) -> str:
-    """A digest of all weights, in the order of their names: equal if and only if two checkpoints hold the same
-    model, bit for bit."""
+    """A digest of all weights, in the order of their names: equal if and only if two checkpoints hold the
+    same model, bit for bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model_weights(read_checkpoint(path)).items()):
         digest.update(name.encode())
@@ -251,8 +253,8 @@ def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:
 
 
 def saved_config(metadata: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """The config of the run that wrote a checkpoint. Raises UserError for a file without one; such a model can
-    still be sampled from."""
+    """The config of the run that wrote a checkpoint. Raises UserError for a file without one; such a model
+    can still be sampled from."""
     config = metadata.get("config")
     if not isinstance(config, dict):
         raise UserError(
@@ -278,8 +280,8 @@ def saved_template(metadata: dict[str, Any], source: str | Path) -> Template | N
 
 
 def save_archive(content: Any, path: Path) -> None:
-    """torch.save, whole or not at all. Raises OSError where the disk refuses; torch would hide that in an error
-    of its own."""
+    """torch.save, whole or not at all. Raises OSError where the disk refuses; torch would hide that in an
+    error of its own."""
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
@@ -290,8 +292,7 @@ def save_archive(content: Any, path: Path) -> None:
 
 
 def write_merged(path: Path, target: Path) -> None:
-    """Write the model of a checkpoint with adapters as a plain one: complete for every use except resuming its
-    run."""
+    """Write the model of a checkpoint with adapters as a plain one: complete, except for resuming its run."""
     checkpoint = read_checkpoint(path)
     only_for_resuming = ("sequences_per_step", "data_fingerprint")
     ours = {name: value for name, value in checkpoint[KEY].items() if name not in only_for_resuming}
@@ -304,7 +305,7 @@ def write_merged(path: Path, target: Path) -> None:
 
 
 def write_model(path: Path, model: GPTMini, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
-    """Write a checkpoint of a model that was not trained here: complete for every use except resuming a run."""
+    """Write a checkpoint of a model that was not trained here: complete, except for resuming a run."""
     ours = {
         "format_version": FORMAT_VERSION,
         "model": model.config.model_dump(),

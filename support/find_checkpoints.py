@@ -1,7 +1,7 @@
 """Which checkpoints there are: those of a run, newest first, and those that files, folders and globs name.
 
-A run writes step files, such as step-0000500.ckpt. `last`, `best` and `final` are further names of step files:
-hard links, or copies where the file system has no links.
+A run writes step files, such as step-0000500.ckpt. `last`, `best` and `final` are further names of step
+files: hard links, or copies where the file system has no links.
 """
 
 import glob
@@ -76,8 +76,9 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
 
 
 def _checkpoints_at(path: str) -> list[Path]:
-    """The checkpoints that one path names. A folder whose name ends in .ckpt, such as a sharded checkpoint, and
-    a link to nothing are among them, so that the user is told of them. Raises UserError if there is none."""
+    """The checkpoints that one path names. A folder whose name ends in .ckpt, such as a sharded checkpoint,
+    and a link to nothing are among them, so that the user is told of them. Raises UserError if there is
+    none."""
     left_out_note = ""
     if os.path.isdir(path):
         files, left_out = walk(path, folders_too=".ckpt")
@@ -90,8 +91,8 @@ def _checkpoints_at(path: str) -> list[Path]:
         found = [file for file in map(Path, [*glob.glob(path, recursive=True), path]) if file.is_file()]
     if not found:
         raise UserError(
-            f"{path}: no checkpoint (.ckpt) there{left_out_note}; python3 train.py --config config_smoke.yaml "
-            "makes some"
+            f"{path}: no checkpoint (.ckpt) there{left_out_note}; python3 train.py --config "
+            "config_smoke.yaml makes some"
         )
     return found
 
@@ -105,7 +106,8 @@ def _identity(file: Path) -> Hashable:
 
 
 def _each_content_once(files: Iterable[Path]) -> list[Path]:
-    """One name for each content: a plain copy of a run's folder turns further names into files of their own."""
+    """One name for each content: a plain copy of a run's folder turns further names into files of their
+    own."""
     by_size: dict[Hashable, list[Path]] = defaultdict(list)
     for file in files:
         by_size[file.parent, file.stat().st_size if file.exists() else file].append(file)
@@ -123,8 +125,8 @@ def _step_files_first(file: Path) -> tuple[bool, int, Path]:
 
 
 def _content(path: Path) -> tuple | None:
-    """Equal for archives of equal content: name, size and checksum of each part. An archive's table holds them,
-    so no weight is read. None for a damaged file."""
+    """Equal for archives of equal content: name, size and checksum of each part. An archive's table holds
+    them, so no weight is read. None for a damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()

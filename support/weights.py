@@ -1,4 +1,5 @@
-"""Weights, checked before a model uses them: all there and of the right shapes, no larger than claimed, finite."""
+"""Weights, checked before a model uses them: all there and of the right shapes, no larger than claimed,
+finite."""
 
 import re
 import reprlib
@@ -79,8 +80,8 @@ def misfits(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -
 
 
 def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Put `weights` into `model`: every name present, every shape right, nothing left over. Raises a UserError
-    that names everything that does not fit."""
+    """Put `weights` into `model`: every name present, every shape right, nothing left over. Raises a
+    UserError that names everything that does not fit."""
     if wrong := misfits(model.state_dict(), weights):
         raise UserError(f"{source}: weights do not fit the model: {wrong}")
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
@@ -91,7 +92,8 @@ def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) 
         )
     if bad := first_not_finite(weights):
         raise UserError(
-            f"{source}: {bad} holds a NaN or an infinity, so the model cannot be used; take an earlier checkpoint"
+            f"{source}: {bad} holds a NaN or an infinity, so the model cannot be used; take an earlier "
+            "checkpoint"
         )
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()

@@ -1,4 +1,5 @@
-"""What --override does to a config's tree: one key set, by its declared type, and what excludes it taken out."""
+"""What --override does to a config's tree: one key set, by its declared type, and what excludes it taken
+out."""
 
 from collections.abc import Iterator
 from typing import Any

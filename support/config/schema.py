@@ -1,14 +1,12 @@
-"""The configuration: YAML or JSON plus --override, checked, as one typed tree. Nothing else reads config
-files.
+"""The keys of a config: their types, defaults, limits and what they do. Nothing else reads config files.
 
-The descriptions below are the reference: `python3 -m support.config.schema` prints docs/CONFIG_REFERENCE.md
-from them.
+The descriptions are the reference: `python3 -m support.config.reference` makes docs/CONFIG_REFERENCE.md of
+them. How a file and --override values become a `Config` is in `support.config.read`.
 """
 
 import re
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model import GPTConfig
@@ -16,26 +14,32 @@ from support.config.values import NUMBER, section_of_keys
 from support.text.chat_template import DEFAULT_TEMPLATE, TEMPLATES, Template
 from support.text.hub import LOCAL_FORMATS
 
+# Keys that are paths: ~ at their start is the home folder.
+PATHS = ("base_ckpt", "tokenizer.path", "data.path", "data.val_path", "checkpoint.dir")
+
 
 class Section(BaseModel):
+    """A section of keys: unknown keys are refused, values are never converted, numbers are finite."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TokenizerConfig(Section):
     kind: Literal["bpe", "gpt2", "char", "byte", "file"] = Field(
         "bpe",
-        description="`bpe` is trained on the training documents, `gpt2` is the published one, `char`, `byte`, "
-        "`file`: a tokenizer.json.",
+        description="`bpe`: trained on the training documents. `gpt2`: the published one. `char`: one "
+        "token a character. `byte`: one token a byte. `file`: a tokenizer.json.",
     )
     vocab_size: int = Field(
         1024,
         ge=257,
-        description="Vocabulary wanted from `bpe`; a small corpus may give fewer. The other kinds have their own "
-        "size.",
+        description="Size of the vocabulary that `bpe` aims for; a small corpus may give a smaller one. The "
+        "other kinds have their own size.",
     )
     path: str | None = Field(
         None,
-        description="Of kind `file`: tokenizer.json, vocab.json with merges.txt beside it, or their folder.",
+        description="For kind `file`: a tokenizer.json, a vocab.json with merges.txt next to it, or their "
+        "folder.",
     )
 
     @model_validator(mode="after")
@@ -62,63 +66,55 @@ SOURCE_KEYS = {  # what belongs to some sources only
     "tokens": {"path", "val_path", "val_fraction", "dtype", "stride", "document_mask"},
     "instructions": HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"},
 }
-PATHS = (
-    "base_ckpt",
-    "tokenizer.path",
-    "data.path",
-    "data.val_path",
-    "checkpoint.dir",
-)  # where ~ is the home folder
 ROW_FIELDS = ("instruction", "input", "output")
 
 
 class DataConfig(Section):
     source: Literal["text", "hf", "tokens", "instructions"] = Field(
         "text",
-        description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset. `tokens`: "
-        "token files of `prepare.py`, or "
-        "of other programs, of any size. `instructions`: rows for `finetune.py`, from a local file or the "
-        "hub.",
+        description="`text`: local .txt or .jsonl files, held in memory. `hf`: a Hugging Face dataset. "
+        "`tokens`: token files of `prepare.py` or of other programs, of any size. "
+        "`instructions`: rows for `finetune.py`, from a local file or the hub.",
     )
     path: str | None = Field(
         None,
-        description="`text`: a file, a folder or a quoted glob of .txt and .jsonl files. `hf`: local data files, "
-        "when `dataset` is `json`, "
-        "`parquet` or `text`. `tokens`: a folder with train.npy and val.npy, or a .npy or .bin file. "
-        "`instructions`: a .json, .jsonl or .parquet "
-        "file, or a folder or a quoted glob of such, used in place of `dataset`.",
+        description="`text`: a file, a folder or a quoted glob of .txt and .jsonl files. "
+        "`hf`: local data files, when `dataset` is `json`, `parquet` or `text`. "
+        "`tokens`: a folder with train.npy and val.npy, or a .npy or .bin file. "
+        "`instructions`: a .json, .jsonl or .parquet file, or a folder or a quoted glob of such files, in "
+        "place of `dataset`.",
     )
     dtype: Literal["uint16", "uint32"] | None = Field(
         None,
-        description="`tokens`: what a raw .bin file holds, which does not say so itself; others write `uint16`. Of "
-        "a .npy file leave it out.",
+        description="`tokens`: the type of the numbers in a .bin file, which does not say it itself; other "
+        "programs write `uint16`. Leave it out for a .npy file.",
     )
     val_path: str | None = Field(
-        None, description="Validation text of its own, in place of a cut from the training text."
+        None, description="A separate validation text, in place of a part of the training text."
     )
     dataset: str | None = Field(
         None,
-        description="`hf`, `instructions`: a dataset's name on the hub; `hf` also the local format `json`, "
-        "`parquet` or `text`.",
+        description="`hf`, `instructions`: a dataset's name on the hub. For `hf` also a local format: "
+        "`json`, `parquet` or `text`.",
     )
     config: str | None = Field(
         None, description="`hf`, `instructions`: the dataset's configuration, e.g. `20231101.en`."
     )
     revision: str | None = Field(
-        None, description="`hf`, `instructions`: a commit of the dataset, so that it cannot change under you."
+        None, description="`hf`, `instructions`: a commit of the dataset, so that it cannot change later."
     )
     split: str = Field("train", description="`hf`, `instructions`: the split to train on.")
     val_split: str | None = Field(
         None,
-        description="`hf`, `instructions`: the split to validate on. Default: documents cut from `split`.",
+        description="`hf`, `instructions`: the split to validate on. Default: documents taken from `split`.",
     )
     text_field: str = Field(
         "text", description="The field that holds the text, in .jsonl files and datasets."
     )
     streaming: bool = Field(
         False,
-        description="`hf`: read while training, nothing kept on disk. The first `val_docs` documents are then the "
-        "validation set.",
+        description="`hf`: read while training, without keeping anything on disk. The first `val_docs` "
+        "documents are the validation set.",
     )
     train_docs: int | None = Field(
         None, gt=0, description="`hf`, `instructions`: at most this many training documents or rows."
@@ -126,54 +122,57 @@ class DataConfig(Section):
     val_docs: int | None = Field(
         None,
         gt=0,
-        description="`hf`, `instructions`: number of validation documents or rows; with `streaming` the default is "
-        "200.",
+        description="`hf`, `instructions`: number of validation documents or rows. Default with "
+        "`streaming`: 200.",
     )
     val_fraction: float = Field(
         0.1,
         gt=0,
         lt=1,
-        description="Share of the text held out for validation: whole documents drawn by `seed`, and of one that "
-        "is much larger than the share "
-        "its end.",
+        description="Share of the text held out for validation: whole documents drawn by `seed`, or the "
+        "end of a document that is much larger than the share.",
     )
     stride: int | None = Field(
         None,
         gt=0,
-        description="Distance between the starts of two blocks. Default: `seq_len`; smaller makes blocks overlap.",
+        description="Distance between the starts of two blocks. Default: `seq_len`; smaller makes blocks "
+        "overlap.",
     )
     shuffle: bool = Field(
         True,
-        description="Train on the blocks in an order drawn anew for each epoch. A stream shuffles its documents "
-        "within groups of 1,000.",
+        description="Train on the blocks in a new random order in each epoch. A stream shuffles its "
+        "documents within groups of 1,000.",
     )
     document_mask: bool = Field(
-        False, description="Attention stays inside each document of a block, and positions restart with it."
+        False,
+        description="Attention stays inside each document of a block, and positions start again with each "
+        "document.",
     )
     fields: dict[str, str] = Field(
         {},
-        description="`instructions`: what the file calls `instruction`, `input` and `output`, e.g. `{instruction: "
-        "prompt, output: response}`.",
+        description="`instructions`: the file's own names for `instruction`, `input` and `output`, "
+        "e.g. `{instruction: prompt, output: response}`.",
     )
     packing: bool = Field(
         False,
-        description="`instructions`: several pairs in each block of `seq_len`, instead of one a row with padding; "
-        "same loss.",
+        description="`instructions`: several pairs in each block of `seq_len`, instead of one pair a row "
+        "with padding. The loss is the same.",
     )
     mask_prompt: bool = Field(
         True,
-        description="`instructions`: train on responses alone. `false` trains on prompts too, to see what that "
-        "changes.",
+        description="`instructions`: train on responses only. `false` trains on prompts too, to see what "
+        "that changes.",
     )
     too_long: Literal["cut", "drop"] = Field(
         "cut",
-        description="`instructions`: of a row longer than `seq_len`, `cut` takes away the prompt's start, or drops "
-        "it where the response alone is "
-        "too long; `drop` drops each such row. They are counted.",
+        description="`instructions`: what to do with a row longer than `seq_len`. `cut` removes the start "
+        "of its prompt, or drops the row if its response alone is too long. `drop` drops every such row. "
+        "Both are counted.",
     )
     errors: Literal["strict", "replace"] = Field(
         "strict",
-        description="Bytes that are not UTF-8: `strict` stops and says where, `replace` reads them as U+FFFD.",
+        description="Bytes that are not UTF-8: `strict` stops and says where, `replace` reads them as "
+        "U+FFFD.",
     )
 
     @model_validator(mode="after")
@@ -190,37 +189,40 @@ class DataConfig(Section):
                 )
         if odd := sorted(set(self.fields) - set(ROW_FIELDS)):
             raise ValueError(
-                f"fields: {odd[0]} is none of {', '.join(ROW_FIELDS)}; write e.g. {{instruction: prompt, "
-                f"output: response}}"
+                f"fields: {odd[0]} is not one of {', '.join(ROW_FIELDS)}; write e.g. {{instruction: prompt, "
+                "output: response}"
             )
-        if self.source == "instructions" and not (self.path or self.dataset):
-            raise ValueError(
-                "source=instructions needs path: a .json, .jsonl or .parquet file, or dataset: a name on "
-                "the hub"
-            )
-        if self.source == "text" and not self.path:
-            raise ValueError("source=text needs path: a .txt or .jsonl file, a folder or a glob")
-        if self.source == "tokens" and not self.path:
-            raise ValueError(
-                "source=tokens needs path: a folder that prepare.py made, or a .npy or .bin file"
-            )
-        if self.source == "hf" and not self.dataset:
-            raise ValueError("source=hf needs dataset: a name on the hub, or json, parquet or text with path")
+        self._check_text_is_named()
+        self._check_val_split()
+        return self
+
+    def _check_text_is_named(self) -> None:
+        file_or_dataset = "path: a .json, .jsonl or .parquet file, or dataset: a name on the hub"
+        given, needed = {
+            "text": (self.path, "path: a .txt or .jsonl file, a folder or a glob"),
+            "tokens": (self.path, "path: a folder that prepare.py made, or a .npy or .bin file"),
+            "hf": (self.dataset, "dataset: a name on the hub, or json, parquet or text with path"),
+            "instructions": (self.path or self.dataset, file_or_dataset),
+        }[self.source]
+        if not given:
+            raise ValueError(f"source={self.source} needs {needed}")
+
+    def _check_val_split(self) -> None:
         if self.source == "instructions" and self.val_split and (self.path or self.val_path):
             raise ValueError(
-                f"val_split={self.val_split} is of a dataset on the hub; with path or val_path leave it out"
+                f"val_split={self.val_split} belongs to a dataset on the hub; leave it out with path or "
+                "val_path"
             )
         if self.val_split == self.split:
             raise ValueError(
-                f"val_split={self.val_split} is the training split too; leave it out, and documents are "
-                "cut off for validation"
+                f"val_split={self.val_split} is the training split too; leave it out, and documents of that "
+                "split are held out for validation"
             )
         if self.val_split and self.dataset in LOCAL_FORMATS:
             raise ValueError(
                 f"val_split={self.val_split}: local files (dataset={self.dataset}) have no splits; use "
                 "val_docs or val_fraction"
             )
-        return self
 
 
 class TrainingConfig(Section):
@@ -233,8 +235,8 @@ class TrainingConfig(Section):
     schedule_steps: int | None = Field(
         None,
         gt=0,
-        description="Steps over which the learning rate runs its course. Default: `max_steps`. Fix it to be able "
-        "to extend a run later.",
+        description="Steps of the learning rate schedule. Default: `max_steps`. Set it if a run may be "
+        "extended later.",
     )
     micro_batch_size: int = Field(
         8, gt=0, description="Sequences in one forward pass. Lower it first when memory runs out."
@@ -242,36 +244,36 @@ class TrainingConfig(Section):
     grad_accum_steps: int = Field(
         1,
         gt=0,
-        description="Micro-batches whose gradients add up to one step: a large effective batch in little memory.",
+        description="Micro-batches whose gradients add up to one step: a large effective batch in little "
+        "memory.",
     )
     seq_len: int | None = Field(
-        None, gt=1, description="Tokens of one training sequence. Default: `model.max_seq_len`."
+        None, gt=1, description="Tokens in one training sequence. Default: `model.max_seq_len`."
     )
     lr: float = Field(1e-3, gt=0, le=10, description="Peak learning rate of AdamW, at most 10.")
     min_lr: float = Field(
         0.0,
         ge=0,
-        description="What `cosine`, `linear` and `wsd` decay to: steps after the schedule have it, its last step a "
-        "little more. At most `lr`. "
-        "Muon's part decays to the same share of `muon_lr`.",
+        description="The learning rate that `cosine`, `linear` and `wsd` decay to, at most `lr`. Steps "
+        "after the schedule have it; the last step of the schedule has a little more. The Muon part decays "
+        "to the same share of `muon_lr`.",
     )
     warmup_steps: int = Field(
         0,
         ge=0,
-        description="Steps over which the learning rate rises to its peak: the first step has `1 / warmup_steps` "
+        description="Steps in which the learning rate rises to its peak: the first has `1 / warmup_steps` "
         "of it, the last all of it.",
     )
     schedule: Literal["cosine", "linear", "wsd", "step", "constant"] = Field(
         "cosine",
-        description="After the warmup: decay to `min_lr` by `cosine` or `linear`; `wsd` decays over the last fifth "
-        "of those steps; `step` drops at "
-        "80% and 90% of them, to 31.6% and 10% of the way from `min_lr` to the peak; `constant`.",
+        description="After the warmup: `cosine` and `linear` decay to `min_lr`; `wsd` decays over the last "
+        "fifth of those steps; `step` drops at 80% and 90% of them, to 31.6% and 10% of the way from "
+        "`min_lr` to the peak; `constant` stays.",
     )
     optimizer: Literal["adamw", "muon", "adamw_from_scratch"] = Field(
         "adamw",
-        description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches a loss "
-        "in fewer steps. "
-        "`adamw_from_scratch`: the AdamW that from_scratch.py writes out.",
+        description="`muon`: orthogonalized momentum for the hidden matrices, AdamW for the rest; reaches "
+        "a loss in fewer steps. `adamw_from_scratch`: the AdamW written out in from_scratch.py.",
     )
     muon_lr: float = Field(
         0.02,
@@ -289,13 +291,13 @@ class TrainingConfig(Section):
         [0.9, 0.95],
         min_length=2,
         max_length=2,
-        description="AdamW's averaging of gradient and squared gradient.",
+        description="How slowly AdamW's averages of the gradient and of its square change.",
     )
     eps: float = Field(
-        1e-8, ge=1e-30, le=1, description="AdamW's guard against division by zero, 1e-30 to 1."
+        1e-8, ge=1e-30, le=1, description="AdamW's protection from division by zero, 1e-30 to 1."
     )
     grad_clip: float | None = Field(
-        1.0, gt=0, description="Largest norm of the whole gradient; longer ones are scaled down. `null`: off."
+        1.0, gt=0, description="Largest norm of the whole gradient; a longer one is scaled down. `null`: off."
     )
     compile: bool = Field(
         False,
@@ -306,23 +308,24 @@ class TrainingConfig(Section):
         100, gt=0, description="Steps between validations; the last step always validates."
     )
     val_batches: int | None = Field(
-        None, gt=0, description="Validate on this many micro-batches only. Default: the whole validation set."
+        None, gt=0, description="Validate on only this many micro-batches. Default: the whole validation set."
     )
     train_eval_batches: int = Field(
         0,
         ge=0,
-        description="At each validation also measure this many training micro-batches, always the first ones, as "
-        "validation does, without "
-        "dropout (`train_eval_loss`): how far `val_loss` lies above it is overfitting.",
+        description="At each validation also measure this many training micro-batches, always the first "
+        "ones, without dropout (`train_eval_loss`). How far `val_loss` is above it shows overfitting.",
     )
-    log_every: int = Field(10, gt=0, description="Steps between rows of metrics.jsonl and of the console.")
+    log_every: int = Field(
+        10, gt=0, description="Steps between rows in metrics.jsonl and lines on the console."
+    )
     freeze: list[str] = Field(
         [],
-        description="Parameters that are not trained: names, beginnings of names or patterns, e.g. `[embed_tokens, "
-        "layers.0]`, `['*norm*']`.",
+        description="Parameters that are not trained: names, beginnings of names or patterns, "
+        "e.g. `[embed_tokens, layers.0]`, `['*norm*']`.",
     )
     sample_every: int | None = Field(
-        None, gt=0, description="Steps between printed text samples. Default: none."
+        None, gt=0, description="Steps between printed text samples. Default: no samples."
     )
     sample_prompts: list[str] = Field([], description="Prompts of those samples.")
     sample_temperature: float = Field(0.8, ge=0, description="Temperature of those samples; 0 is greedy.")
@@ -334,14 +337,13 @@ class TrainingConfig(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}")
         steps = self.schedule_steps or self.max_steps
-        if (
-            steps and self.warmup_steps > steps and self.max_steps != 0
-        ):  # a run of 0 steps has no schedule, and no warmup
+        trains = self.max_steps != 0  # a run of 0 steps has no schedule and no warmup
+        if trains and steps and self.warmup_steps > steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is longer than the schedule of {steps} steps; try "
                 f"warmup_steps={max(1, steps // 10)}"
             )
-        if not all(0 <= b < 1 for b in self.betas):
+        if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
         if self.sample_every and not self.sample_prompts:
             raise ValueError(
@@ -354,23 +356,25 @@ class HardwareConfig(Section):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="`auto`: cuda if present, else mps, else cpu."
     )
-    devices: int = Field(1, gt=0, description="Processes on this machine, one a GPU.")
+    devices: int = Field(1, gt=0, description="Processes on this machine, one for each GPU.")
     num_nodes: int = Field(1, gt=0, description="Machines.")
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
-        description="With several devices: `ddp` (also `auto`) copies the model to each; `fsdp` shards it over "
-        "them.",
+        description="With several devices: `ddp` (also `auto`) copies the model to each; `fsdp` splits it "
+        "among them.",
     )
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = Field(
         "auto",
-        description="`auto`: bf16-mixed on a GPU that has bf16, else float32. fp16 is not offered: it overflows.",
+        description="`auto`: bf16-mixed on a GPU that has bf16, else float32. fp16 is not offered: it "
+        "overflows.",
     )
     num_workers: int = Field(
         0, ge=0, description="Processes that prepare batches ahead. A stream uses at most one."
     )
     deterministic: bool = Field(
         False,
-        description="Only operations with repeatable results; slower on a GPU, an error where there is none.",
+        description="Use only operations with repeatable results: slower on a GPU, and an error where "
+        "there is none.",
     )
 
     @property
@@ -395,12 +399,11 @@ class CheckpointConfig(Section):
     save_every: int = Field(
         500,
         gt=0,
-        description="Steps between checkpoints. The last step, and each new best validation loss, is saved too.",
+        description="Steps between checkpoints. The last step and each new best validation loss are saved "
+        "too.",
     )
     keep_last: int | None = Field(
-        3,
-        gt=0,
-        description="Keep this many step files; `best`, `last` and `final` stay besides. `null` keeps all.",
+        3, gt=0, description="Step files to keep, besides `best`, `last` and `final`. `null` keeps all."
     )
 
 
@@ -411,9 +414,7 @@ class LoggingConfig(Section):
 
 class LoraConfig(Section):
     rank: int = Field(
-        8,
-        gt=0,
-        description="Rows of A and columns of B: what the adapter of a matrix can express, and what it costs.",
+        8, gt=0, description="Rows of A and columns of B: more of them can express more, and cost more."
     )
     alpha: float = Field(16.0, gt=0, description="The product of B and A is multiplied by `alpha / rank`.")
     targets: list[str] | None = Field(
@@ -426,14 +427,14 @@ class LoraConfig(Section):
 class Config(Section):
     base_ckpt: str | None = Field(
         None,
-        description="`finetune.py`: the checkpoint to start from. Architecture and tokenizer are its own, so those "
-        "sections are left out.",
+        description="`finetune.py`: the checkpoint to start from. It brings its architecture and "
+        "tokenizer, so those sections are left out.",
     )
     seed: int = Field(
         42,
         ge=0,
         lt=2**63,
-        description="Decides initial weights, data order, validation cut, dropout and samples.",
+        description="Decides initial weights, data order, which documents validate, dropout and samples.",
     )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     model: GPTConfig = Field(default_factory=GPTConfig)
@@ -444,12 +445,13 @@ class Config(Section):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     lora: LoraConfig | None = Field(
         None,
-        description="Train low-rank adapters of the matrices, and nothing else; `lora.rank=8` is enough to say so.",
+        description="Train low-rank adapters of the matrices and nothing else; `lora.rank=8` is enough to "
+        "ask for it.",
     )
     template: Template | None = Field(
         None,
-        description="`finetune.py`: the layout of a conversation, by name (`chat`, `alpaca`) or written out. "
-        "Default for instructions: `chat`.",
+        description="`finetune.py`: the layout of a conversation, by name (`chat`, `alpaca`) or written "
+        "out. Default for instructions: `chat`.",
     )
 
     @model_validator(mode="before")
@@ -460,14 +462,14 @@ class Config(Section):
             return data
         for_instructions = isinstance(data.get("data"), dict) and data["data"].get("source") == "instructions"
         name = data.get("template") or (DEFAULT_TEMPLATE if for_instructions else None)
-        if isinstance(name, str):
-            if name not in TEMPLATES:
-                raise ValueError(
-                    f"template={name} is none of {', '.join(TEMPLATES)}; name one, or write out prompt and "
-                    "prompt_with_input"
-                )
-            data = data | {"template": TEMPLATES[name]}
-        return data
+        if not isinstance(name, str):
+            return data
+        if name not in TEMPLATES:
+            raise ValueError(
+                f"template={name} is not one of {', '.join(TEMPLATES)}; name one, or write out prompt and "
+                "prompt_with_input"
+            )
+        return data | {"template": TEMPLATES[name]}
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -478,8 +480,8 @@ class Config(Section):
             )
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"training.seq_len={self.seq_len} is longer than "
-                f"model.max_seq_len={self.model.max_seq_len}; lower the one or raise the other"
+                f"training.seq_len={self.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}; "
+                "lower the one or raise the other"
             )
         if self.stride > self.seq_len:
             raise ValueError(
@@ -512,46 +514,6 @@ class Config(Section):
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """The sections of a config by name, those that may be left out too."""
+    """The sections of a config by name, also those that may be left out."""
     found = {name: section_of_keys(field.annotation) for name, field in Config.model_fields.items()}
     return {name: section for name, section in found.items() if section}
-
-
-def reference_markdown() -> str:
-    """docs/CONFIG_REFERENCE.md, from the schema."""
-    lines = [
-        "# Config reference",
-        "",
-        "Made from the schema by `python3 -m support.config.schema`; every key, its default and its effect.",
-        "Any of them can be set on the command line: `--override training.lr=3e-4`. What a file or an "
-        "override says is read as the",
-        "key's type: a text as written (the text `null` in quotes), a number in decimal (`010` is 10, "
-        "`1_000` is 1000; `0x1F`, `1:30` and",
-        "infinity are refused), a switch as `true` or `false` (also `yes`, `no`, `on`, `off`), `null` as "
-        "none where a key may be left out.",
-        "A file that ends in `.json` is JSON (`configs/sample_custom.json` is one), every other one YAML. "
-        "In paths `~` is the home folder.",
-        "",
-    ]
-    parts = [
-        ("Top level", "", Config),
-        *((f"`{name}`", name + ".", model) for name, model in sections().items()),
-    ]
-    for title, prefix, model in parts:
-        lines += [f"## {title}", "", "| key | default | effect |", "|---|---|---|"]
-        for name, field in model.model_fields.items():
-            if field.description and (prefix + name) != "model.vocab_size":
-                default = (
-                    "required"
-                    if field.is_required()
-                    else yaml.safe_dump(field.default, default_flow_style=True)
-                    .removesuffix("\n...\n")
-                    .strip()
-                )
-                lines.append(f"| `{prefix}{name}` | `{default}` | {field.description} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(reference_markdown(), end="")

@@ -126,7 +126,7 @@ def test_a_config_takes_a_template_by_name_or_written_out_and_keeps_it():
     assert validate_config({"data": {"path": "a.txt"}, "training": {"max_steps": 1}}).template is None, (
         "a text has no questions"
     )
-    with pytest.raises(UserError, match="template=llama is none of chat, alpaca"):
+    with pytest.raises(UserError, match="template=llama is not one of chat, alpaca"):
         config_of("llama")
 
 

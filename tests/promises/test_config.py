@@ -17,7 +17,8 @@ from optim import build_optimizer
 from support.config.foreign_config import ported
 from support.config.overrides import apply_override
 from support.config.read import load_config, read_config_file, validate_config
-from support.config.schema import PATHS, Config, reference_markdown, sections
+from support.config.reference import reference_markdown
+from support.config.schema import PATHS, Config, sections
 from support.config.values import typed
 from support.files.safe_yaml import parse_yaml
 from support.foreign.config_keys import FOREIGN_NAMES, OUR_KEYS
@@ -1051,7 +1052,7 @@ def test_the_reference_lists_every_key_with_its_default():
 def test_the_reference_in_the_docs_is_the_schema():
     path = ROOT / "docs" / "CONFIG_REFERENCE.md"
     assert path.read_text(encoding="utf-8") == reference_markdown(), (
-        "run: python3 -m support.config.schema > docs/CONFIG_REFERENCE.md"
+        "run: python3 -m support.config.reference > docs/CONFIG_REFERENCE.md"
     )
 
 
