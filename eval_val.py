@@ -1,8 +1,9 @@
-"""The validation loss of a checkpoint over its whole validation set, in numbers that compare.
+"""The validation loss of a checkpoint over its whole validation set, in numbers that compare across models.
 
-python3 eval_val.py --ckpt checkpoints/best.ckpt                         # the text that its training validated on
-python3 eval_val.py --ckpt checkpoints/best.ckpt --config config.yaml    # the validation text of another config
-python3 eval_val.py --ckpt checkpoints/best.ckpt --data my_book.txt      # any text; for a fine-tuned model also instructions, rows.json
+python3 eval_val.py --ckpt checkpoints/best.ckpt                       # the text its training validated on
+python3 eval_val.py --ckpt checkpoints/best.ckpt --config config.yaml  # the validation text of another config
+python3 eval_val.py --ckpt checkpoints/best.ckpt --data my_book.txt    # any text
+python3 eval_val.py --ckpt checkpoints_sft/best.ckpt --data rows.json  # instructions, for a fine-tuned model
 python3 eval_val.py --ckpt checkpoints/best.ckpt --json
 """
 
@@ -22,7 +23,7 @@ from support.cli import (
 from support.messages import UserError, warn
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--ckpt",
@@ -51,44 +52,55 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args)  # --help and wrong flags are answered before the slow imports below
+    from eval_val import main
 
+    sys.exit(guarded(main))
 
 from support.checkpoint import load_model
 from support.config.read import flag_overrides
-from support.config.schema import Config
 from support.device import resolve_device, resolve_precision
-from support.evaluation.validation import documents_of, scoring_config, validate
+from support.evaluation.validation import Validation, documents_of, scoring_config, validate
 from support.text.hub import LOCAL_FORMATS, HubError
 
 
-def without_hub(error: HubError, args: argparse.Namespace, metadata: dict) -> HubError:
-    """The same, with what works in its place: the text of the checkpoint's own config, where that is on
-    this machine, or any."""
-    own = (metadata.get("config") or {}).get("data", {})
-    local = own.get("dataset") in (None, *LOCAL_FORMATS) or bool(own.get("path"))
-    leave_out = (
-        "leave --config out, to score the text that the checkpoint validated on, or "
-        if args.config and local and own
-        else ""
-    )
-    return HubError(
-        error.why,
-        f"{leave_out}give a text:\n       python3 eval_val.py --ckpt {args.ckpt} --data my_book.txt",
-    )
+def suggest_local_text(error: HubError, args: argparse.Namespace, metadata: dict) -> HubError:
+    """The same error with what works without the hub: any text, or without --config the one in the
+    checkpoint's own config, if that is on this machine."""
+    own_data = (metadata.get("config") or {}).get("data", {})
+    is_local = own_data.get("dataset") in (None, *LOCAL_FORMATS) or bool(own_data.get("path"))
+    advice = f"give a text:\n       python3 eval_val.py --ckpt {args.ckpt} --data my_book.txt"
+    if args.config and own_data and is_local:
+        advice = f"leave --config out, to score the text that the checkpoint validated on, or {advice}"
+    return HubError(error.why, advice)
 
 
-def which_set(args: argparse.Namespace, config: Config, own: Config | None) -> tuple[str, bool]:
-    """(what is scored, in words; whether it is what the checkpoint's training validated on)."""
+def name_of_set(args: argparse.Namespace, is_own_set: bool) -> str:
+    """What is scored, in words."""
     if args.data:
-        return args.data, False
-    same = own is not None and (config.data, config.seed) == (own.data, own.seed)
-    return (
-        "its own validation set"
-        if same
-        else f"the validation set of {args.config or 'its config with the overrides'}",
-        same,
-    )
+        return args.data
+    if is_own_set:
+        return "its own validation set"
+    return f"the validation set of {args.config or 'its config with the overrides'}"
+
+
+def report_lines(found: Validation, name: str) -> list[str]:
+    """What is printed of a validation; `name` says what was scored."""
+    unit, where = "document", f"in blocks of {found.seq_len}"
+    if found.token_accuracy is not None:
+        unit, where = "instruction", "in their responses"
+    plural = "" if found.n_documents == 1 else "s"
+    lines = [
+        f"text: {found.n_documents:,} {unit}{plural} of {name}, "
+        f"{found.n_tokens:,} tokens to predict {where}, {found.n_bytes:,} bytes",
+        f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
+        f"{found.bits_per_byte:.4f} bits per byte",
+    ]
+    if found.token_accuracy is not None:
+        lines.append(
+            f"token_accuracy {found.token_accuracy:.4f}, response_accuracy {found.response_accuracy:.4f}"
+        )
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,58 +111,39 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
     config = scoring_config(model, metadata, args.ckpt, args.config, flag_overrides(args), args.data)
+    is_own_set = False
+    if metadata.get("config") and not args.data:
+        own_config = scoring_config(model, metadata, args.ckpt, None)
+        is_own_set = (config.data, config.seed) == (own_config.data, own_config.seed)
     try:
-        texts = documents_of(config, args.data, metadata.get("template") is not None, args.ckpt)
+        documents = documents_of(config, args.data, metadata.get("template") is not None, args.ckpt)
     except HubError as error:
-        raise without_hub(error, args, metadata) from None
+        raise suggest_local_text(error, args, metadata) from None
     if config.seq_len > model.config.max_seq_len:
         warn(
-            f"training.seq_len={config.seq_len}, and the model reads {model.config.max_seq_len} tokens, so "
-            "blocks of as many are scored"
+            f"training.seq_len={config.seq_len}, but the model reads at most {model.config.max_seq_len} "
+            "tokens, so blocks of that length are scored"
         )
     precision = resolve_precision(config.hardware.precision, device)
-    found, metrics = (
-        validate(model, tokenizer, texts, config, args.batch_size, precision),
-        metadata["metrics"],
-    )
-    scored, own_set = which_set(
-        args, config, scoring_config(model, metadata, args.ckpt, None) if metadata.get("config") else None
-    )
-    logged = metrics.get("val_loss") if own_set else None  # the loss on another set does not compare
+    found = validate(model, tokenizer, documents, config, args.batch_size, precision)
+    metrics, name = metadata["metrics"], name_of_set(args, is_own_set)
+    logged = metrics.get("val_loss") if is_own_set else None  # the loss on another set does not compare
     if args.json:
         about = {
             "ckpt": args.ckpt,
             "step": metrics["step"],
-            "set": scored,
+            "set": name,
             "logged_val_loss": logged,
             "precision": precision,
         }
         print(json.dumps(about | asdict(found)))
         return 0
     print(
-        f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, tokenizer {tokenizer.kind} "
-        f"{tokenizer.vocab_size:,}"
+        f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, "
+        f"tokenizer {tokenizer.kind} {tokenizer.vocab_size:,}"
     )
-    what, where = (
-        ("document", f"in blocks of {found.seq_len}")
-        if found.token_accuracy is None
-        else ("instruction", "in their responses")
-    )
-    documents = f"{found.n_documents:,} {what}{'s' * (found.n_documents != 1)}"
-    print(
-        f"text: {documents} of {scored}, {found.n_tokens:,} tokens to predict {where}, {found.n_bytes:,} "
-        "bytes"
-    )
-    print(
-        f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
-        f"{found.bits_per_byte:.4f} bits per byte"
-    )
-    if found.token_accuracy is not None:
-        print(f"token_accuracy {found.token_accuracy:.4f}, response_accuracy {found.response_accuracy:.4f}")
+    for line in report_lines(found, name):
+        print(line)
     if logged is not None:
         print(f"its newest validation in training gave {logged:.4f}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -13,13 +13,14 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from support.cli import file_path, guarded, make_parser, print_wide
 from support.messages import UserError, printable
 
-COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
+TABLE_COLUMNS = {  # name in the JSON and for --sort: (heading, format of a value)
     "file": ("file", "{}"),
     "step": ("step", "{}"),
     "epoch": ("epoch", "{:.2f}"),
@@ -34,11 +35,12 @@ COLUMNS = {  # name in the JSON and for --sort: (heading, how a value is shown)
     "age_s": ("age", "{}"),
     "names": ("also", "{}"),
 }
-MANY = 40  # checkpoints that are read by several processes
-TEXT = ("file", "names", "tokenizer", "config")
+LEFT_ALIGNED = ("file", "names", "tokenizer", "config")
+METRICS = ("step", "epoch", "tokens", "train_loss", "val_loss", "perplexity", "best_val_loss")
+FILES_FOR_PARALLEL_READING = 40  # fewer are read by one process
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
         "paths",
@@ -51,11 +53,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sort",
         default="step",
-        choices=[*COLUMNS],
+        choices=[*TABLE_COLUMNS],
         metavar="COLUMN",
-        help=f"{', '.join(COLUMNS)} (default step)",
+        help=f"{', '.join(TABLE_COLUMNS)} (default step)",
     )
-    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--reverse", action="store_true", help="in the reverse order")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
     output.add_argument(
@@ -67,7 +69,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args)  # --help and wrong flags are answered before the slow imports below
+    from list import main
+
+    sys.exit(guarded(main))
 
 from support.checkpoint import KEY, empty_model, read_checkpoint, read_metadata, saved_config
 from support.config.values import flat_keys
@@ -84,49 +89,36 @@ def describe(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"file": str(path), "names": other_names(path), "size_mb": 0.0, "age_s": 0}
     try:
         status = path.stat()
-        row |= {
-            "size_mb": round(status.st_size / 2**20, 1),
-            "age_s": max(0, round(time.time() - status.st_mtime)),
-        }
-        checkpoint = read_checkpoint(path)
-        metadata, model = checkpoint[KEY], empty_model(checkpoint, str(path))
-        return (
-            row
-            | {
-                key: metadata["metrics"].get(key)
-                for key in (
-                    "step",
-                    "epoch",
-                    "tokens",
-                    "train_loss",
-                    "val_loss",
-                    "perplexity",
-                    "best_val_loss",
-                )
-            }
-            | {
-                "n_params": model.n_params(),
-                "tokenizer": str(metadata["tokenizer"]["kind"]),
-                "vocab_size": model.config.vocab_size,
-            }
-            | {
-                "config": config_hash(metadata["config"])
-                if isinstance(metadata.get("config"), dict)
-                else None
-            }
-        )
+        row["size_mb"] = round(status.st_size / 2**20, 1)
+        row["age_s"] = max(0, round(time.time() - status.st_mtime))
+        return row | describe_contents(path)
     except UserError as error:
         return row | {"error": printable(error)}
-    except OSError as error:  # a link to nothing, a file that has just been removed
+    except OSError as error:  # a broken link, or a file that has just been removed
         return row | {"error": f"cannot be read ({error.strerror})"}
     except (KeyError, TypeError, ValueError) as error:
         return row | {"error": f"damaged metadata: {error!r}"}
 
 
+def describe_contents(path: Path) -> dict[str, Any]:
+    """The part of a row that needs the checkpoint to be opened. Raises an error if it is damaged."""
+    checkpoint = read_checkpoint(path)
+    model = empty_model(checkpoint, str(path))
+    metadata = checkpoint[KEY]
+    config = metadata.get("config")
+    return {name: metadata["metrics"].get(name) for name in METRICS} | {
+        "n_params": model.n_params(),
+        "tokenizer": str(metadata["tokenizer"]["kind"]),
+        "vocab_size": model.config.vocab_size,
+        "config": config_hash(config) if isinstance(config, dict) else None,
+    }
+
+
 def describe_all(paths: list[Path]) -> list[dict[str, Any]]:
-    """A row for each. Reading one takes some hundredths of a second of computing, so many are divided
+    """A row for each file. Reading one takes some hundredths of a second of computing, so many are divided
     among the cores."""
-    if len(paths) < MANY or sys.platform != "linux":  # elsewhere a further process would import torch anew
+    # Only Linux forks: on other systems each new process would import torch again.
+    if len(paths) < FILES_FOR_PARALLEL_READING or sys.platform != "linux":
         return [describe(path) for path in paths]
     with multiprocessing.get_context("fork").Pool() as pool:
         return pool.map(describe, paths, chunksize=8)
@@ -140,30 +132,33 @@ def age(seconds: float) -> str:
     return f"{int(seconds)}s"
 
 
-def shown(row: dict[str, Any], name: str) -> str:
+def cell_text(row: dict[str, Any], name: str) -> str:
     """A cell of the table."""
     value = row.get(name)
-    if value is None or (name == "names" and not value):
-        return "-" if name != "names" else ""
+    if name == "names":
+        return printable(" ".join(value))
+    if value is None:
+        return "-"
     if name == "tokenizer":
         value = f"{value[:20]} {row['vocab_size']}"
-    value = {"age_s": age, "names": " ".join}.get(name, lambda value: value)(value)
-    return printable(COLUMNS[name][1].format(value))
+    if name == "age_s":
+        value = age(value)
+    return printable(TABLE_COLUMNS[name][1].format(value))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, (heading, _) in COLUMNS.items():
+    for name, (heading, _) in TABLE_COLUMNS.items():
         table.add_column(
             heading,
-            justify="left" if name in TEXT else "right",
+            justify="left" if name in LEFT_ALIGNED else "right",
             no_wrap=True,
             overflow="ignore" if name == "file" else "ellipsis",
         )
     for row in rows:
-        table.add_row(*[shown(row, name) for name in COLUMNS])
+        table.add_row(*[cell_text(row, name) for name in TABLE_COLUMNS])
     print_wide(table)
     for row in rows:
         if "error" in row:
@@ -171,7 +166,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def newest(path: str) -> Path:
-    """The checkpoint of the highest step that a file, folder or glob names."""
+    """The checkpoint with the highest step that a file, folder or glob names."""
     return max(find_checkpoints([path]), key=lambda file: describe(file).get("step") or -1)
 
 
@@ -179,25 +174,29 @@ def print_diff(paths: list[str]) -> None:
     """The keys in which two configs differ, with both values."""
     if len(paths) != 2:
         raise UserError(
-            f"--diff compares two checkpoints or folders, and {len(paths)} are named; e.g. list.py --diff "
-            "runs/a runs/b"
+            f"--diff compares two checkpoints or folders, and {len(paths)} are named; "
+            "e.g. list.py --diff runs/a runs/b"
         )
-    one, other = map(newest, paths)
-    before, after = (flat_keys(saved_config(read_metadata(path), path)) for path in (one, other))
-    print(f"{printable(one)} -> {printable(other)}")
+    first, second = newest(paths[0]), newest(paths[1])
+    before = flat_keys(saved_config(read_metadata(first), first))
+    after = flat_keys(saved_config(read_metadata(second), second))
+    print(f"{printable(first)} -> {printable(second)}")
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     for key in keys:
-        print(
-            f"  {printable(key)}: {printable(json.dumps(before.get(key)))} -> "
-            f"{printable(json.dumps(after.get(key)))}"
-        )
+        old, new = json.dumps(before.get(key)), json.dumps(after.get(key))
+        print(f"  {printable(key)}: {printable(old)} -> {printable(new)}")
     if not keys:
         print("  the same config")
 
 
-def sort_key(name: str):
-    """Rows without the value come last; equal ones in order of their names."""
-    return lambda row: (row.get(name) is None, 0 if row.get(name) is None else row[name], row["file"])
+def sort_key(name: str) -> Callable[[dict[str, Any]], tuple]:
+    """A key for sorting rows by the value `name`: rows without it come last, equal ones by file name."""
+
+    def key(row: dict[str, Any]) -> tuple:
+        value = row.get(name)
+        return (True, 0, row["file"]) if value is None else (False, value, row["file"])
+
+    return key
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,7 +211,3 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print_table(rows)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -1,8 +1,7 @@
-"""A checkpoint under the EleutherAI harness, https://github.com/EleutherAI/lm-evaluation-harness: its tasks,
-our likelihoods.
+"""Runs a checkpoint in the EleutherAI harness, https://github.com/EleutherAI/lm-evaluation-harness: its
+tasks, our likelihoods.
 
-The package lm_eval is optional and takes seconds to import, so functions import it, and nothing else here
-needs it.
+The package lm_eval is optional and takes seconds to import, so functions import it, and no other file does.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import difflib
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,36 +22,35 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-MAX_GEN_TOKS = 256  # the harness's own default, where a task names none
-BOOTSTRAP = 1000  # resamples for the error of a perplexity; those of means have a formula. The harness's 100,000 take minutes
+MAX_GEN_TOKS = 256  # the harness's own default for a task that sets none
+# For the error of a perplexity; means have a formula. The harness's own 100,000 take minutes.
+BOOTSTRAP_RESAMPLES = 1000
 
 
 def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
-    """The model as the harness calls it.
+    """The model with the methods that the harness calls.
 
-    How a text is cut into context and continuation is left to the harness (`TemplateLM.loglikelihood`): it
-    encodes both together. Texts begin with BOS where the tokenizer has one, and an empty context is BOS, else
-    EOS. So the numbers are those that the harness gives for the same model by transformers, and compare with
-    those of other models.
+    The harness itself cuts a text into context and continuation (`TemplateLM.loglikelihood`): it encodes both
+    together. Texts begin with BOS if the tokenizer has one, and an empty context is BOS, else EOS. So the
+    numbers are those the harness gives for the same model in transformers, and compare with other models.
     """
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Adapter(TemplateLM):
         eot_token_id = tokenizer.eos_id
         prefix_token_id = [*tokenizer.bos_ids, tokenizer.eos_id][0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
-            return (
-                tokenizer.encode(string) if add_special_tokens is False else tokenizer.encode_prompt(string)
-            )
+            if add_special_tokens is False:
+                return tokenizer.encode(string)
+            return tokenizer.encode_prompt(string)
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            """Apart where together they end in one token, which would leave no continuation to score."""
+            """Encoded apart if together they become one token, which would leave nothing to score."""
             pair = super()._encode_pair(context, continuation)
-            return (
-                pair if pair[1] else (tokenizer.encode_prompt(context), tokenizer.encode_inside(continuation))
-            )
+            if pair[1]:
+                return pair
+            return tokenizer.encode_prompt(context), tokenizer.encode_inside(continuation)
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **options
@@ -60,85 +58,98 @@ def adapter(model: GPTMini, tokenizer: Tokenizer) -> "LM":
             return log_likelihoods(model, [(context, following) for _, context, following in requests])
 
         def loglikelihood_rolling(self, requests: list[Any], **options) -> list[float]:
-            """Of whole texts, each read from an EOS (or BOS) on, in windows in which every token is
-            predicted once: BOS, too, where the tokenizer has one, as the harness does it for other models."""
-            window, totals = model.config.max_seq_len, []
-            for request in requests:
-                windows = get_rolling_token_windows(
-                    tokenizer.encode_prompt(request.args[0]), self.prefix_token_id, window, context_len=1
-                )
-                found = log_likelihoods(model, [make_disjoint_window(pair) for pair in windows])
-                totals.append(sum(value for value, _ in found))
-            return totals
+            texts = [request.args[0] for request in requests]
+            return [text_log_likelihood(model, tokenizer, text, self.prefix_token_id) for text in texts]
 
         def generate_until(self, requests: list[Any], **options) -> list[str]:
-            """The likeliest continuations, each up to the first of the texts that its task gives as `until`."""
-            prompts, wishes = zip(*(request.args for request in requests), strict=True)
-            if any(wish.get("do_sample") and wish.get("temperature", 1) > 0 for wish in wishes):
-                raise UserError(
-                    "a task of --lm-eval wants sampled text (do_sample: true), and ours is greedy; take "
-                    "another task"
-                )
-            ids = [tokenizer.encode_prompt(prompt) or [tokenizer.eos_id] for prompt in prompts]
-            texts = continuations(
-                model, tokenizer, ids, [wish.get("max_gen_toks", MAX_GEN_TOKS) for wish in wishes]
-            )
-            return [
-                until_first(text, wish.get("until") or []) for text, wish in zip(texts, wishes, strict=True)
-            ]
+            prompts, settings = zip(*(request.args for request in requests), strict=True)
+            return greedy_texts(model, tokenizer, prompts, settings)
 
     return Adapter()
 
 
-def until_first(text: str, ends: str | list[str]) -> str:
-    """`text` up to where the first of `ends` stands in it."""
+def text_log_likelihood(model: GPTMini, tokenizer: Tokenizer, text: str, prefix_id: int) -> float:
+    """The log-probability of a whole text, read in windows that predict every token once, starting after
+    `prefix_id`. BOS is predicted too, if the tokenizer has one, as the harness does for other models."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    ids = tokenizer.encode_prompt(text)
+    windows = get_rolling_token_windows(ids, prefix_id, model.config.max_seq_len, context_len=1)
+    found = log_likelihoods(model, [make_disjoint_window(pair) for pair in windows])
+    return sum(value for value, _ in found)
+
+
+def greedy_texts(
+    model: GPTMini, tokenizer: Tokenizer, prompts: Sequence[str], settings: Sequence[dict[str, Any]]
+) -> list[str]:
+    """The greedy continuation of each prompt, cut before the first of the texts that its task calls `until`.
+    Raises UserError for a task that wants sampling."""
+    if any(wanted.get("do_sample") and wanted.get("temperature", 1) > 0 for wanted in settings):
+        raise UserError(
+            "a task of --lm-eval wants sampled text (do_sample: true), and ours is greedy; take another task"
+        )
+    ids = [tokenizer.encode_prompt(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    lengths = [wanted.get("max_gen_toks", MAX_GEN_TOKS) for wanted in settings]
+    texts = continuations(model, tokenizer, ids, lengths)
+    return [
+        cut_before_first(text, wanted.get("until") or [])
+        for text, wanted in zip(texts, settings, strict=True)
+    ]
+
+
+def cut_before_first(text: str, ends: str | list[str]) -> str:
+    """The part of `text` before the first place where one of `ends` begins; all of it if none does."""
     for end in [ends] if isinstance(ends, str) else ends:
         text = text.split(end)[0] if end else text
     return text
 
 
 def find_tasks(names: list[str], folder: str | None) -> "TaskManager":
-    """The harness's index of tasks, in which all of `names` were found and could be loaded with their data.
-    Raises UserError.
+    """The harness's index of tasks, after checking that all of `names` are in it and can be loaded with
+    their data. Raises UserError.
 
-    Its own 14,000 tasks take 6 seconds to index, so they are left out where `folder` has all that is asked
-    for.
+    Its own 14,000 tasks take 6 seconds to index, so they are left out if `folder` has all that is asked for.
     """
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"--lm-eval-tasks {folder} is no folder; give one with task files (.yaml)")
+        raise UserError(f"--lm-eval-tasks {folder} is not a folder; give one with task files (.yaml)")
     with muffled():
         manager = TaskManager(include_path=folder, include_defaults=False)
         if not set(names) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=folder)
     for name in names:
-        if name not in manager.task_index:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=3))
-            instead = f"did you mean {near}?" if near else "lm-eval ls tasks lists them"
-            raise UserError(f"--lm-eval {name}: the harness has no such task; {instead}")
-        try:
-            with muffled():
-                tasks = manager.load([name])["tasks"].values()
-        except Exception as error:  # whatever the task's own code and its data raise
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"--lm-eval {name}: {type(error).__name__}: {reason}; its data must be on this machine, or "
-                "a network in reach"
-            ) from error
-        if any(getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False) for task in tasks):
-            raise UserError(
-                f"--lm-eval {name} shows pictures, or runs code that the model writes, and we do neither; "
-                "take another task"
-            )
+        check_task(manager, name)
     return manager
+
+
+def check_task(manager: "TaskManager", name: str) -> None:
+    """Raise UserError for a task that does not exist, cannot be loaded, or needs what we do not do."""
+    if name not in manager.task_index:
+        near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=3))
+        advice = f"did you mean {near}?" if near else "lm-eval ls tasks lists them"
+        raise UserError(f"--lm-eval {name}: the harness has no such task; {advice}")
+    try:
+        with muffled():
+            tasks = manager.load([name])["tasks"].values()
+    except Exception as error:  # anything that the task's own code or its data raise
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"--lm-eval {name}: {type(error).__name__}: {first_line}; its data must be on this machine, or "
+            "this machine must reach the network"
+        ) from error
+    if any(getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False) for task in tasks):
+        raise UserError(
+            f"--lm-eval {name} shows pictures, or runs code that the model writes, and we do neither; "
+            "take another task"
+        )
 
 
 def run_tasks(
     model: GPTMini, tokenizer: Tokenizer, names: list[str], manager: "TaskManager", limit: int | None
 ) -> list[dict[str, Any]]:
-    """One row for each task's (and group's) metric. Seeds are the harness's own, so that few-shot examples
-    are those of others."""
+    """One row for each metric of each task (and group). The seeds are the harness's own, so that few-shot
+    examples are the same as everyone's."""
     from lm_eval import simple_evaluate
 
     with muffled():
@@ -147,26 +158,23 @@ def run_tasks(
             tasks=names,
             task_manager=manager,
             limit=limit,
-            bootstrap_iters=BOOTSTRAP,
+            bootstrap_iters=BOOTSTRAP_RESAMPLES,
             log_samples=False,
         )
     rows = []
     for task, values in found["results"].items():
         for key, value in values.items():
-            metric, _, kind = key.partition(",")  # as in "acc,none" and "acc_stderr,none"
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, filter_name = key.partition(",")  # as in "acc,none" and "acc_stderr,none"
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            row = {
-                "task": task,
-                "metric": metric,
-                "filter": kind,
-                "value": float(value),
-                "stderr": error if isinstance(error, float) else None,
-            }
+            error = values.get(f"{metric}_stderr,{filter_name}")
             rows.append(
-                row
-                | {
+                {
+                    "task": task,
+                    "metric": metric,
+                    "filter": filter_name,
+                    "value": float(value),
+                    "stderr": error if isinstance(error, float) else None,
                     "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
                     "n": values.get("sample_len"),
                 }
@@ -176,8 +184,8 @@ def run_tasks(
 
 @contextlib.contextmanager
 def muffled() -> Iterator[None]:
-    """On a terminal the harness's bars are seen; elsewhere nothing. What it prints never reaches our
-    standard output."""
+    """On a terminal the harness's progress bars are shown, elsewhere nothing. What it prints never reaches
+    our standard output."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with contextlib.redirect_stdout(stderr), contextlib.redirect_stderr(stderr):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from support.evaluation.case_scores import CASE_SCORES
 from support.evaluation.pictures import draw_scores
 from support.evaluation.results import CaseResult, CheckpointResult, Evaluation
 from support.files.atomic import atomic_write
@@ -64,6 +65,9 @@ class CaseView:
     case: "Case"
     rows: list[Row]
     choices: list[tuple[str, str]]  # letter and text of those shown
+    wanted_output: dict[
+        str, list[str]
+    ]  # the texts that the output should contain or match, by the case's key
 
     @property
     def scores(self) -> list[float]:
@@ -161,6 +165,17 @@ def view_choices(case: "Case", result: CaseResult, shown: list[int]) -> list[Cho
     ]
 
 
+def wanted_output(case: "Case") -> dict[str, list[str]]:
+    """What the case asks of the output: {"contains": ["two", "three"], "regex": ["[0-9]+"]}."""
+    wanted = {}
+    for key in CASE_SCORES:
+        value = getattr(case, key)
+        if key in ("choices", "target") or value in (None, []):
+            continue
+        wanted[key] = value if isinstance(value, list) else [str(value)]
+    return wanted
+
+
 def view_case(evaluation: Evaluation, number: int, names: list[str]) -> CaseView:
     case = evaluation.cases[number]
     results = [checkpoint.results[number] for checkpoint in evaluation.checkpoints]
@@ -175,7 +190,8 @@ def view_case(evaluation: Evaluation, number: int, names: list[str]) -> CaseView
         )
         for name, checkpoint, result in zip(names, evaluation.checkpoints, results, strict=True)
     ]
-    return CaseView(number, case, rows, [(LETTERS[i], case.choices[i]) for i in shown])
+    letters = [(LETTERS[i], case.choices[i]) for i in shown]
+    return CaseView(number, case, rows, letters, wanted_output(case))
 
 
 def group_cases(evaluation: Evaluation, names: list[str]) -> dict[str, list[CaseView]]:
@@ -212,6 +228,7 @@ def write_report(path: Path, evaluation: Evaluation) -> None:
         names=names,
         runs=set(evaluation.short_runs()),
         files=sorted({case.file for case in evaluation.cases}),
+        meanings={key: score.meaning for key, score in CASE_SCORES.items()},
         groups=group_cases(evaluation, names),
         picture=inline_picture(draw_scores(path.with_name("scores"), evaluation)),
         text_limit=min(MAX_TEXT, max(MIN_TEXT, text_limit)),

@@ -1,6 +1,5 @@
 """evaluate_checkpoints.py: likelihoods against a naive loop, scores by hand, ranks that follow the training."""
 
-import argparse
 import csv
 import json
 import math
@@ -15,14 +14,16 @@ from foreign_tokenizers import tokenizer_like
 
 import evaluate_checkpoints
 import support.evaluation.likelihoods
-from evaluate_checkpoints import chance_of, judge, rank, score_cases
 from infer import generate_text
 from model import GPTConfig, GPTMini
 from support.checkpoint import KEY, load_model
 from support.cli import guarded
 from support.evaluation.case_files import Case, read_cases
+from support.evaluation.case_scores import score_case
 from support.evaluation.likelihoods import continuations, log_likelihoods
+from support.evaluation.ranking import chance_of, rank
 from support.evaluation.results import CaseResult, CheckpointResult
+from support.evaluation.score_model import score_cases
 from support.messages import UserError
 from support.text.chat_template import TEMPLATES, Template, prompt_ids
 from tokenizer import CharTokenizer
@@ -145,7 +146,7 @@ def test_a_continuation_ends_before_eos(loaded):
 
 def judged(likelihoods: list[float], text: str | None = None, **fields) -> CaseResult:
     case = Case(prompt="p", **fields)
-    return judge(case, [(value, False) for value in likelihoods], [[1, 2]] * len(likelihoods), text)
+    return score_case(case, [(value, False) for value in likelihoods], [[1, 2]] * len(likelihoods), text)
 
 
 def test_the_score_of_a_case_is_the_mean_of_its_parts():
@@ -297,20 +298,24 @@ def test_likelihoods_of_an_answer_equal_a_naive_loop_over_the_written_out_text(l
     )
 
 
+def evaluate_without_val(path: Path) -> CheckpointResult:
+    return evaluate_checkpoints.evaluate_checkpoint(
+        path, INSTRUCTIONS, with_val=False, config_path=None, device="cpu", texts_read={}
+    )
+
+
 def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tmp_path):
-    checkpoint, args = tiny_run.checkpoint(), argparse.Namespace(val=False)
+    checkpoint = tiny_run.checkpoint()
     model, tokenizer, _ = load_model(tiny_run.folder / "final.ckpt")
     for name, template in (("own", TEMPLATE), ("none", None)):
         checkpoint[KEY]["template"] = template and template.model_dump()
         torch.save(checkpoint, tmp_path / f"{name}.ckpt")
-        found = evaluate_checkpoints.evaluate_checkpoint(
-            tmp_path / f"{name}.ckpt", INSTRUCTIONS, args, "cpu", {}
-        )
+        found = evaluate_without_val(tmp_path / f"{name}.ckpt")
         assert found.results == score_cases(model, tokenizer, INSTRUCTIONS, template)
     checkpoint[KEY]["template"] = {"prompt": "no slot"}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     with pytest.raises(UserError, match=r"damaged\.ckpt has a damaged template"):
-        evaluate_checkpoints.evaluate_checkpoint(tmp_path / "damaged.ckpt", INSTRUCTIONS, args, "cpu", {})
+        evaluate_without_val(tmp_path / "damaged.ckpt")
 
 
 def test_a_layout_that_the_tokenizer_cannot_write_scores_nothing():

@@ -32,7 +32,7 @@ ARROWS = {
     "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text "
     "tokenizer",
     "evaluate_checkpoints": "model support.checkpoint support.cli support.config support.device support.evaluation "
-    "support.files support.find_checkpoints support.messages support.run support.text tokenizer",
+    "support.find_checkpoints support.messages support.run support.text tokenizer",
     "eval_val": "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
     "support.text",
     "list": "support.checkpoint support.cli support.config support.find_checkpoints support.messages",

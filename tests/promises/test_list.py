@@ -236,12 +236,12 @@ def test_a_terminal_shows_whole_names_too(tiny_run, monkeypatch, terminal):
 
 
 def test_many_files_are_read_by_several_processes_and_give_the_same_rows(show, tiny_run, tmp_path):
-    for n in range(listing.MANY):
+    for n in range(listing.FILES_FOR_PARALLEL_READING):
         (tmp_path / str(n)).mkdir()
         shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / str(n) / "copy.ckpt")
     (tmp_path / "bad.ckpt").touch()
     rows = {row["file"]: row for row in map(json.loads, show(tmp_path, "--json").splitlines())}
-    assert len(rows) == listing.MANY + 1
+    assert len(rows) == listing.FILES_FOR_PARALLEL_READING + 1
     assert {file: row | {"age_s": 0} for file, row in rows.items()} == {
         file: listing.describe(Path(file)) | {"age_s": 0} for file in rows
     }

@@ -16,14 +16,14 @@ from foreign_tokenizers import tokenizer_like
 
 import convert
 import evaluate_checkpoints
-from evaluate_checkpoints import score_cases
 from infer import generate_text
 from model import GPTConfig, GPTMini
 from support.checkpoint import load_model, write_model
 from support.config.read import load_config
 from support.evaluation.case_files import Case, read_cases
 from support.evaluation.likelihoods import log_likelihoods
-from support.evaluation.lm_eval_adapter import adapter, find_tasks, until_first
+from support.evaluation.lm_eval_adapter import adapter, cut_before_first, find_tasks
+from support.evaluation.score_model import score_cases
 from support.evaluation.validation import validate
 from support.messages import UserError
 
@@ -234,7 +234,7 @@ def test_a_task_that_samples_is_refused(lm_eval, loaded):
     ("ends", "kept"), [(".", "a, b"), ([";", ","], "a"), (["b", "a"], ""), ([""], "a, b. c"), ([], "a, b. c")]
 )
 def test_a_text_ends_before_the_first_stop(ends, kept):
-    assert until_first("a, b. c", ends) == kept
+    assert cut_before_first("a, b. c", ends) == kept
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ sys.meta_path.insert(0, Blocked)
         (["--cases", "cases", "--lm-eval-limit", "5"], "go with --lm-eval"),
         (["--cases", "cases", "--lm-eval-tasks", "cases"], "go with --lm-eval"),
         (["--lm-eval", "x", "--lm-eval-limit", "0"], "--lm-eval-limit 0 must be at least 1"),
-        (["--lm-eval", "x", "--lm-eval-tasks", "nowhere"], "--lm-eval-tasks nowhere is no folder"),
+        (["--lm-eval", "x", "--lm-eval-tasks", "nowhere"], "--lm-eval-tasks nowhere is not a folder"),
         (["--lm-eval", "x", "--config", "config.yaml"], "goes with --val"),
     ],
 )
