@@ -1,30 +1,28 @@
-"""Weights in, weights out: published models to checkpoints of ours, our checkpoints to what other programs
-load.
+"""Weights in, weights out: imports published models, and exports checkpoints for other programs.
 
-python3 convert.py --from gpt2 --output checkpoints/gpt2.ckpt                  # a name on the hub, or a local folder
+python3 convert.py --from gpt2 --output checkpoints/gpt2.ckpt       # a name on the hub, or a local folder
 python3 convert.py --from path/to/hf_llama_folder --output checkpoints/llama.ckpt
-python3 convert.py --ckpt checkpoints/final.ckpt --to hf --output export/      # for transformers, vLLM, lm-eval
-python3 convert.py --ckpt checkpoints/final.ckpt --to gguf --output model.gguf    # for llama.cpp, Ollama, LM Studio
-python3 convert.py --ckpt checkpoints/final.ckpt --to weights --output small.ckpt    # without the optimizer's state
+python3 convert.py --ckpt checkpoints/final.ckpt --to hf --output export/    # for transformers, vLLM, lm-eval
+python3 convert.py --ckpt checkpoints/final.ckpt --to gguf --output m.gguf  # for llama.cpp, Ollama, LM Studio
+python3 convert.py --ckpt checkpoints/final.ckpt --to weights --output small.ckpt    # without the optimizer
 """
 
 import argparse
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from support.cli import file_path, guarded, make_parser
 from support.messages import UserError
 from support.text.hub import find_model
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -38,19 +36,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--to",
         choices=("hf", "gguf", "weights"),
-        help="with --ckpt: hf is a folder of safetensors, weights a checkpoint to use, not to resume",
+        help="with --ckpt: hf is a folder with safetensors; weights is a checkpoint that cannot be resumed",
     )
     parser.add_argument(
         "--dtype",
         choices=("f32", "f16", "q8_0"),
-        help="with --to gguf: f32 (default), half of its size, or a quarter",
+        help="with --to gguf: f32 (default), f16 (half the size) or q8_0 (about a quarter)",
     )
     parser.add_argument(
-        "--output",
-        type=file_path,
-        metavar="PATH",
-        required=True,
-        help="the checkpoint, or the folder, to write",
+        "--output", type=file_path, metavar="PATH", required=True, help="the file or folder to write"
     )
     parser.add_argument("--revision", metavar="COMMIT", help="with --from: a commit of the hub's repository")
     parser.add_argument(
@@ -75,30 +69,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_output(output: Path, folder: bool) -> None:
-    """Raise UserError where something is there already: a conversion replaces nothing."""
+    """Raise UserError if something is there already: a conversion replaces nothing."""
     if output.is_dir() and not folder:
         raise UserError(f"--output {output} is a folder; name a file in it, e.g. {output / 'model'}")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    is_empty_folder = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_empty_folder:
         raise UserError(f"--output {output} is there already; remove it, or name another")
-    there = next(folder for folder in output.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(
-            f"--output {output} cannot be written: {there} is "
-            f"{'not writable' if there.is_dir() else 'a file'}; name another"
-        )
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: {parent} is a file; name another")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--output {output} cannot be written: {parent} is not writable; name another")
 
 
-def prepare(argv: list[str] | None) -> argparse.Namespace:
-    """The checked flags, with the folder of `--from` in `folder`. Raises UserError."""
+def prepare(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked flags, with the folder of the model that --from names in `folder`, downloaded if needed.
+    Raises UserError."""
     args = parse_args(argv)
     args.folder = None if args.source is None else find_model(args.source, args.revision)
     return args
 
 
 if __name__ == "__main__":
-    ARGS = guarded(
-        prepare, sys.argv[1:]
-    )  # --help, wrong flags and a missing network answer before torch is imported
+    # --help, wrong flags and a missing network are answered before the slow imports below
+    prepared = guarded(prepare)
+    from convert import main
+
+    sys.exit(guarded(main, args=prepared))
 
 import torch
 
@@ -106,46 +103,25 @@ from model import GPTMini
 from sampling import SamplingConfig
 from support.checkpoint import load_model, saved_template, write_merged, write_model
 from support.evaluation.likelihoods import encode
-from support.exchange.compare_logits import (
-    probe,
-    verify,
-    verify_exported_text,
-    verify_gguf,
-    verify_imported_text,
-)
+from support.exchange.compare_gguf import check_gguf
+from support.exchange.compare_logits import check_logits, logits_to_compare
+from support.exchange.compare_texts import check_exported_text, check_imported_text
+from support.exchange.gguf_file import write_gguf
 from support.exchange.hf_folder import read_pretrained
 from support.exchange.hf_names import config_json, to_theirs
+from support.exchange.model_card import model_card, model_name, source_name
 from support.exchange.tokenizer_json import tokenizer_config, tokenizer_json
 from support.files.atomic import atomic_write
 from support.run.folder import run_record
-from support.text.chat_template import Template
 from tokenizer import Tokenizer
 
-PROMPT = "Once upon a time"  # what an imported model is seen to continue; no blank at the end, which is rare in texts
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {name}
-
-A decoder-only transformer of {n_params:,} parameters, {origin}
-
-{facts}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-inputs = {ids}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-"""
+# What an imported model continues, to show that it works. No blank at the end, which is rare in texts.
+SAMPLE_PROMPT = "Once upon a time"
 
 
 @contextlib.contextmanager
 def all_or_nothing(output: Path) -> Iterator[Path]:
-    """A temporary name beside `output`, which gets that name if all goes well; if not, nothing stays."""
+    """A temporary name next to `output`, renamed to it if all goes well; otherwise nothing is left."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
@@ -167,126 +143,48 @@ def import_model(args: argparse.Namespace) -> None:
     c = model.config
     print(
         f"{args.source}: {model.n_params():,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
-        f"{c.n_heads} query and {c.n_kv_heads} "
-        f"key/value heads, context {c.max_seq_len:,}, vocabulary {c.vocab_size:,} ({tokenizer.kind})"
+        f"{c.n_heads} query and {c.n_kv_heads} key/value heads, context {c.max_seq_len:,}, "
+        f"vocabulary {c.vocab_size:,} ({tokenizer.kind})"
     )
-    print(verify_imported_text(tokenizer, args.folder))
-    ids = torch.tensor([encode(tokenizer, PROMPT, begins=True) or [*tokenizer.bos_ids, tokenizer.eos_id]])
-    written = model.generate(ids, 20, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()
-    print(f"greedily, it writes: {tokenizer.decode(written[len(tokenizer.bos_ids) :])!r}")
+    print(check_imported_text(tokenizer, args.folder))
+    print(f"greedily, it writes: {greedy_sample(model, tokenizer)!r}")
     with all_or_nothing(output) as temporary:
-        ours = probe(model)
-        write_model(
-            temporary, model, tokenizer, run_record() | {"source": source_name(args.source, args.revision)}
-        )
-        del model
-        print(verify(ours, args.folder))
+        ours = logits_to_compare(model)
+        record = run_record() | {"source": source_name(args.source, args.revision)}
+        write_model(temporary, model, tokenizer, record)
+        del model  # transformers now loads its own: two would need twice the memory
+        print(check_logits(ours, args.folder))
     print(f"written: {output}; python3 infer.py --ckpt {output} --prompt ...")
+
+
+def greedy_sample(model: GPTMini, tokenizer: Tokenizer) -> str:
+    """SAMPLE_PROMPT and what the model writes after it; if the vocabulary lacks its letters, what it writes
+    after EOS."""
+    ids = encode(tokenizer, SAMPLE_PROMPT, begins=True) or [*tokenizer.bos_ids, tokenizer.eos_id]
+    sampling = SamplingConfig(temperature=0)
+    written = model.generate(torch.tensor([ids]), 20, sampling, eos_id=tokenizer.eos_id)[0].tolist()
+    return tokenizer.decode(written[len(tokenizer.bos_ids) :])
 
 
 # ---- out -----------------------------------------------------------------------------------------
 
 
-def public(path: str) -> str:
-    """A path as others may see it: of one that tells of this machine, its last part.
-
-    >>> public("data/tiny_corpus.txt"), public("/home/ada/secret/plays.txt"), public("~/plays.txt")
-    ('data/tiny_corpus.txt', 'plays.txt', 'plays.txt')
-    """
-    tells = (
-        path.startswith("~")
-        or PurePosixPath(path).is_absolute()
-        or PureWindowsPath(path).drive
-        or ".." in PureWindowsPath(path).parts
-    )
-    return PureWindowsPath(path).name if tells else path
-
-
-def source_name(source: str, revision: str | None) -> str:
-    """What a model was imported from: its name on the hub, or of a local folder the last part."""
-    local = os.path.isdir(source)
-    return Path(source).resolve().name if local else source + (f" (revision {revision})" if revision else "")
-
-
-def model_name(metadata: dict, ckpt: str) -> str:
-    """What an exported model is called: as what was imported, or as the folder of its run; the file's own
-    name where there is neither."""
-    config, record = metadata.get("config") or {}, metadata.get("run") or {}
-    known = record.get("source") or (config.get("checkpoint") or {}).get("dir") or ""
-    return PureWindowsPath(str(known)).name or Path(ckpt).stem
-
-
-def model_card(
-    model: GPTMini, tokenizer: Tokenizer, metadata: dict, ckpt: str, template: Template | None
-) -> str:
-    """README.md: what the run's config and metrics say of the model. No path of this machine gets into it."""
-    c, metrics, config = model.config, metadata["metrics"], metadata.get("config")
-    source = (metadata.get("run") or {}).get("source")
-    origin = "trained with Tiny Transformer."
-    if not config:
-        origin = (
-            f"imported{f' from `{source}`' if source else ''} with Tiny Transformer; nothing was trained "
-            "here."
-        )
-    lines = [
-        f"- {c.n_layers} layers, width {c.d_model}, {c.n_heads} query and {c.n_kv_heads} key/value heads, "
-        f"context {c.max_seq_len}",
-        f"- norm {c.norm}, mlp {c.mlp}, positions {c.position}, {'tied' if c.tie_embeddings else 'untied'} "
-        "embeddings",
-        f"- tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
-    ]
-    if config:
-        t, data = config["training"], config["data"]
-        start = f", from `{public(config['base_ckpt'])}`" if config.get("base_ckpt") else ""
-        text = public(str(data.get("path") or data.get("dataset")))
-        lines += [
-            f"- trained for {metrics['step']:,} steps on {metrics['tokens']:,} target tokens of "
-            f"`{text}`{start}",
-            f"- {t['optimizer']}, lr {t['lr']:g}, schedule {t['schedule']}, {t['micro_batch_size']} x "
-            f"{t['grad_accum_steps']} sequences a step, "
-            f"seed {config['seed']}",
-        ]
-        results = [
-            name for name in ("train_loss", "val_loss", "token_accuracy") if metrics.get(name) is not None
-        ]
-        lines += [f"- {name}: {metrics[name]:.4f}" for name in results]
-        if metrics.get("val_loss") is not None:
-            lines.append(f"- validation perplexity: {math.exp(min(metrics['val_loss'], 700)):.2f}")
-    ids = 'tokenizer("Once", return_tensors="pt")'
-    if template:
-        ids = (
-            'tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], '
-            'return_tensors="pt", return_dict=True)'
-        )
-    return CARD.format(
-        name=model_name(metadata, ckpt),
-        origin=origin,
-        n_params=model.n_params(),
-        facts="\n".join(lines),
-        ids=ids,
-    )
-
-
 def export_hf(args: argparse.Namespace) -> None:
-    """The folder, complete and compared, or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    """Write the folder, complete and checked, or nothing."""
     output = Path(args.output)
     model, tokenizer, metadata = load_model(args.ckpt)
     template = saved_template(metadata, args.ckpt)
     dtype = model.embed_tokens.weight.dtype
-    config = config_json(
-        model.config, tokenizer.eos_id, tokenizer.bos_ids, dtype
-    )  # refuses before anything is written
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    # raises an error for a model that no family can describe, before anything is written
+    config = config_json(model.config, tokenizer.eos_id, tokenizer.bos_ids, dtype)
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    generation["pad_token_id"] = tokenizer.eos_id
+    tokenizer_settings = tokenizer_config(tokenizer, template, model.config.max_seq_len)
     texts = {
         "config.json": json.dumps(config, indent=2),
-        "generation_config.json": json.dumps(ids | {"pad_token_id": tokenizer.eos_id}),
+        "generation_config.json": json.dumps(generation),
         "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": json.dumps(
-            tokenizer_config(tokenizer, template, model.config.max_seq_len), indent=2
-        ),
+        "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
         "README.md": model_card(model, tokenizer, metadata, args.ckpt, template),
     }
     with all_or_nothing(output) as temporary:
@@ -294,54 +192,52 @@ def export_hf(args: argparse.Namespace) -> None:
         for name, text in texts.items():
             with atomic_write(temporary / name) as file:
                 file.write(text.encode())
-        try:
-            save_file(
-                to_theirs(model.config, model.state_dict()),
-                temporary / "model.safetensors",
-                metadata={"format": "pt"},
-            )
-        except (
-            SafetensorError
-        ) as error:  # a full disk, say, which the library hides behind an error of its own
-            raise UserError(
-                f"--output {output} cannot be written: {' '.join(str(error).split())[:200]}; make room, or "
-                "name another"
-            ) from None
-        shutil.copymode(
-            temporary / "config.json", temporary / "model.safetensors"
-        )  # the library's is for its owner alone
-        text = verify_exported_text(tokenizer, temporary)
-        ours = probe(model)
-        del model
-        print(verify(ours, temporary, written=True), text, sep="\n")
-    print(
-        f"written: {output} ({config['architectures'][0]}), "
-        f"{', '.join(sorted(path.name for path in output.iterdir()))}"
-    )
+        save_weights(model, temporary / "model.safetensors", output)
+        # the library makes a file that only its owner can read
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+        text_result = check_exported_text(tokenizer, temporary)
+        ours = logits_to_compare(model)
+        del model  # transformers now loads its own: two would need twice the memory
+        print(check_logits(ours, temporary, written_by_us=True))
+        print(text_result)
+    names = ", ".join(sorted(path.name for path in output.iterdir()))
+    print(f"written: {output} ({config['architectures'][0]}), {names}")
+
+
+def save_weights(model: GPTMini, path: Path, output: Path) -> None:
+    """Write the weights under Hugging Face's names. Raises UserError on a full disk, which names `output`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(to_theirs(model.config, model.state_dict()), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library wraps errors of the disk in its own
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"--output {output} cannot be written: {what}; make room, or name another") from None
 
 
 def export_gguf(args: argparse.Namespace) -> None:
-    """The file, complete and compared where that is possible, or not at all."""
+    """Write the file, complete and checked as far as possible, or nothing."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("--to gguf needs a package that is not installed; pip install gguf")
-    from support.exchange.gguf_file import write_gguf
-
     output, dtype = Path(args.output), args.dtype or "f32"
     model, tokenizer, metadata = load_model(args.ckpt)
+    template = saved_template(metadata, args.ckpt)
     with all_or_nothing(output) as temporary:
-        words = write_gguf(
-            temporary,
-            model,
-            tokenizer,
-            saved_template(metadata, args.ckpt),
-            dtype,
-            model_name(metadata, args.ckpt),
-        )
-        print(verify_gguf(temporary, model, tokenizer, dtype, words))
+        name = model_name(metadata, args.ckpt)
+        word_splitter = write_gguf(temporary, model, tokenizer, template, dtype, name)
+        print(check_gguf(temporary, model, tokenizer, dtype, word_splitter))
     print(f"written: {output} ({dtype}), {output.stat().st_size / 2**20:,.1f} MB")
 
 
+def export_weights(args: argparse.Namespace) -> None:
+    with all_or_nothing(Path(args.output)) as temporary:
+        write_merged(Path(args.ckpt), temporary)
+    print(f"written: {args.output}, {Path(args.output).stat().st_size / 2**20:,.1f} MB")
+
+
 def main(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
+    """`args` are the flags if they have already been checked by `prepare`."""
     args = args or prepare(argv)
     if args.source is not None:
         import_model(args)
@@ -350,11 +246,5 @@ def main(argv: list[str] | None = None, args: argparse.Namespace | None = None) 
     elif args.to == "gguf":
         export_gguf(args)
     else:
-        with all_or_nothing(Path(args.output)) as temporary:
-            write_merged(Path(args.ckpt), temporary)
-        print(f"written: {args.output}, of {Path(args.output).stat().st_size / 2**20:,.1f} MB")
+        export_weights(args)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main, args=ARGS))

@@ -17,8 +17,13 @@ from tokenizers import Tokenizer as Backend
 import convert
 from model import GPTConfig, GPTMini
 from support.checkpoint import load_model, write_model
-from support.exchange import compare_logits as proof
-from support.exchange.compare_logits import OWN_TOKENS, TEXTS, Witness, first_difference, telling_texts
+from support.exchange.compare_texts import (
+    TEXTS,
+    VOCABULARY_SAMPLES,
+    OtherTokenizer,
+    first_difference,
+    texts_to_compare,
+)
 from support.exchange.hf_folder import read_tokenizer
 from support.exchange.hf_names import config_json, to_theirs
 from support.exchange.tokenizer_json import byte_characters, gpt2_merges, tokenizer_json
@@ -177,9 +182,7 @@ def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Let it be found only where it is the program to compare with."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        proof.importlib.util,
-        "find_spec",
-        lambda name: None if name == "llama_cpp" != program else found(name),
+        importlib.util, "find_spec", lambda name: None if name == "llama_cpp" != program else found(name)
     )
 
 
@@ -190,28 +193,31 @@ def test_every_pair_of_tokens_in_the_wrong_place_is_noticed():
     for one, other in [(0, n - 2), (n - 3, n - 2), (70, 80), (75, 300)]:
         places = list(range(n))
         places[one], places[other] = other, one
-        witness = Witness(
+        witness = OtherTokenizer(
             "a program",
             encode=tokenizer.encode_prompt,
             decode=lambda ids, places=places: tokenizer.decode([places[id] for id in ids]),
         )
         assert "writes the ids" in first_difference(tokenizer, witness)
     assert (
-        first_difference(tokenizer, Witness("a program", tokenizer.encode_prompt, tokenizer.decode)) is None
+        first_difference(tokenizer, OtherTokenizer("a program", tokenizer.encode_prompt, tokenizer.decode))
+        is None
     )
 
 
 def test_the_texts_tell_and_a_vocabulary_of_characters_has_texts_of_its_own():
-    assert len(telling_texts(ByteTokenizer())) > len(TEXTS)
-    assert len(telling_texts(GPT2Tokenizer())) > OWN_TOKENS  # its own tokens, spread over the vocabulary
+    assert len(texts_to_compare(ByteTokenizer())) > len(TEXTS)
+    assert (
+        len(texts_to_compare(GPT2Tokenizer())) > VOCABULARY_SAMPLES
+    )  # its own tokens, spread over the vocabulary
     telling = "".join(TEXTS)
     assert {" ", "\n", "\t", "\x00", "7", "\u00e9", "\u6771", "\U0001f389"} <= set(telling) and TEXTS[
         2
     ].startswith(" ")
     chars = CharTokenizer.train(["\u0436\u0443\u043a"])
-    assert not set("".join(telling_texts(chars))) - set("\u0436\u0443\u043a")
+    assert not set("".join(texts_to_compare(chars))) - set("\u0436\u0443\u043a")
     wrong = CharTokenizer("\u043a\u0443\u0436")
-    assert "reads" in first_difference(chars, Witness("a program", wrong.encode_prompt, wrong.decode))
+    assert "reads" in first_difference(chars, OtherTokenizer("a program", wrong.encode_prompt, wrong.decode))
 
 
 @pytest.mark.parametrize(

@@ -826,7 +826,7 @@ def test_a_wrong_gguf_is_noticed_and_leaves_nothing(saved, tmp_path, trained_bpe
                 call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
     monkeypatch.setattr("support.exchange.gguf_file.pre_tokenizer_name", lambda tree: "smollm")
     with pytest.raises(
-        UserError, match=r"reads .* as \[.*\], and this project as \[.*; the tokenizer is not carried over"
+        UserError, match=r"reads .* as \[.*\], and this project as \[.*; the tokenizer was not converted correctly"
     ):
         call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["ours.ckpt"]
