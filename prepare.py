@@ -1,12 +1,12 @@
-"""Text, once and for all, into what training reads fastest: a tokenizer of its own, and files of token ids of
-any size.
+"""Make from a text, once, what training reads fastest: a tokenizer of its own, and files of token ids of any
+size.
 
 python3 prepare.py tokenizer --input 'books/*.txt' --vocab-size 8192 --output tokens/tokenizer.json
 python3 prepare.py tokens --input 'books/*.txt' --tokenizer tokens/tokenizer.json --output tokens/
 python3 prepare.py tokens --dataset roneneldan/TinyStories --tokenizer gpt2 --output tokens/ts --num-proc 8
 python3 train.py --config config.yaml --override data.source=tokens --override data.path=tokens/
 
-Killed or stopped, the same command goes on where it was. docs/DATA.md tells what is in the files.
+If it is stopped or killed, the same command resumes where it was. docs/DATA.md says what is in the files.
 """
 
 import argparse
@@ -28,66 +28,67 @@ from support.cli import byte_progress, file_path, guarded, make_parser
 from support.messages import UserError, printable, warn
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="tokenizer|tokens")
-    for task, text in (
-        ("tokenizer", "train a tokenizer on a text and write its tokenizer.json"),
-        ("tokens", "turn a text into token files"),
+    for task, text, add_own_flags in (
+        ("tokenizer", "train a tokenizer on a text and write its tokenizer.json", add_tokenizer_flags),
+        ("tokens", "turn a text into token files", add_token_flags),
     ):
-        part = tasks.add_parser(task, help=text, description=text, allow_abbrev=False)
-        source = part.add_mutually_exclusive_group(required=True)
-        source.add_argument(
-            "--input",
-            nargs="+",
-            type=file_path,
-            metavar="PATH",
-            help=".txt, .jsonl or .parquet files, folders, or quoted globs",
-        )
-        source.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, streamed")
-        part.add_argument(
-            "--dataset-config", metavar="NAME", help="the dataset's configuration, e.g. 20231101.en"
-        )
-        part.add_argument("--split", default="train", help="the dataset's split (default train)")
-        part.add_argument(
-            "--revision", metavar="COMMIT", help="a commit of the dataset, so that it cannot change under you"
-        )
-        part.add_argument(
-            "--text-field",
-            default="text",
-            metavar="NAME",
-            help="the field of .jsonl, .parquet or dataset that holds the text",
-        )
-        part.add_argument(
-            "--errors",
-            choices=("strict", "replace"),
-            default="strict",
-            help="bytes that are not UTF-8: stop, or read as U+FFFD",
-        )
-        part.add_argument(
-            "--output",
-            type=file_path,
-            metavar="PATH",
-            required=True,
-            help="the tokenizer.json, or the folder, to write",
-        )
-        if task == "tokenizer":
-            part.add_argument(
-                "--kind",
-                choices=("bpe", "char"),
-                default="bpe",
-                help="byte-pair encoding (default), or a token for each character",
-            )
-            part.add_argument(
-                "--vocab-size",
-                type=int,
-                default=8192,
-                metavar="N",
-                help="tokens of a bpe vocabulary (default 8192)",
-            )
-        else:
-            add_token_flags(part)
+        task_parser = tasks.add_parser(task, help=text, description=text, allow_abbrev=False)
+        add_text_flags(task_parser)
+        add_own_flags(task_parser)
     return parser.parse_args(argv)
+
+
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input",
+        nargs="+",
+        type=file_path,
+        metavar="PATH",
+        help=".txt, .jsonl or .parquet files, folders, or quoted globs",
+    )
+    source.add_argument("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, streamed")
+    parser.add_argument(
+        "--dataset-config", metavar="NAME", help="the dataset's configuration, e.g. 20231101.en"
+    )
+    parser.add_argument("--split", default="train", help="the dataset's split (default train)")
+    parser.add_argument(
+        "--revision", metavar="COMMIT", help="a commit of the dataset, so that it cannot change meanwhile"
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field of .jsonl, .parquet or dataset that holds the text",
+    )
+    parser.add_argument(
+        "--errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="at bytes that are not UTF-8: stop, or read them as U+FFFD",
+    )
+    parser.add_argument(
+        "--output",
+        type=file_path,
+        metavar="PATH",
+        required=True,
+        help="the tokenizer.json, or the folder, to write",
+    )
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kind",
+        choices=("bpe", "char"),
+        default="bpe",
+        help="byte-pair encoding (default), or a token for each character",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="tokens of a bpe vocabulary (default 8192)"
+    )
 
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +103,7 @@ def add_token_flags(parser: argparse.ArgumentParser) -> None:
         "--val-fraction",
         type=float,
         metavar="F",
-        help="share of the documents held out (default: a tenth, or a million tokens if less)",
+        help="share of the text held out (default: a tenth, or a million tokens if that is less)",
     )
     parser.add_argument(
         "--val-input", nargs="+", type=file_path, metavar="PATH", help="validation text of its own"
@@ -112,20 +113,23 @@ def add_token_flags(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=42, help="draws the documents that are held out (default 42)"
     )
     parser.add_argument(
-        "--num-proc", type=int, metavar="N", help="processes that encode (default: one a core)"
+        "--num-proc", type=int, metavar="N", help="processes that encode (default: one for each core)"
     )
     parser.add_argument(
         "--shard-chars",
         type=int,
         default=2**24,
         metavar="N",
-        help="characters encoded at once: what a kill loses, and what memory holds",
+        help="characters encoded at once: that much work is lost by a kill, and that much text is in memory",
     )
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever lies in the folder")
+    parser.add_argument("--fresh", action="store_true", help="start over, whatever is in the folder")
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer at once
+    guarded(parse_args)  # --help and wrong flags are answered before the slow imports below
+    from prepare import main  # this file again, as a module
+
+    sys.exit(guarded(main))
 
 from support.exchange.tokenizer_json import tokenizer_json
 from support.files.atomic import atomic_write, claim_folder
@@ -154,29 +158,84 @@ from tokenizer import (
     tokenizer_from_dict,
 )
 
-KINDS = (".txt", ".jsonl", ".parquet")
+TEXT_ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
-def source_of(args: argparse.Namespace, paths: list[str] | None, split: str, flag: str = "--input") -> Source:
-    """The text that flags name. Raises UserError if there is none."""
-    files = each_once(file for path in paths or [] for file in find_files(path, flag, KINDS))
+def text_source(args: argparse.Namespace, paths: list[str] | None, split: str, flag: str) -> Source:
+    """The text to read: the files that `paths` name, or this split of --dataset. Raises UserError for a path
+    without text files; `flag` is how the message names it."""
+    files = each_once(file for path in paths or [] for file in find_files(path, flag, TEXT_ENDINGS))
     return Source(
-        files, args.dataset, args.dataset_config, split, args.revision, args.text_field, args.errors
+        files=files,
+        dataset=args.dataset,
+        config=args.dataset_config,
+        split=split,
+        revision=args.revision,
+        text_field=args.text_field,
+        errors=args.errors,
     )
 
 
 # ---- a tokenizer ---------------------------------------------------------------------------------
 
 
+def make_tokenizer(args: argparse.Namespace) -> int:
+    check_tokenizer_flags(args)
+    began = time.monotonic()
+    output = Path(args.output)
+    tokenizer = train_tokenizer(args, text_source(args, args.input, args.split, "--input"))
+    if args.kind == "bpe" and tokenizer.vocab_size < args.vocab_size:
+        warn(
+            f"the text gives {tokenizer.vocab_size:,} tokens, not {args.vocab_size:,}: "
+            "no pair is left to merge"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as file:
+        file.write(tokenizer_json(tokenizer).encode())
+    print(f"{output}: {described(tokenizer)}, in {time.monotonic() - began:.1f} s")
+    print_longest([text for _, text in longest_tokens(range(tokenizer.vocab_size), tokenizer)])
+    return 0
+
+
+def check_tokenizer_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot be followed."""
+    output = Path(args.output)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name the file, e.g. {output / 'tokenizer.json'}")
+    if output.exists():
+        raise UserError(
+            f"--output {output} is there already, and token files may depend on it; "
+            "remove it, or name another"
+        )
+    if args.kind == "char" and args.dataset:
+        raise UserError(
+            "--kind char needs all of the text to collect its characters, and a stream is read only in part; "
+            "give files with --input"
+        )
+
+
+def train_tokenizer(args: argparse.Namespace, source: Source) -> Tokenizer:
+    """A tokenizer of --kind for this text, with a progress bar while the text is read."""
+    with byte_progress("reading", source.n_bytes) as advance:
+
+        def shown(texts: Iterator[str]) -> Iterator[str]:
+            for text in texts:
+                advance(len(text.encode()))
+                yield text
+
+        if args.kind == "char":
+            return CharTokenizer.train(shown(part for part, _ in source.parts()))
+        return BPETokenizer.train_on(shown(training_pieces(source)), args.vocab_size)
+
+
 def training_pieces(source: Source) -> Iterator[str]:
-    """Text to train a bpe tokenizer on, at most TRAIN_CHARS: of files each second (third, ...) piece, of a
-    stream its beginning."""
+    """Text to train a bpe tokenizer on, about TRAIN_CHARS characters: of files every second (third, ...)
+    piece, of a stream its beginning."""
     pieces = (piece for part, _ in source.parts() for piece in cut_pieces(part, cut_at_word, PIECE_CHARS))
     if source.dataset is None:
-        total = sum(
-            file.stat().st_size for file in source.files
-        )  # of packed files too little, and then more is read
-        yield from islice(pieces, 0, None, max(1, math.ceil(total / TRAIN_CHARS)))
+        # Compressed files (.parquet) hold more text than their size says; then more than TRAIN_CHARS is read.
+        n_bytes = sum(file.stat().st_size for file in source.files)
+        yield from islice(pieces, 0, None, max(1, math.ceil(n_bytes / TRAIN_CHARS)))
         return
     n_chars = 0
     for piece in pieces:
@@ -190,50 +249,80 @@ def print_longest(texts: list[str]) -> None:
     print(f"longest tokens: {', '.join(repr(printable(text)) for text in texts)}")
 
 
-def make_tokenizer(args: argparse.Namespace) -> int:
-    output = Path(args.output)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name the file, e.g. {output / 'tokenizer.json'}")
-    if output.exists():
-        raise UserError(
-            f"--output {output} is there already, and token files may depend on it; remove it, or name "
-            "another"
-        )
-    if args.kind == "char" and args.dataset:
-        raise UserError(
-            "--kind char needs all of the text to collect its characters, and a stream is read in part; "
-            "give files by --input"
-        )
-    source, began = source_of(args, args.input, args.split), time.monotonic()
-    with byte_progress("reading", source.n_bytes) as advance:
-
-        def counted(texts: Iterator[str]) -> Iterator[str]:
-            for text in texts:
-                advance(len(text.encode()))
-                yield text
-
-        if args.kind == "char":
-            tokenizer: Tokenizer = CharTokenizer.train(counted(part for part, _ in source.parts()))
-        else:
-            tokenizer = BPETokenizer.train_on(counted(training_pieces(source)), args.vocab_size)
-    if args.kind == "bpe" and tokenizer.vocab_size < args.vocab_size:
-        warn(
-            f"the text gives {tokenizer.vocab_size:,} tokens, not {args.vocab_size:,}: no pair is left to "
-            "merge"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output) as file:
-        file.write(tokenizer_json(tokenizer).encode())
-    print(f"{output}: {described(tokenizer)}, in {time.monotonic() - began:.1f} s")
-    print_longest([text for _, text in longest_tokens(range(tokenizer.vocab_size), tokenizer)])
-    return 0
-
-
 # ---- token files ---------------------------------------------------------------------------------
 
 
+def make_token_files(args: argparse.Namespace) -> int:
+    check_token_flags(args)
+    sources = {"train": text_source(args, args.input, args.split, "--input")}
+    if args.val_input or args.val_split:
+        sources["val"] = text_source(args, args.val_input, args.val_split, "--val-input")
+    tokenizer = read_tokenizer(args.tokenizer)
+    began = time.monotonic()
+    output = Path(args.output)
+    shard_folder = output / ".shards"
+    plan = token_plan(args, tokenizer)
+    n_workers = args.num_proc or os.cpu_count() or 1
+    lock = claim_folder(output, "--output ")
+    try:
+        if args.fresh:
+            shutil.rmtree(shard_folder, ignore_errors=True)
+        elif is_up_to_date(output, plan, sources, tokenizer):
+            print(f"{output} is up to date: nothing to do")
+            return 0
+        open_shard_folder(shard_folder, plan)
+        sizes = [source.n_bytes for source in sources.values()]
+        n_bytes = None if None in sizes else sum(sizes)
+        with workers(n_workers, tokenizer) as pool, byte_progress("tokens", n_bytes) as advance:
+            for name, source in sources.items():
+                write_shards(
+                    shard_folder, name, source, tokenizer, args.shard_chars, pool, n_workers, advance
+                )
+        meta = join_shards(shard_folder, output, tokenizer, "val" in sources, args.val_fraction, args.seed)
+        meta |= {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": tokenizer.to_dict(),
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "source": {
+                "input": args.input,
+                "val_input": args.val_input,
+                "files": sum(len(source.files) for source in sources.values()),
+            },
+            "plan": plan,
+            "command": f"python3 {shlex.join(sys.argv)}",
+        }
+        with atomic_write(output / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+        shutil.rmtree(shard_folder, ignore_errors=True)
+    finally:
+        lock.release()
+    print_summary(meta, output, tokenizer, time.monotonic() - began, n_workers)
+    return 0
+
+
+def check_token_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot be followed, alone or together."""
+    if args.num_proc is not None and args.num_proc < 1:
+        raise UserError(f"--num-proc {args.num_proc} must be at least 1")
+    if args.shard_chars < 1:
+        raise UserError(f"--shard-chars {args.shard_chars} must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be at least 0")
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        raise UserError(f"--val-fraction {args.val_fraction} must be between 0 and 1")
+    if args.val_fraction and (args.val_input or args.val_split):
+        raise UserError(
+            "--val-fraction holds out a part of the text; --val-input and --val-split name another text: "
+            "leave one of them out"
+        )
+    if (args.val_split and args.input) or (args.val_input and args.dataset):
+        raise UserError("--val-split goes with --dataset, --val-input with --input")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a file; name a folder")
+
+
 def read_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names. Raises UserError."""
+    """The tokenizer that --tokenizer names. Raises UserError."""
     if name in ("gpt2", "byte"):
         return build_tokenizer(name, [])
     if name.endswith(".ckpt"):
@@ -248,8 +337,9 @@ def read_tokenizer(name: str) -> Tokenizer:
     return FileTokenizer.from_file(name)
 
 
-def plan_of(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the ids that are written, in words; the text itself is compared by its sha256."""
+def token_plan(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The flags that decide which ids are written: {flag: value}. plan.json holds it while shards are made,
+    then meta.json. The text itself is compared by its sha256."""
     return {
         "--tokenizer": f"{described(tokenizer)}, sha256 {tokenizer.fingerprint()[:16]}",
         "--dataset": args.dataset,
@@ -266,151 +356,87 @@ def plan_of(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def refuse_other_plan(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError if what lies in the folder was made from something else."""
-    if different := [key for key in now if now[key] != before.get(key)]:
-        listed = "; ".join(f"{key} was {before.get(key)} and is now {now[key]}" for key in different[:3])
+def refuse_different_plan(output: Path, old_plan: dict[str, Any], new_plan: dict[str, Any]) -> None:
+    """Raise UserError if the files in this folder were made with other flags than the ones given now."""
+    different = [flag for flag in new_plan if new_plan[flag] != old_plan.get(flag)]
+    if different:
+        changes = "; ".join(
+            f"{flag} was {old_plan.get(flag)} and is now {new_plan[flag]}" for flag in different[:3]
+        )
         raise UserError(
-            f"{output} holds token files of another making: {listed}; name another --output, or begin anew "
-            "by --fresh"
+            f"{output} holds token files that were made differently: {changes}; "
+            "name another --output, or start over with --fresh"
         )
 
 
-def up_to_date(output: Path, plan: dict[str, Any], sources: dict[str, Source], tokenizer: Tokenizer) -> bool:
-    """Whether the folder is finished, and from this very text. Raises UserError if it is finished and from
-    another."""
+def is_up_to_date(
+    output: Path, plan: dict[str, Any], sources: dict[str, Source], tokenizer: Tokenizer
+) -> bool:
+    """Whether the folder is finished. Raises UserError if it is finished, but with another plan or another
+    text."""
     meta = read_meta(output)
     if meta is None:
         return False
-    refuse_other_plan(output, meta["plan"], plan)
-    if plan["--dataset"] is None:  # a dataset is known by its name and commit; files are read
+    refuse_different_plan(output, meta["plan"], plan)
+    if plan["--dataset"] is None:  # a dataset is known by its name and commit; files are read and compared
         sums = (
-            pieces_sha256(p)
+            pieces_sha256(pieces)
             for source in sources.values()
-            for p, _ in cut_shards(source.parts(), tokenizer, plan["--shard-chars"])
+            for pieces, _ in cut_shards(source.parts(), tokenizer, plan["--shard-chars"])
         )
         if source_sha256(sums) != meta["source_sha256"]:
             raise changed(output)
     return True
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that mean nothing, or nothing together."""
-    if args.num_proc is not None and args.num_proc < 1:
-        raise UserError(f"--num-proc {args.num_proc} must be at least 1")
-    if args.shard_chars < 1:
-        raise UserError(f"--shard-chars {args.shard_chars} must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must be at least 0")
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        raise UserError(f"--val-fraction {args.val_fraction} must be between 0 and 1")
-    if args.val_fraction and (args.val_input or args.val_split):
-        raise UserError(
-            "--val-fraction holds documents out; --val-input and --val-split name others: leave one of "
-            "them out"
-        )
-    if (args.val_split and args.input) or (args.val_input and args.dataset):
-        raise UserError("--val-split goes with --dataset, --val-input with --input")
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a file; name a folder")
-
-
-def make_token_files(args: argparse.Namespace) -> int:
-    check_flags(args)
-    sources = {"train": source_of(args, args.input, args.split)}
-    if args.val_input or args.val_split:
-        sources["val"] = source_of(args, args.val_input, args.val_split, "--val-input")
-    tokenizer, output, began = read_tokenizer(args.tokenizer), Path(args.output), time.monotonic()
-    plan, folder, n_workers = (
-        plan_of(args, tokenizer),
-        output / ".shards",
-        args.num_proc or os.cpu_count() or 1,
-    )
-    lock = claim_folder(output, "--output ")
-    try:
-        if args.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif up_to_date(output, plan, sources, tokenizer):
-            print(f"{output} is up to date: nothing to do")
-            return 0
-        begin(folder, plan)
-        sizes = [source.n_bytes for source in sources.values()]
-        with (
-            workers(n_workers, tokenizer) as pool,
-            byte_progress("tokens", None if None in sizes else sum(sizes)) as advance,
-        ):
-            for name, source in sources.items():
-                write_shards(folder, name, source, tokenizer, args.shard_chars, pool, n_workers, advance)
-        meta = join_shards(folder, output, tokenizer, "val" in sources, args.val_fraction, args.seed)
-        meta |= {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": tokenizer.to_dict(),
-            "tokenizer_sha256": tokenizer.fingerprint(),
-            "source": {
-                "input": args.input,
-                "val_input": args.val_input,
-                "files": sum(len(source.files) for source in sources.values()),
-            },
-            "plan": plan,
-            "command": f"python3 {shlex.join(sys.argv)}",
-        }
-        with atomic_write(output / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        lock.release()
-    report(meta, output, tokenizer, time.monotonic() - began, n_workers)
-    return 0
-
-
-def begin(folder: Path, plan: dict[str, Any]) -> None:
-    """The folder of the shards, with the plan they are made by. Raises UserError if it holds shards of
-    another plan."""
-    if (folder / "plan.json").exists():
-        refuse_other_plan(folder.parent, json.loads((folder / "plan.json").read_text()), plan)
-        print(f"going on: {len(list(folder.glob('*-*.json')))} shards are there", file=sys.stderr)
+def open_shard_folder(folder: Path, plan: dict[str, Any]) -> None:
+    """Make the folder of the shards, with plan.json in it. If it is there already, its shards are used again;
+    raises UserError if they were made with another plan."""
+    plan_path = folder / "plan.json"
+    if plan_path.exists():
+        refuse_different_plan(folder.parent, json.loads(plan_path.read_text()), plan)
+        print(f"resuming: {len(list(folder.glob('*-*.json')))} shards are there already", file=sys.stderr)
     folder.mkdir(exist_ok=True)
-    with atomic_write(folder / "plan.json") as file:
+    with atomic_write(plan_path) as file:
         file.write(json.dumps(plan).encode())
 
 
-def report(meta: dict[str, Any], output: Path, tokenizer: Tokenizer, seconds: float, n_workers: int) -> None:
+def print_summary(
+    meta: dict[str, Any], output: Path, tokenizer: Tokenizer, seconds: float, n_workers: int
+) -> None:
+    """What was made, how fast, and in how much memory."""
     for name in ("train", "val"):
         part = meta[name]
-        print(
-            f"{output / name}.npy: {part['tokens']:,} tokens, {part['documents']:,} documents, "
-            f"{meta['dtype']}"
-        )
+        counts = f"{part['tokens']:,} tokens, {part['documents']:,} documents"
+        print(f"{output / name}.npy: {counts}, {meta['dtype']}")
     print(
-        f"tokenizer {described(tokenizer)}: {meta['bytes_per_token']:.2f} bytes a token, "
-        f"{meta['tokens_in_use']:,} tokens in use, "
-        f"{meta['unknown']:,} unknown"
+        f"tokenizer {described(tokenizer)}: {meta['bytes_per_token']:.2f} bytes per token, "
+        f"{meta['tokens_in_use']:,} different tokens used, {meta['unknown']:,} unknown"
     )
     print_longest([text for _, text, _ in meta["longest_tokens"]])
-    main, worker = (
-        resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    megabytes = meta["bytes"] / 1e6
+    own_memory = peak_memory_mb(resource.RUSAGE_SELF)
+    worker_memory = peak_memory_mb(resource.RUSAGE_CHILDREN)
     print(
-        f"{meta['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s, {meta['bytes'] / 1e6 / seconds:.1f} "
-        f"MB/s by {n_workers} processes; peak memory "
-        f"{main:,.0f} MB, and {worker:,.0f} MB for each process at most"
+        f"{megabytes:,.1f} MB of text in {seconds:.1f} s: {megabytes / seconds:.1f} MB/s with {n_workers} "
+        f"process{'es' * (n_workers > 1)}; peak memory {own_memory:,.0f} MB in the main process, at most "
+        f"{worker_memory:,.0f} MB in each of the others"
     )
+
+
+def peak_memory_mb(who: int) -> float:
+    """The largest resident memory of this process, or of any of its children."""
+    units_per_mb = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(who).ru_maxrss / units_per_mb
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.task == "tokenizer":
+        return make_tokenizer(args)
     try:
-        return make_tokenizer(args) if args.task == "tokenizer" else make_token_files(args)
+        return make_token_files(args)
     except KeyboardInterrupt:
-        if args.task == "tokens":
-            with contextlib.suppress(BrokenPipeError):
-                print(
-                    "\nstopped; what has been encoded is kept, and the same command goes on", file=sys.stderr
-                )
-            sys.exit(130)
-        raise
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))
+        with contextlib.suppress(BrokenPipeError):
+            print("\nstopped; what has been encoded is kept, and the same command resumes", file=sys.stderr)
+        sys.exit(130)

@@ -247,7 +247,7 @@ def test_the_issue_in_one_go(library, tmp_path, capsys):
         for i in np.unique(row)
         if i != tokenizer.eos_id
     )
-    assert f"{meta['bytes_per_token']:.2f} bytes a token" in said
+    assert f"{meta['bytes_per_token']:.2f} bytes per token" in said
     assert "0 unknown" in said
     assert repr(texts[0]) in said
 
@@ -383,7 +383,7 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(corpus, tmp_path, signu
     again = start(output, *flags, "--num-proc", "1")
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
-    assert f"going on: {len(kept)} shards are there" in err
+    assert f"resuming: {len(kept)} shards are there already" in err
     tokens(tmp_path / "straight", *flags[:2], "--tokenizer", "byte", "--num-proc", "1")
     assert [row.tobytes() for row in parts(output)] == [row.tobytes() for row in parts(tmp_path / "straight")]
 
