@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -rs
 
-.PHONY: setup smoke test test-slow test-all torture test-oldest lint format
+.PHONY: setup smoke test test-slow test-all torture test-oldest lint format docs
 
 setup: $(VENV)/installed
 
@@ -42,3 +42,8 @@ lint: setup
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# What is made from the code: the page of all config keys, and the drawing of the rooms.
+docs: setup
+	$(PY) -m support.config.reference > docs/CONFIG_REFERENCE.md
+	$(PY) tests/arrows.py

@@ -2,7 +2,6 @@
 never done."""
 
 import ast
-import functools
 import importlib.metadata
 import re
 import shutil
@@ -13,10 +12,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import arrows
 import pytest
+from arrows import FILES, OURS, imported_rooms, imports, module_name
+from conftest import REPO
 
-REPO = Path(__file__).resolve().parents[2]
-FILES = sorted([*REPO.glob("*.py"), *(REPO / "support").rglob("*.py")])
 BY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
 
 LINES_PER_FILE, LINES_PER_FUNCTION = 500, 60
@@ -83,42 +83,9 @@ SCRIPTS = {
 KNOW_LIGHTNING = {"train", "support.run.saving", "support.run.metrics"}
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(REPO).with_suffix("").parts)
-
-
-def room_of(module: str) -> str:
-    """The row of ARROWS that a module belongs to: its folder in support/, or itself."""
-    return ".".join(module.split(".")[:2])
-
-
-OURS = {module_name(path) for path in FILES}
-
-
-@functools.cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Every module the file imports anywhere, also inside functions: `from support import cli` is
-    support.cli."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, (
-                f"{path.name}:{node.lineno}: a relative import; scripts are run from the folder, write the "
-                "name"
-            )
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                yield full if full in OURS else node.module
-
-
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     """(the function as written, the call), e.g. ("torch.load", ...)."""
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(arrows.tree(path)):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
@@ -216,23 +183,14 @@ def test_a_file_fits_its_budget(path):
 @BY_FILE
 def test_a_function_fits_a_screen(path):
     functions = [
-        node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        node
+        for node in ast.walk(arrows.tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > LINES_PER_FUNCTION] == []
 
 
 # ---- arrows --------------------------------------------------------------------------------------
-
-
-@functools.cache
-def imported_rooms() -> dict[str, set[str]]:
-    """For each room, the other rooms that its files import."""
-    rooms: dict[str, set[str]] = {}
-    for path in FILES:
-        room = room_of(module_name(path))
-        used = {room_of(name) for name in imports(path) if name in OURS}
-        rooms.setdefault(room, set()).update(used - {room})
-    return rooms
 
 
 def test_the_table_of_arrows_names_exactly_the_rooms_there_are():
@@ -262,6 +220,11 @@ def test_neither_rooms_nor_files_import_in_a_circle():
     assert in_a_circle({name: used - {name} for name, used in files.items()}) == {}
 
 
+def test_the_drawing_in_the_page_is_that_of_the_imports():
+    """docs/ARCHITECTURE.md shows who imports whom; `make docs` draws it anew."""
+    assert arrows.PAGE.read_text(encoding="utf-8") == arrows.page_with_drawing(), "run: make docs"
+
+
 def test_scripts_build_on_each_other_only_where_that_is_the_point():
     assert {
         name: SCRIPTS & set(row.split()) for name, row in ARROWS.items() if SCRIPTS & set(row.split())
@@ -280,8 +243,10 @@ def test_lightning_is_known_to_the_training_script_and_its_callbacks_alone(path)
 @BY_FILE
 def test_what_only_some_runs_need_is_imported_where_it_is_needed(path):
     """Seconds each: a run on local text needs no datasets, a sample no pictures."""
-    at_top = {alias.name for node in tree(path).body if isinstance(node, ast.Import) for alias in node.names}
-    at_top |= {node.module for node in tree(path).body if isinstance(node, ast.ImportFrom)}
+    at_top = {
+        alias.name for node in arrows.tree(path).body if isinstance(node, ast.Import) for alias in node.names
+    }
+    at_top |= {node.module for node in arrows.tree(path).body if isinstance(node, ast.ImportFrom)}
     assert not {name.split(".")[0] for name in at_top} & {
         "datasets",
         "transformers",
@@ -438,6 +403,6 @@ def test_these_rules_notice(monkeypatch, line, rule):
     }
     path = REPO / "support" / "checkpoint.py"
     changed = ast.parse(path.read_text(encoding="utf-8") + "\n" + line)
-    monkeypatch.setitem(globals(), "tree", lambda path: changed)
+    monkeypatch.setattr(arrows, "tree", lambda path: changed)
     with pytest.raises(AssertionError):
         rules[rule](path)
