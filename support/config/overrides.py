@@ -1,7 +1,6 @@
-"""What --override does to a config's tree: one key set, by its declared type, and what excludes it taken
-out."""
+"""What does --override do to a config's tree? It sets one key, read by the key's type, and takes out the keys
+that exclude it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,24 +9,40 @@ from support.config.values import key_type, typed_override
 from support.messages import UserError
 from support.text.hub import LOCAL_FORMATS
 
-SHARE = (
-    "data.val_fraction"  # given beside what takes its place it is not looked at, which is no contradiction
-)
-# Keys that exclude each other, or of which one is not looked at when the other is there: (key, what it takes
-# the place of).
-INSTEAD_OF = {
+VAL_FRACTION = "data.val_fraction"
+# An override of the key on the left takes out the keys on the right: they exclude each other, or only one of
+# them is looked at. Two overrides that exclude each other are refused, except that data.val_fraction may be
+# given together with what takes its place.
+TAKES_OUT = {
     "training.max_steps": ("training.epochs",),
     "training.epochs": ("training.max_steps",),
     "data.val_path": ("data.val_split",),
     "data.val_split": ("data.val_path",),
-    SHARE: ("data.val_path", "data.val_split", "data.val_docs"),
+    VAL_FRACTION: ("data.val_path", "data.val_split", "data.val_docs"),
 }
-OF_A_DATASET = (
-    "data.dataset",
-    "data.config",
-    "data.revision",
-    "data.val_split",
-)  # of instructions from the hub
+# Keys of instructions from the hub, which a local file replaces.
+KEYS_OF_A_HUB_DATASET = ("data.dataset", "data.config", "data.revision", "data.val_split")
+
+
+def apply_overrides(tree: dict, overrides: list[str], schema: type[BaseModel]) -> None:
+    """Apply all of them, in order. They win over what the tree says for an alternative; two overrides that
+    exclude each other are refused. Raises UserError."""
+    for override in overrides:
+        apply_override(tree, override, schema)
+    overridden = _overridden_keys(tree, overrides)
+    for key, value in overridden.items():
+        if value is None:
+            continue
+        for other in taken_out_by(key, value, tree):
+            if overridden.get(other) is not None and key != VAL_FRACTION:
+                raise UserError(
+                    f"--override {key} and --override {other} exclude each other; give one of them"
+                )
+            section, _, leaf = other.partition(".")
+            if isinstance(tree.get(section), dict) and other not in overridden:
+                tree[section].pop(leaf, None)
+    if overridden.get("tokenizer.path") is not None and "tokenizer.kind" not in overridden:
+        tree["tokenizer"]["kind"] = "file"
 
 
 def apply_override(tree: dict, override: str, schema: type[BaseModel]) -> None:
@@ -38,60 +53,41 @@ def apply_override(tree: dict, override: str, schema: type[BaseModel]) -> None:
         raise UserError(f"--override {override}: write KEY=VALUE, e.g. training.max_steps=1000")
     *sections, leaf = key.split(".")
     for section in sections:
-        below = tree.setdefault(section, {})
-        if below is None:
-            below = tree[section] = {}
-        if not isinstance(below, dict):
-            raise UserError(f"--override {override}: {section} is no section")
-        tree = below
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"--override {override}: {section} is not a section of keys")
     tree[leaf] = typed_override(override, key, value, key_type(schema, key))
 
 
-def apply_overrides(tree: dict, overrides: list[str], schema: type[BaseModel]) -> None:
-    """All of them, in order. What they say wins over what the tree says for an alternative; two overrides
-    that exclude each other are refused. Raises UserError."""
-    for override in overrides:
-        apply_override(tree, override, schema)
-    typed_in = dict(_named(tree, overrides))
-    for key, value in typed_in.items():
-        for other in alternatives(key, value, tree) if value is not None else ():
-            if typed_in.get(other) is not None and key != SHARE:
-                raise UserError(
-                    f"--override {key} and --override {other} exclude each other; give one of them"
-                )
-            section, _, leaf = other.partition(".")
-            tree[section].pop(leaf, None) if isinstance(
-                tree.get(section), dict
-            ) and other not in typed_in else None
-    if typed_in.get("tokenizer.path") is not None and "tokenizer.kind" not in typed_in:
-        tree["tokenizer"]["kind"] = "file"
-
-
-def _named(tree: dict, overrides: list[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all keys that the overrides name; of a whole section, each key in it."""
+def _overridden_keys(tree: dict, overrides: list[str]) -> dict[str, Any]:
+    """The keys that the overrides name, with their values in the tree; for a whole section, each key in
+    it."""
+    found: dict[str, Any] = {}
     for override in overrides:
         key = override.partition("=")[0].strip()
         value: Any = tree
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        yield from (
-            ((f"{key}.{name}", item) for name, item in value.items())
-            if isinstance(value, dict)
-            else [(key, value)]
-        )
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            found[key] = value
+    return found
 
 
-def alternatives(key: str, value: Any, tree: dict) -> tuple[str, ...]:
-    """The keys that this one, with this value, takes the place of."""
+def taken_out_by(key: str, value: Any, tree: dict) -> tuple[str, ...]:
+    """The keys that an override of this key, with this value, takes out of this tree."""
     data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
-    if key == "data.path" and data.get("source") == "instructions":
-        return OF_A_DATASET
-    if key == "data.dataset" and (
-        data.get("source") == "instructions" or (data.get("source") == "hf" and value not in LOCAL_FORMATS)
-    ):
-        return ("data.path",)
-    if data.get("streaming") is True and key == SHARE:
+    source = data.get("source")
+    if key == "data.path" and source == "instructions":
+        return KEYS_OF_A_HUB_DATASET
+    if key == "data.dataset":
+        on_the_hub = source == "instructions" or (source == "hf" and value not in LOCAL_FORMATS)
+        return ("data.path",) if on_the_hub else ()
+    if key == VAL_FRACTION and data.get("streaming") is True:
         return ()  # a stream has no share
     if key == "tokenizer.kind" and value != "file":
         return ("tokenizer.path",)
-    return INSTEAD_OF.get(key, ())
+    return TAKES_OUT.get(key, ())

@@ -17,7 +17,7 @@ MAX_BYTES, MAX_VALUES, MAX_DIGITS = (
 )  # of a file, values with aliases written out, digits of a number
 TOO_MANY = f"more than {MAX_VALUES} values, each alias counted in full"
 TOO_LONG = f"a number of more than {MAX_DIGITS} digits"
-HALF = "half of a surrogate pair, which is no character"
+HALF_OF_A_PAIR = "half of a surrogate pair, which is not a character"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 # ---- YAML ----------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
             elif len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float")):
                 problem = TOO_LONG
             elif SURROGATE.search(node.value):
-                problem = HALF
+                problem = HALF_OF_A_PAIR
             if problem:
                 raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         return root
@@ -161,7 +161,7 @@ def odd_json(text: str) -> tuple[int, str] | None:
             keys_of = keys_of[:-1]
         elif word[0] == '"':
             value = _json_text(word)
-            problem = HALF if SURROGATE.search(value) else None
+            problem = HALF_OF_A_PAIR if SURROGATE.search(value) else None
             if keys_of and COLON.match(text, token.end()):
                 problem = f"key {value!r} is given twice" if value in keys_of[-1] else problem
                 keys_of[-1].add(value)

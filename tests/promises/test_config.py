@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from model import GPTConfig, GPTMini
 from optim import build_optimizer
-from support.config.foreign_config import ported
+from support.config.foreign_config import answers_and_our_tree
 from support.config.overrides import apply_override
 from support.config.read import load_config, read_config_file, validate_config
 from support.config.reference import reference_markdown
@@ -439,7 +439,7 @@ def test_a_config_of_another_project_is_answered_at_once_and_the_answer_is_a_con
     assert "training.lr=-1: input should be greater than 0" in said
     assert "d_model=48 is not a multiple of n_heads=5" in said
     assert "is required" not in said
-    _, ours = ported(
+    _, ours = answers_and_our_tree(
         theirs | {"optim": {**theirs["optim"], "lr": 0.01}, "model": {**theirs["model"], "n_heads": 4}},
         Config,
     )
@@ -756,7 +756,7 @@ def test_an_override_without_key_or_value_shows_how_to_write_one(override):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("training.lr.x=1", "lr is no section"),
+        ("training.lr.x=1", "lr is not a section of keys"),
         ("training.betas=[1", "--override training.betas="),
         ("training..lr=1", r"unknown key training\."),
         (".lr=1", r"unknown key"),
