@@ -177,7 +177,7 @@ class Parser(argparse.ArgumentParser):
         task = self.tasks().get(self.typed[0] if self.typed else "", self)
         words = self.typed if task is self else self.typed[1:]
         paths = any(not action.option_strings and action.dest == "paths" for action in task._actions)
-        answers = flag_answers(words, set(task._option_string_actions), paths)
+        answers = flag_answers(words, set(task._option_string_actions), paths=paths)
         super().error("\n       ".join([message, *answers]))
 
 

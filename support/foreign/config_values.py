@@ -1,7 +1,9 @@
-"""Keys of other projects that mean something else than any of ours: how their value becomes ours.
+"""Values of other projects' configs: words that are ours by another name, and keys that mean something else
+than any of ours.
 
-A conversion takes the value and `at`, which tells the value that one of our keys has beside it (None: not
-known), and returns our keys with their values, or the answer in words, or None where it cannot be computed.
+To add a word for a value: WORDS. To add a key whose value must be converted: a `Rule` in RULES. Its
+conversion takes the value and a function that looks up what else the config says, and returns one of three:
+our keys with their values, an answer in words, or None where nothing can be computed.
 """
 
 import math
@@ -11,17 +13,23 @@ from typing import Any, NamedTuple
 from support.foreign.config_keys import answer_to, is_key, leaf_of, nearest_key, normalised
 
 Answer = dict[str, Any] | str | None
-At = Callable[
-    [str], Any
-]  # of `theirs.NAME` what the config calls NAME in some section, of `given.KEY` whether it gives KEY
+# look_up("training.lr") is the value of that key of ours, its default where the config leaves it out; None
+# where it is not known. look_up("seq_len") is the length that training sees, look_up("theirs.NAME") what the
+# config calls NAME in any section, look_up("given.KEY") whether it gives our KEY.
+LookUp = Callable[[str], Any]
+Conversion = Callable[[Any, LookUp], Answer]
 
 PRECISIONS = {
     "bf16-mixed": "bf16 bfloat16 torch.bfloat16 mixed bf16_mixed",
     "32-true": "32 fp32 float32 float torch.float32 32_true no full",
 }
-HALF = "leave it out: 16-bit floats overflow without loss scaling; hardware.precision: bf16-mixed, or 32-true"
+FP16_WORDS = "fp16 float16 16 half torch.float16 16-mixed"
+NO_FP16 = (
+    "leave it out: 16-bit floats overflow without loss scaling; hardware.precision: bf16-mixed, or 32-true"
+)
 DEVICES = {"cuda": "gpu cuda:0 nvidia", "cpu": "cpu", "mps": "mps metal apple", "auto": "auto"}
-WORDS = {  # words for the values of our keys, in one table: ours, then others'
+# Our key: our word for a value, and others' words for it.
+WORDS = {
     "hardware.accelerator": DEVICES,
     "hardware.precision": PRECISIONS,
     "model.mlp": {"gelu": "gelu_new gelu_tanh gptneoxmlp", "swiglu": "silu swish llamamlp"},
@@ -39,7 +47,8 @@ WORDS = {  # words for the values of our keys, in one table: ours, then others'
         "bpe": "subword",
     },
 }
-DATASETS = {  # names that others give to texts for which a config is here
+# A config of ours: names that other projects give to its text.
+DATASETS = {
     "configs/tinystories.yaml": "tinystories tiny_stories",
     "configs/shakespeare_char.yaml": "shakespeare shakespeare_char tinyshakespeare tiny_shakespeare",
     "configs/wikitext_bpe.yaml": "wikitext2 wikitext_2",
@@ -49,8 +58,11 @@ DATASETS = {  # names that others give to texts for which a config is here
 
 
 def our_word(key: str, value: Any) -> Any:
-    """The word that our key has for a value of other projects: float32 is 32-true. The value itself where
-    there is none."""
+    """Our word for a value that other projects write differently; the value itself if we have no other word.
+
+    >>> our_word("hardware.precision", "float32")
+    '32-true'
+    """
     said = str(value).lower()
     for ours, theirs in WORDS.get(key, {}).items():
         if said == ours or said in theirs.split():
@@ -59,250 +71,351 @@ def our_word(key: str, value: Any) -> Any:
 
 
 def known_dataset(name: Any) -> str | None:
-    """What to say of a text that another project calls `tinystories`; None for a name that has no config
-    here."""
+    """The answer to a text that another project calls `tinystories`; None for a name that we have no config
+    for."""
     plain = normalised(str(name))
     if plain == "local":
         return "leave it out: data.path names a local file or folder"
-    return next(
-        (f"in --config {config}" for config, names in DATASETS.items() if plain in names.split()), None
-    )
+    for config, names in DATASETS.items():
+        if plain in names.split():
+            return f"in --config {config}"
+    return None
+
+
+# ---- conversions ---------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> float | None:
-    return (
-        value
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else None
-    )
+    """The value if it is a finite number, else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    return None
 
 
-def _per_step(at: At, unit: str) -> int | None:
-    """Sequences, or tokens, of one micro-batch on every device."""
-    keys = ["training.micro_batch_size", "hardware.devices", "hardware.num_nodes"] + (
-        ["seq_len"] if unit == "tokens" else []
-    )
-    counts = [_number(at(key)) for key in keys]
-    return None if None in counts else int(math.prod(counts))
+def _product(keys: list[str], look_up: LookUp) -> int | None:
+    """The product of the values of these keys; None unless all are known and positive."""
+    factors = [_number(look_up(key)) for key in keys]
+    if any(factor is None or factor <= 0 for factor in factors):
+        return None
+    return int(math.prod(factors))
 
 
-def _ratio_of(ours: str, base: str, kind: Callable) -> Callable:
-    def convert(value: Any, at: At) -> Answer:
-        factor, whole = _number(value), _number(at(base))
-        return {ours: kind(factor * whole)} if factor is not None and whole is not None else None
+SEQUENCES_OF_A_PASS = ["training.micro_batch_size", "hardware.devices", "hardware.num_nodes"]
+TOKENS_OF_A_PASS = [*SEQUENCES_OF_A_PASS, "seq_len"]
+
+
+def ratio_of(base: str, ours: str, kind: Callable[[float], Any]) -> Conversion:
+    """The conversion of a ratio: our key is that many times another key of ours."""
+
+    def convert(ratio: Any, look_up: LookUp) -> Answer:
+        whole = _number(look_up(base))
+        if _number(ratio) is None or whole is None:
+            return None
+        return {ours: kind(ratio * whole)}
 
     return convert
 
 
-def _rest(value: Any, at: At) -> Answer:
+def switch(on: Answer, off: Answer) -> Conversion:
+    """The conversion of a switch: one answer where it is true, another where it is false."""
+
+    def convert(value: Any, look_up: LookUp) -> Answer:
+        if value is True:
+            return on
+        if value is False:
+            return off
+        return None
+
+    return convert
+
+
+def batch_size_in(keys_of_a_pass: list[str]) -> Conversion:
+    """The conversion of a whole step's size: the micro-batches that it takes, if it is a multiple of one."""
+
+    def convert(size: Any, look_up: LookUp) -> Answer:
+        one_pass = _product(keys_of_a_pass, look_up)
+        if not _number(size) or not one_pass or size < one_pass or size % one_pass:
+            return None
+        return {"training.grad_accum_steps": int(size // one_pass)}
+
+    return convert
+
+
+def beta(place: int) -> Conversion:
+    """The conversion of one of AdamW's betas: our key is a list of both."""
+
+    def convert(value: Any, look_up: LookUp) -> Answer:
+        if _number(value) is None:
+            return None
+        both = [_number(look_up("theirs.beta1")) or 0.9, _number(look_up("theirs.beta2")) or 0.95]
+        both[place] = value
+        return {"training.betas": both}
+
+    return convert
+
+
+def from_train_fraction(value: Any, look_up: LookUp) -> Answer:
     if _number(value) is None or not 0 < value < 1:
         return None
-    if at("given.data.val_fraction"):
-        return f"leave it out: training takes what data.val_fraction: {at('data.val_fraction')} leaves"
+    if look_up("given.data.val_fraction"):
+        val_fraction = look_up("data.val_fraction")
+        return f"leave it out: training takes what data.val_fraction: {val_fraction} leaves"
     return {"data.val_fraction": round(1 - value, 9)}
 
 
-def _percent(value: Any, at: At) -> Answer:
+def from_percent(value: Any, look_up: LookUp) -> Answer:
     return {"data.val_fraction": value / 100} if _number(value) else None
 
 
-def _batches(value: Any, at: At) -> Answer:
-    tokens, batch = _number(value), [_number(at(key)) for key in ("training.micro_batch_size", "seq_len")]
-    return (
-        {"training.val_batches": max(1, math.ceil(tokens / math.prod(batch)))}
-        if tokens and tokens >= 1 and None not in batch
-        else None
-    )
+def from_validation_tokens(tokens: Any, look_up: LookUp) -> Answer:
+    micro_batch = _product(["training.micro_batch_size", "seq_len"], look_up)
+    if _number(tokens) is None or tokens < 1 or not micro_batch:
+        return None
+    return {"training.val_batches": max(1, math.ceil(tokens / micro_batch))}
 
 
-def _steps(value: Any, at: At) -> Answer:
-    micro, accumulated = _per_step(at, "tokens"), _number(at("training.grad_accum_steps"))
-    return (
-        {"training.max_steps": math.ceil(value / (micro * accumulated))}
-        if _number(value) and micro and accumulated
-        else None
-    )
+def from_training_tokens(tokens: Any, look_up: LookUp) -> Answer:
+    step = _product([*TOKENS_OF_A_PASS, "training.grad_accum_steps"], look_up)
+    if not _number(tokens) or not step:
+        return None
+    return {"training.max_steps": math.ceil(tokens / step)}
 
 
-def _accumulation(unit: str) -> Callable:
-    def convert(value: Any, at: At) -> Answer:
-        micro = _per_step(at, unit)
-        fits = _number(value) and micro and value >= micro and value % micro == 0
-        return {"training.grad_accum_steps": int(value // micro)} if fits else None
-
-    return convert
-
-
-def _betas(place: int) -> Callable:
-    def convert(value: Any, at: At) -> Answer:
-        both = [_number(at(f"theirs.beta{n + 1}")) or (0.9, 0.95)[n] for n in range(2)]
-        both[place] = _number(value)
-        return {"training.betas": both} if both[place] is not None else None
-
-    return convert
-
-
-def _context(value: Any, at: At) -> Answer:
-    """nanoGPT's block_size is the model's context and the length it trains on; ours trains on the whole
+def from_block_size(value: Any, look_up: LookUp) -> Answer:
+    """nanoGPT's block_size is both the model's context and the length it trains on; ours trains on the whole
     context by default."""
     if _number(value) is None:
         return None
-    return {"training.seq_len": value} if at("given.model.max_seq_len") else {"model.max_seq_len": value}
+    return {"training.seq_len": value} if look_up("given.model.max_seq_len") else {"model.max_seq_len": value}
 
 
-def _precision(value: Any, at: At) -> Answer:
-    found = our_word("hardware.precision", value)
-    if str(value).lower() in ("fp16", "float16", "16", "half", "torch.float16", "16-mixed"):
-        return HALF
-    return {"hardware.precision": found} if found in ("auto", *PRECISIONS) else None
+def from_precision(value: Any, look_up: LookUp) -> Answer:
+    if str(value).lower() in FP16_WORDS.split():
+        return NO_FP16
+    word = our_word("hardware.precision", value)
+    return {"hardware.precision": word} if word in ("auto", *PRECISIONS) else None
 
 
-def _switch(on: Answer, off: Answer) -> Callable:
-    return lambda value, at: {True: on, False: off}.get(value) if isinstance(value, bool) else None
+def from_device(value: Any, look_up: LookUp) -> Answer:
+    word = our_word("hardware.accelerator", value)
+    is_ours = isinstance(word, str) and word in DEVICES  # other projects also write a list of devices
+    return {"hardware.accelerator": word} if is_ours else None
 
 
-def _device(value: Any, at: At) -> Answer:
-    found = our_word("hardware.accelerator", value)
-    return {"hardware.accelerator": found} if found in DEVICES else None
-
-
-def _samples(value: Any, at: At) -> Answer:
+def from_number_of_samples(value: Any, look_up: LookUp) -> Answer:
+    if value == 0:
+        return "leave it out: nothing is sampled without training.sample_every"
     if not _number(value):
-        return "leave it out: nothing is sampled without training.sample_every" if value == 0 else None
-    every = at("training.val_every") or 100
+        return None
+    every = look_up("training.val_every") or 100
+    texts = "text" if value == 1 else "texts"
     return (
-        f"training.sample_every: {every} with training.sample_prompts, a list of {value:g} "
-        f"text{'s' * (value != 1)} to continue"
+        f"training.sample_every: {every} with training.sample_prompts, a list of {value:g} {texts} to "
+        "continue"
     )
 
 
-def _start(value: Any, at: At) -> Answer:
-    if str(value) == "scratch":
+def from_init_from(value: Any, look_up: LookUp) -> Answer:
+    name = str(value)
+    if name == "scratch":
         return "leave it out: weights are drawn anew without base_ckpt"
-    if str(value) == "resume":
-        return "leave it out: a run is continued by --resume on the command line"
-    if str(value).startswith("gpt2"):
+    if name == "resume":
+        return "leave it out: resume a run with --resume on the command line"
+    if name.startswith("gpt2"):
         return (
-            f"base_ckpt of finetune.py, made by python3 convert.py --from {value} --output "
-            f"checkpoints/{value}.ckpt"
+            f"base_ckpt of finetune.py, made by python3 convert.py --from {name} --output "
+            f"checkpoints/{name}.ckpt"
         )
     return None
 
 
-def _report(value: Any, at: At) -> Answer:
-    named = [key for key in ("tensorboard", "wandb") if key in str(value)]
-    return {f"logging.{key}": True for key in named} or "leave it out: metrics.jsonl is always written"
+def from_report_to(value: Any, look_up: LookUp) -> Answer:
+    named = {f"logging.{key}": True for key in ("tensorboard", "wandb") if key in str(value)}
+    return named or "leave it out: metrics.jsonl is always written"
+
+
+# ---- the rules -----------------------------------------------------------------------------------
 
 
 class Rule(NamedTuple):
-    """How a name of other projects is answered."""
+    """How names of other projects are answered whose value must be converted."""
 
-    ours: str  # the key, or keys, that it comes nearest to
-    convert: Callable[[Any, At], Answer]
-    words: str = ""  # the rule where it cannot be computed
+    theirs: str
+    ours: str  # the key, or keys joined by `and`, that come nearest
+    convert: Conversion
+    words: str = ""  # the rule in words, for a value that cannot be computed; {name} is their name
 
 
-TOKENS_OF_A_STEP = "micro_batch_size x grad_accum_steps x seq_len"
-RULES = {
-    "train_frac train_ratio train_fraction train_split train_size": Rule(
-        "data.val_fraction", _rest, "it is 1 less {name}"
+RULES = (
+    Rule(
+        "train_frac train_ratio train_fraction train_split train_size",
+        ours="data.val_fraction",
+        convert=from_train_fraction,
+        words="it is 1 less {name}",
     ),
-    "val_percent val_pct": Rule("data.val_fraction", _percent, "it is a hundredth of {name}"),
-    "mlp_ratio mlp_expansion ffn_mult expansion_factor ffn_ratio": Rule(
-        "model.d_ff", _ratio_of("model.d_ff", "model.d_model", round), "it is {name} times model.d_model"
+    Rule(
+        "val_percent val_pct",
+        ours="data.val_fraction",
+        convert=from_percent,
+        words="it is a hundredth of {name}",
     ),
-    "warmup_ratio warmup_frac warmup_fraction": Rule(
-        "training.warmup_steps",
-        _ratio_of("training.warmup_steps", "training.max_steps", round),
-        "it is {name} times the steps of the run",
+    Rule(
+        "mlp_ratio mlp_expansion ffn_mult expansion_factor ffn_ratio",
+        ours="model.d_ff",
+        convert=ratio_of("model.d_model", ours="model.d_ff", kind=round),
+        words="it is {name} times model.d_model",
     ),
-    "min_lr_ratio min_lr_frac lr_min_ratio": Rule(
-        "training.min_lr",
-        _ratio_of("training.min_lr", "training.lr", float),
-        "it is {name} times training.lr",
+    Rule(
+        "warmup_ratio warmup_frac warmup_fraction",
+        ours="training.warmup_steps",
+        convert=ratio_of("training.max_steps", ours="training.warmup_steps", kind=round),
+        words="it is {name} times the steps of the run",
     ),
-    "eval_subset eval_subset_tokens eval_tokens val_tokens": Rule(
-        "training.val_batches", _batches, "it counts micro-batches, of micro_batch_size x seq_len tokens"
+    Rule(
+        "min_lr_ratio min_lr_frac lr_min_ratio",
+        ours="training.min_lr",
+        convert=ratio_of("training.lr", ours="training.min_lr", kind=float),
+        words="it is {name} times training.lr",
     ),
-    "max_tokens total_tokens train_tokens max_train_tokens num_tokens token_budget": Rule(
-        "training.max_steps", _steps, f"a step has {TOKENS_OF_A_STEP} tokens"
+    Rule(
+        "eval_subset eval_subset_tokens eval_tokens val_tokens",
+        ours="training.val_batches",
+        convert=from_validation_tokens,
+        words="it counts micro-batches, of micro_batch_size x seq_len tokens",
     ),
-    "global_batch_size train_batch_size effective_batch_size": Rule(
-        "training.grad_accum_steps",
-        _accumulation("sequences"),
-        "it is {name} divided by training.micro_batch_size",
+    Rule(
+        "max_tokens total_tokens train_tokens max_train_tokens num_tokens token_budget",
+        ours="training.max_steps",
+        convert=from_training_tokens,
+        words="a step has micro_batch_size x grad_accum_steps x seq_len tokens",
     ),
-    "total_batch_size": Rule(
-        "training.grad_accum_steps",
-        _accumulation("tokens"),
-        "it is {name} divided by micro_batch_size x seq_len",
+    Rule(
+        "global_batch_size train_batch_size effective_batch_size",
+        ours="training.grad_accum_steps",
+        convert=batch_size_in(SEQUENCES_OF_A_PASS),
+        words="it is {name} divided by training.micro_batch_size",
     ),
-    "beta1 adam_beta1 b1": Rule("training.betas", _betas(0), "a list of both"),
-    "beta2 adam_beta2 b2": Rule("training.betas", _betas(1), "a list of both"),
-    "block_size": Rule("model.max_seq_len", _context, "training.seq_len, where training sees less than that"),
-    "dtype amp_dtype torch_dtype mixed_precision precision": Rule("hardware.precision", _precision),
-    "amp use_amp bf16 autocast": Rule(
-        "hardware.precision", _switch({"hardware.precision": "bf16-mixed"}, {"hardware.precision": "32-true"})
+    Rule(
+        "total_batch_size",
+        ours="training.grad_accum_steps",
+        convert=batch_size_in(TOKENS_OF_A_PASS),
+        words="it is {name} divided by micro_batch_size x seq_len",
     ),
-    "fp16 half": Rule("hardware.precision", _switch(HALF, {"hardware.precision": "32-true"})),
-    "device accelerator": Rule("hardware.accelerator", _device),
-    "cuda gpu use_cuda use_gpu": Rule(
-        "hardware.accelerator", _switch({"hardware.accelerator": "cuda"}, {"hardware.accelerator": "cpu"})
+    Rule("beta1 adam_beta1 b1", ours="training.betas", convert=beta(0), words="a list of both"),
+    Rule("beta2 adam_beta2 b2", ours="training.betas", convert=beta(1), words="a list of both"),
+    Rule(
+        "block_size",
+        ours="model.max_seq_len",
+        convert=from_block_size,
+        words="training.seq_len, where training sees less than that",
     ),
-    "no_cuda": Rule(
-        "hardware.accelerator", _switch({"hardware.accelerator": "cpu"}, {"hardware.accelerator": "auto"})
+    Rule(
+        "dtype amp_dtype torch_dtype mixed_precision precision",
+        ours="hardware.precision",
+        convert=from_precision,
     ),
-    "decay_lr": Rule(
-        "training.schedule", _switch({"training.schedule": "cosine"}, {"training.schedule": "constant"})
+    Rule(
+        "amp use_amp bf16 autocast",
+        ours="hardware.precision",
+        convert=switch(on={"hardware.precision": "bf16-mixed"}, off={"hardware.precision": "32-true"}),
     ),
-    "train_on_inputs train_on_input": Rule(
-        "data.mask_prompt",
-        _switch({"data.mask_prompt": False}, {"data.mask_prompt": True}),
-        "it is the opposite of {name}",
+    Rule(
+        "fp16 half",
+        ours="hardware.precision",
+        convert=switch(on=NO_FP16, off={"hardware.precision": "32-true"}),
     ),
-    "sample_n num_samples": Rule("training.sample_every and training.sample_prompts", _samples),
-    "init_from": Rule("base_ckpt", _start),
-    "report_to": Rule("logging.tensorboard and logging.wandb", _report),
-}
-BY_NAME = {name: rule for names, rule in RULES.items() for name in names.split()}
+    Rule("device accelerator", ours="hardware.accelerator", convert=from_device),
+    Rule(
+        "cuda gpu use_cuda use_gpu",
+        ours="hardware.accelerator",
+        convert=switch(on={"hardware.accelerator": "cuda"}, off={"hardware.accelerator": "cpu"}),
+    ),
+    Rule(
+        "no_cuda",
+        ours="hardware.accelerator",
+        convert=switch(on={"hardware.accelerator": "cpu"}, off={"hardware.accelerator": "auto"}),
+    ),
+    Rule(
+        "decay_lr",
+        ours="training.schedule",
+        convert=switch(on={"training.schedule": "cosine"}, off={"training.schedule": "constant"}),
+    ),
+    Rule(
+        "train_on_inputs train_on_input",
+        ours="data.mask_prompt",
+        convert=switch(on={"data.mask_prompt": False}, off={"data.mask_prompt": True}),
+        words="it is the opposite of {name}",
+    ),
+    Rule(
+        "sample_n num_samples",
+        ours="training.sample_every and training.sample_prompts",
+        convert=from_number_of_samples,
+    ),
+    Rule("init_from", ours="base_ckpt", convert=from_init_from),
+    Rule("report_to", ours="logging.tensorboard and logging.wandb", convert=from_report_to),
+)
+RULE_BY_NAME = {name: rule for rule in RULES for name in rule.theirs.split()}
 
 
 def rule_of(key: str) -> Rule | None:
     """The rule of another project's key; None where the key is ours by another name, or unknown."""
-    return BY_NAME.get(leaf_of(normalised(key)))
+    return RULE_BY_NAME.get(leaf_of(normalised(key)))
+
+
+# ---- the answer ----------------------------------------------------------------------------------
 
 
 def shown(value: Any) -> str:
-    """A value as a config file has it."""
+    """A value as a config file has it.
+
+    >>> shown([True, None, 0.1])
+    '[true, null, 0.1]'
+    """
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
-    return (
-        {True: "true", False: "false", None: "null"}[value]
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
 
 
-def answer_and_keys(key: str, value: Any, at: At) -> tuple[str, dict[str, Any]]:
-    """What to say of a key that we do not have, and what it becomes in our keys, as far as that is known."""
-    name, rule = leaf_of(key), rule_of(key)
-    found = rule.convert(value, at) if rule else None
-    ours = answer_to(key) if rule is None else None
-    if is_key(ours) and our_word(ours, value) != value:
-        found = {ours: our_word(ours, value)}
-    if isinstance(found, dict):
-        return (
-            f"{name}: {shown(value)} is {' and '.join(f'{ours}: {shown(v)}' for ours, v in found.items())}",
-            found,
-        )
-    if found is not None:
-        return found if found.startswith("leave") else f"{name}: {shown(value)} is {found}", {}
-    if rule:
-        return f"did you mean {rule.ours}?" + (f" ({rule.words.format(name=name)})" if rule.words else ""), {}
-    if ours is None and (nearest := nearest_key(key)):
-        return f"did you mean {nearest}?", {}
+def answer_and_keys(key: str, value: Any, look_up: LookUp) -> tuple[str, dict[str, Any]]:
+    """(what to answer to a key that we do not have, our keys that it becomes), the second as far as it is
+    known."""
+    if rule := rule_of(key):
+        return _answer_by_rule(leaf_of(key), value, rule, look_up)
+    ours = answer_to(key)
     if ours is None:
-        return "see docs/CONFIG_REFERENCE.md", {}
-    return ours if ours.startswith("leave") else f"did you mean {ours}?", {ours: value} if is_key(
-        ours
-    ) else {}
+        nearest = nearest_key(key)
+        return (f"did you mean {nearest}?" if nearest else "see docs/CONFIG_REFERENCE.md"), {}
+    if ours.startswith("leave"):
+        return ours, {}
+    if not is_key(ours):
+        return f"did you mean {ours}?", {}
+    word = our_word(ours, value)
+    if word != value:
+        return _equation(leaf_of(key), value, {ours: word}), {ours: word}
+    return f"did you mean {ours}?", {ours: value}
+
+
+def _answer_by_rule(name: str, value: Any, rule: Rule, look_up: LookUp) -> tuple[str, dict[str, Any]]:
+    """The same for a key whose value must be converted."""
+    answer = rule.convert(value, look_up)
+    if isinstance(answer, dict):
+        return _equation(name, value, answer), answer
+    if answer is None:
+        return f"did you mean {rule.ours}?{rule_in_words(rule, name)}", {}
+    if answer.startswith("leave"):
+        return answer, {}
+    return f"{name}: {shown(value)} is {answer}", {}
+
+
+def rule_in_words(rule: Rule, name: str) -> str:
+    """` (it is 1 less train_frac)`, or nothing for a rule without words."""
+    return f" ({rule.words.format(name=name)})" if rule.words else ""
+
+
+def _equation(name: str, value: Any, ours: dict[str, Any]) -> str:
+    """`mlp_ratio: 4 is model.d_ff: 768`."""
+    return f"{name}: {shown(value)} is " + " and ".join(f"{key}: {shown(new)}" for key, new in ours.items())

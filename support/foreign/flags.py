@@ -1,8 +1,12 @@
-"""Flags of other programs, and ours in another spelling: what to write here, with the value that was typed.
+"""What to write for a flag of another program, or for one of ours in another spelling, with the value that
+was typed.
 
 --max-iters 500        --override training.max_steps=500
 --out_dir=runs/a       --override checkpoint.dir=runs/a
 --top_k 40             --top-k 40
+
+To add a flag: a row of FLAGS, or a name in the row of ours. What a config key is called elsewhere is in
+`support.foreign.config_keys`.
 """
 
 import difflib
@@ -11,8 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from support.foreign.config_keys import LEAST_LIKENESS, OUR_KEYS, answer_to, is_key, normalised
-from support.foreign.config_values import answer_and_keys, known_dataset, our_word, rule_of, shown
+from support.foreign.config_values import (
+    answer_and_keys,
+    known_dataset,
+    our_word,
+    rule_in_words,
+    rule_of,
+    shown,
+)
 
+# Names for the same thing that several rows share.
 MODEL = (
     "checkpoint checkpoint_path ckpt ckpt_path model model_path model_name_or_path weights load "
     "load_checkpoint pretrained from_pretrained"
@@ -22,13 +34,13 @@ TEXT = (
     "text text_file corpus"
 )
 VAL_TEXT = "val_path val_data val_file valid_path valid_file validation_file val valid eval_data"
-OUT = (
+OUTPUT = (
     "output out out_dir output_dir save_dir output_path out_path output_file outfile out_file save_path "
     "results_dir logdir log_dir o"
 )
 
-# Ours, and theirs that it answers where the script has it; the first that fits is taken. What has no dashes
-# is a config key.
+# (ours, names elsewhere). The first row that has the name and fits the script is taken: ours is a flag of the
+# script, or PATH, an argument without a flag, or else a config key, for scripts that take overrides.
 FLAGS = (
     ("--checkpoints", f"{MODEL} checkpoint_dir checkpoint_dirs ckpt_dir models"),
     ("--from", "model model_path model_name model_name_or_path pretrained from_pretrained hf_path repo_id"),
@@ -44,8 +56,8 @@ FLAGS = (
     ("--input", TEXT),
     ("--val-input", VAL_TEXT),
     ("--data", f"{VAL_TEXT} {TEXT}"),
-    ("--output-dir", f"{OUT} results report"),
-    ("--output", OUT),
+    ("--output-dir", f"{OUTPUT} results report"),
+    ("--output", OUTPUT),
     (
         "--max-new-tokens",
         "max_length max_tokens n_predict length num_tokens max_gen_len max_new n_tokens new_tokens n",
@@ -79,43 +91,35 @@ FLAGS = (
     ("--fresh", "overwrite force restart overwrite_output_dir"),
     ("data.path", TEXT),
     ("data.val_path", VAL_TEXT),
-    ("checkpoint.dir", OUT),
+    ("checkpoint.dir", OUTPUT),
 )
-WITHOUT_VALUE = {
+DEVICE_FLAGS = {
     "cpu": "--device cpu",
     "cuda": "--device cuda",
     "gpu": "--device cuda",
     "use_cuda": "--device cuda",
     "no_cuda": "--device cpu",
 }
-OF_A_RUN = (
-    "training.",
-    "checkpoint.",
-    "model.",
-    "tokenizer.",
-    "logging.",
-    "lora.",
-    "base_ckpt",
-)  # keys that scoring does not ask
+# Beginnings of keys that only training asks for.
+KEYS_OF_TRAINING = ("training.", "checkpoint.", "model.", "tokenizer.", "logging.", "lora.", "base_ckpt")
 
 
 def flag_answers(argv: list[str], known: set[str], paths: bool) -> list[str]:
-    """One line for each word of a command line that is no flag of the script, as far as there is an
-    answer. `known` are the script's flags, `paths` says whether it takes paths without a flag."""
-    answers = []
+    """One line for each unknown word of a command line that has an answer. `known` are the script's flags,
+    `paths` says whether it takes paths without a flag."""
+    lines = []
     for typed, name, values in unknown_words(argv, known):
         answer = answer_to_flag(name, values, known, paths) if name else answer_to_word(typed, known)
-        answers += (
-            [f"for {typed} write {answer}" if not answer.startswith("leave") else f"{typed}: {answer}"]
-            if answer
-            else []
-        )
-    return answers
+        if answer and answer.startswith("leave"):
+            lines.append(f"{typed}: {answer}")
+        elif answer:
+            lines.append(f"for {typed} write {answer}")
+    return lines
 
 
 def unknown_words(argv: list[str], known: set[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """(as typed, name, values) of each unknown flag; a word that cannot be a value of the flag before it
-    has no name."""
+    """(as typed, name, values) of each unknown flag; a word that cannot be a value of the flag before it has
+    an empty name."""
     words, flag = list(argv), ""
     while words:
         word = words.pop(0)
@@ -124,39 +128,44 @@ def unknown_words(argv: list[str], known: set[str]) -> Iterator[tuple[str, str, 
                 yield shlex.quote(word), "", []
             continue
         flag, equals, value = word.partition("=")
-        last = next(
-            (
-                n
-                for n, later in enumerate(words)
-                if later.startswith("--") or (n and answer_to_word(later, known))
-            ),
-            len(words),
-        )
-        values = [value] if equals else words[:last]
-        words = words if equals else words[last:]
+        if equals:
+            values = [value]
+        else:
+            n_values = _number_of_values(words, known)
+            values, words = words[:n_values], words[n_values:]
         if flag not in known:
-            yield shlex.join([word] if equals else [word, *values]), flag.removeprefix("--"), values
+            as_typed = shlex.join([word] if equals else [word, *values])
+            yield as_typed, flag.removeprefix("--"), values
+
+
+def _number_of_values(words: list[str], known: set[str]) -> int:
+    """How many of the words after a flag are its values: those before the next flag. After the first value, a
+    word that has an answer by itself, such as my.yaml, is not a value either."""
+    for n, word in enumerate(words):
+        if word.startswith("--") or (n > 0 and answer_to_word(word, known)):
+            return n
+    return len(words)
 
 
 def answer_to_word(typed: str, known: set[str]) -> str | None:
-    """`my.yaml` is --config my.yaml, `training.lr=1e-3` an override."""
+    """What to write for a word without a flag: `my.yaml` is --config my.yaml, `training.lr=1e-3` an override;
+    None for any other word."""
     if typed.lower().endswith((".yaml", ".yml", ".json")) and "--config" in known:
         return f"--config {typed}"
-    return (
-        f"--override {typed}"
-        if typed.split("=")[0] in OUR_KEYS and "=" in typed and "--override" in known
-        else None
-    )
+    key, equals, _ = typed.partition("=")
+    if equals and key in OUR_KEYS and "--override" in known:
+        return f"--override {typed}"
+    return None
 
 
 def answer_to_flag(name: str, values: list[str], known: set[str], paths: bool) -> str | None:
     """What to write in place of an unknown flag; None where nothing is near."""
     plain, value = normalised(name), shlex.join(values)
-    own = "--" + plain.replace("_", "-")
-    if own in known:
-        return f"{own} {value}".strip()
-    if plain in WITHOUT_VALUE and "--device" in known and not values:
-        return WITHOUT_VALUE[plain]
+    own_spelling = "--" + plain.replace("_", "-")
+    if own_spelling in known:
+        return f"{own_spelling} {value}".strip()
+    if plain in DEVICE_FLAGS and "--device" in known and not values:
+        return DEVICE_FLAGS[plain]
     for ours, theirs in FLAGS:
         if plain not in theirs.split():
             continue
@@ -164,49 +173,57 @@ def answer_to_flag(name: str, values: list[str], known: set[str], paths: bool) -
             return f"{ours} {value}".strip()
         if ours == "PATH" and paths:
             return f"{value or 'PATH'}, without a flag"
-        if "-" not in ours and ours != "PATH" and takes_key(ours, known):
+        if ours in OUR_KEYS and takes_key(ours, known):
             return override(ours, values)
     if "--override" in known and (answer := answer_by_key(plain, values, known)):
         return answer
+    names_of_known = [flag.removeprefix("--") for flag in sorted(known)]
     near = difflib.get_close_matches(
-        own[2:], [flag[2:] for flag in sorted(known)], n=1, cutoff=LEAST_LIKENESS
+        own_spelling.removeprefix("--"), names_of_known, n=1, cutoff=LEAST_LIKENESS
     )
     return f"--{near[0]} {value}".strip() if near else None
 
 
 def takes_key(key: str, known: set[str]) -> bool:
-    """Whether an override of this key does something in the script: scoring asks little, and only
-    finetune.py has a base."""
-    if "--override" not in known or (key.startswith(OF_A_RUN) and "--ckpt" in known):
+    """Whether an override of this key does something in the script with these flags: scripts that score a
+    checkpoint ask for few keys, and only finetune.py has a base."""
+    scores_a_checkpoint = "--ckpt" in known
+    if "--override" not in known or (scores_a_checkpoint and key.startswith(KEYS_OF_TRAINING)):
         return False
-    return "--show-mask" in known or not key.startswith(("base_ckpt", "lora.", "template"))
+    is_finetune = "--show-mask" in known
+    return is_finetune or not key.startswith(("base_ckpt", "lora.", "template"))
 
 
 def answer_by_key(plain: str, values: list[str], known: set[str]) -> str | None:
-    """The same by the names of config keys, other projects' and ours."""
-    value = literal(values[0]) if len(values) == 1 else [literal(item) for item in values] or True
-    rule, ours = rule_of(plain), answer_to(plain)
+    """What to write for a flag that has the name of a config key, ours or another project's; None for any
+    other."""
     if plain == "dataset" and values:
         return answer_to_dataset(values[0])
     if plain == "tokenizer" and values:
         return override("tokenizer.path" if values[0].endswith(".json") else "tokenizer.kind", values)
-    if (
-        rule is None and is_key(ours) and our_word(ours, value) == value
-    ):  # another name and nothing else: the value as it was typed
-        return override(ours, values) if takes_key(ours, known) else None
-    words, keys = answer_and_keys(plain, value, lambda key: None)
+    if not values:
+        value: Any = True
+    elif len(values) == 1:
+        value = literal(values[0])
+    else:
+        value = [literal(item) for item in values]
+    rule, ours = rule_of(plain), answer_to(plain)
+    if rule is None and is_key(ours) and our_word(ours, value) == value:
+        return override(ours, values) if takes_key(ours, known) else None  # the value as it was typed
+    words, keys = answer_and_keys(plain, value, look_up=lambda key: None)
     if words.startswith("leave"):
         return words
     if not keys and rule and takes_key(rule.ours, known):
         flags = " ".join(f"--override {key}=..." for key in rule.ours.split(" and "))
-        return flags + (f" ({rule.words.format(name=plain)})" if rule.words else "")
+        return flags + rule_in_words(rule, plain)
     if not keys or not all(takes_key(key, known) for key in keys):
         return None
     return " ".join(override(key, [shown(new)]) for key, new in keys.items())
 
 
 def answer_to_dataset(name: str) -> str:
-    """A file is data.path, a name on the hub data.dataset, and a few texts have a config here."""
+    """What to write for `--dataset NAME`: a file is data.path, a name on the hub data.dataset, and for a few
+    texts there is a config."""
     if name.lower().endswith((".txt", ".jsonl", ".json")):
         return override("data.path", [name])
     answer = known_dataset(name)
@@ -216,13 +233,20 @@ def answer_to_dataset(name: str) -> str:
 
 
 def override(key: str, values: list[str]) -> str:
-    """The flag that sets this key; several values are a list, and none is true."""
-    value = values[0] if len(values) == 1 else f"[{', '.join(values)}]" if values else "true"
+    """The flag that sets this key; several values are a list, and no value means true.
+
+    >>> override("training.betas", ["0.9", "0.95"])
+    "--override 'training.betas=[0.9, 0.95]'"
+    """
+    if not values:
+        value = "true"
+    else:
+        value = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
     return "--override " + shlex.quote(f"{key}={value}")
 
 
 def literal(text: str) -> Any:
-    """The number or switch that a word is, else the word."""
+    """The number or switch that a word stands for, else the word."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
