@@ -75,7 +75,7 @@ import torch
 from pydantic import ValidationError
 
 from model import GPTMini
-from sampling import SamplingConfig
+from sampling import SamplingConfig, generate_tokens
 from support.checkpoint import load_model, saved_template
 from support.device import resolve_device
 from support.text.chat_template import Template, conversation_ids, prompt_ids
@@ -134,7 +134,7 @@ def stream_text(
     )
     generator = torch.Generator(device).manual_seed(seed)
     text = TextStream(tokenizer, ids[0].tolist())
-    for token in model.stream(ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
+    for token in generate_tokens(model, ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
         if token.item() == tokenizer.eos_id:
             break
         yield text.push(token.item())

@@ -1,13 +1,22 @@
-"""From logits to the next token: temperature, top-k, top-p, repetition penalty, and the loop that writes a
-text."""
+"""From logits to text: the filters that decide which tokens may be drawn, the draw, and the loop around them.
+
+A new filter is three edits here (its key in `SamplingConfig`, its function, its line in `filter_logits`), and
+a flag in infer.py.
+
+Shapes: B batch, T tokens of the prompt, S tokens so far, V vocab_size.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+
+NEVER = float("-inf")  # the logit of a token that cannot be drawn: exp(-inf) = 0
 
 
 class SamplingConfig(BaseModel):
-    """How a token is drawn from logits. Applied in this order: penalty, temperature, top-k, top-p, draw."""
+    """How the next token is drawn. `filter_logits` applies the controls in a fixed order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -19,52 +28,108 @@ class SamplingConfig(BaseModel):
     )
     top_k: int | None = Field(None, ge=1, description="Draw among the k likeliest tokens only.")
     top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Draw among the fewest tokens that together hold this probability (Holtzman et al., 2019).",
+        1.0, gt=0, le=1, description="Draw among the fewest tokens that together hold this probability."
     )
     repetition_penalty: float = Field(
-        1.0,
-        ge=0.01,
-        le=100,
-        description="Above 1: tokens already there get less likely (Keskar et al., 2019).",
+        1.0, ge=0.01, le=100, description="Above 1: tokens already in the text become less likely."
     )
+
+
+# ---- filters: logits (B, V) in, logits (B, V) out ------------------------------------------------
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens in `seen` (B, S) less likely: a positive logit is divided by the penalty, a negative
+    one multiplied by it (Keskar et al., "CTRL", 2019). A token counts once, however often it was seen."""
+    score = logits.gather(1, seen)  # (B, S)
+    score = torch.where(score > 0, score / penalty, score * penalty)
+    return logits.scatter(1, seen, score)
+
+
+def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """A temperature below 1 widens the gaps between logits, one above 1 narrows them."""
+    below_largest = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so nothing overflows below
+    return below_largest / max(temperature, 1e-30)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Only the k likeliest tokens stay, and every token that ties with the k-th."""
+    k = min(k, logits.shape[-1])
+    kth_largest = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < kth_largest, NEVER)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Only the likeliest tokens stay, as few as together have the probability p (Holtzman et al., "The
+    Curious Case of Neural Text Degeneration", 2019)."""
+    ordered, index = logits.sort(dim=-1, descending=True)
+    probs = ordered.softmax(dim=-1)
+    before = (
+        probs.cumsum(dim=-1) - probs
+    )  # what all likelier tokens hold; 0 for the first, so it always stays
+    ordered = ordered.masked_fill(before >= p, NEVER)
+    return logits.scatter(1, index, ordered)  # back into the order of the vocabulary
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Tensor:
-    """Logits (B, V) after penalty, temperature, top-k and top-p; what cannot be drawn is -inf. seen: (B,
-    S) token ids."""
+    """Logits (B, V) after all filters, in this order; `seen` (B, S) are the tokens so far."""
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
-        score = logits.gather(1, seen)
-        score = torch.where(
-            score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty
-        )
-        logits = logits.scatter(1, seen, score)
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature > 0:
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(
-            sampling.temperature, 1e-30
-        )  # the largest stays 0: no overflow
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))  # ties with the k-th all stay
+        logits = divide_by_temperature(logits, sampling.temperature)
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        before = (
-            probs.cumsum(dim=-1) - probs
-        )  # probability of all likelier tokens; 0 for the first, so one always stays
-        ordered = ordered.masked_fill(before >= sampling.top_p, float("-inf"))
-        logits = logits.scatter(1, index, ordered)
+        logits = keep_top_p(logits, sampling.top_p)
     return logits
+
+
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def sample_next(
     logits: Tensor, sampling: SamplingConfig, seen: Tensor, generator: Generator | None = None
 ) -> Tensor:
-    """One token for each row, (B,), from logits (B, V). Temperature 0 takes the largest."""
+    """One token for each row, (B,), from logits (B, V). Temperature 0 takes the likeliest."""
     logits = filter_logits(logits, sampling, seen)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: SamplingConfig | None = None,
+    eos_id: int | None = None,
+    generator: Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, (B,), up to `max_new_tokens` times, after the prompts (B, T).
+
+    A row that has reached `eos_id` gets only `eos_id` from then on; when all rows have, the loop ends. The
+    model is a `GPTMini` in eval mode. Beyond its `max_seq_len` it sees the last `max_seq_len` tokens. Their
+    positions shift by one with each new token, so nothing in the cache is valid any more, and each token
+    costs a whole window.
+    """
+    sampling = sampling or SamplingConfig()
+    ids = input_ids  # (B, S), one longer after each token
+    window = model.config.max_seq_len
+    cache = model.new_cache(batch_size=len(ids))
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
+    for _ in range(max_new_tokens):
+        if ids.shape[1] <= window:
+            x = model.hidden_states(ids[:, cache.length :], cache=cache)  # only what the cache does not hold
+        else:
+            x = model.hidden_states(ids[:, -window:])
+        logits = model.lm_head(x[:, -1])  # (B, V): of the last position alone
+        token = sample_next(logits, sampling, ids, generator)  # (B,)
+        if eos_id is not None:
+            token = token.masked_fill(finished, eos_id)
+            finished = finished | (token == eos_id)
+        yield token
+        if finished.all():
+            return
+        ids = torch.cat([ids, token[:, None]], dim=1)

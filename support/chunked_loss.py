@@ -1,63 +1,63 @@
-"""Cross-entropy of the next token, plain for small vocabularies and in chunks of rows for large ones.
+"""The cross-entropy of a large vocabulary, in chunks of rows.
 
 With 50,000 tokens in the vocabulary the logits are by far the largest tensor of a training step: 8 x 1024
-positions make 1.6 GB in float32, and their gradient as much again. The chunked form never holds more than
-`CHUNK_ROWS` rows of them, because it computes their gradient at once, in the forward pass, while they are
-there. Readers may skip its autograd: it equals the plain form, and a test says so.
+positions make 1.6 GB in float32, and their gradient the same again. The form here never holds more than
+`CHUNK_ROWS` rows of them: while the logits of a chunk are in memory it computes their gradient too, already
+in the forward pass. You may skip it on a first reading. It equals `cross_entropy_sum` in model.py, and
+tests/core/test_loss.py checks that.
+
+Shapes: N = B * T rows, D d_model, V vocab_size, C rows of a chunk.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # the label of a position that is not scored
 CHUNK_ROWS = 1024
-CHUNKED_FROM_VOCAB = 16384  # below, the logits are small and the plain form is the faster one
+CHUNKED_FROM_VOCAB = 16384  # for smaller vocabularies the logits are small, and the plain form is faster
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of -log p(label) over the labels that are not -100, their number), the sum in float32.
+def chunked_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int = CHUNK_ROWS
+) -> Tensor:
+    """Sum of -log p(label) over the labels that are not IGNORE, a float32 number.
 
-    hidden (B, T, D) are the final states, weight (V, D) the head, labels (B, T) the tokens to predict.
+    hidden (B, T, D) are the final states, weight (V, D) is the head, labels (B, T) are the tokens to predict.
     """
-    rows, targets = hidden.flatten(0, 1), labels.flatten()  # (B*T, D), (B*T,)
-    n_targets = (targets != IGNORE).sum()
-    if weight.shape[0] >= CHUNKED_FROM_VOCAB:
-        return ChunkedCrossEntropy.apply(rows, weight, targets), n_targets
-    logits = F.linear(rows, weight)  # (B*T, V)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum"), n_targets
+    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), chunk_rows)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The same sum, chunk by chunk. d loss / d logits = softmax(logits) - onehot(target), for scored rows."""
+    """d loss / d logits = softmax(logits) - onehot(target) in a scored row, and 0 in the others."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
         need_rows, need_weight = ctx.needs_input_grad[:2]
-        head = weight.to(dtype)
+        head = weight.to(dtype)  # (V, D)
         loss = torch.zeros((), device=rows.device, dtype=torch.float32)
-        rows_grad = torch.empty_like(rows) if need_rows else None
-        weight_grad = (
-            torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if need_weight else None
-        )
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS].to(dtype)
-            target = targets[start : start + CHUNK_ROWS]
+        rows_grad = weight_grad = None
+        if need_rows:
+            rows_grad = torch.empty_like(rows)  # (N, D)
+        if need_weight:
+            weight_grad = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32)  # (V, D)
+        for start in range(0, len(rows), chunk_rows):
+            chunk = rows[start : start + chunk_rows].to(dtype)  # (C, D)
+            target = targets[start : start + chunk_rows]  # (C,)
             scored = target != IGNORE
-            label = target.clamp(min=0)[:, None]
-            logits = (chunk @ head.T).float()  # (chunk, V)
-            log_total = logits.logsumexp(dim=-1)
-            # Not +=: torch.compile in PyTorch 2.11 makes every gradient zero where the result was changed in
+            label = target.clamp(min=0)[:, None]  # (C, 1): a valid token where nothing is scored, too
+            logits = (chunk @ head.T).float()  # (C, V)
+            log_total = logits.logsumexp(dim=-1)  # (C,)
+            # Not +=: torch.compile in PyTorch 2.11 makes all gradients zero where the result was changed in
             # place.
             loss = loss + ((log_total - logits.gather(1, label).squeeze(1)) * scored).sum()
             if need_rows or need_weight:
-                grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in the logits' own memory
+                grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in the memory of the logits
                 grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=grad.dtype))
-                grad = grad.mul_(scored[:, None]).to(dtype)
+                grad = grad.mul_(scored[:, None]).to(dtype)  # (C, V)
                 if need_rows:
-                    rows_grad[start : start + CHUNK_ROWS] = grad @ head
+                    rows_grad[start : start + chunk_rows] = grad @ head
                 if need_weight:
                     weight_grad += grad.T @ chunk
         ctx.save_for_backward(rows_grad, weight_grad)
@@ -65,10 +65,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """The gradients were made in the forward pass; what is left is the factor from above."""
         rows_grad, weight_grad = ctx.saved_tensors
-        return (
-            None if rows_grad is None else rows_grad * grad_loss,
-            None if weight_grad is None else (weight_grad * grad_loss).to(ctx.weight_dtype),
-            None,
-        )
+        if rows_grad is not None:
+            rows_grad = rows_grad * grad_loss
+        if weight_grad is not None:
+            weight_grad = (weight_grad * grad_loss).to(ctx.weight_dtype)
+        return rows_grad, weight_grad, None, None

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from model import GPTMini, KVCache
-from sampling import SamplingConfig
+from model import GPTMini
+from sampling import SamplingConfig, generate_tokens
 from support.messages import UserError
 from support.text.mid_document import ids_after, text_after
 from tokenizer import Tokenizer
@@ -94,10 +94,9 @@ def continuations(
         )
     for i in set(order) - set(short):  # these go beyond the context, which slides for each by itself
         ids = torch.tensor([prompts[i]], device=model.embed_tokens.weight.device)
-        rows[i] = [
-            token.item()
-            for token in model.stream(ids, lengths[i], SamplingConfig(temperature=0), tokenizer.eos_id)
-        ]
+        greedy = SamplingConfig(temperature=0)
+        tokens = generate_tokens(model, ids, lengths[i], greedy, tokenizer.eos_id)
+        rows[i] = [token.item() for token in tokens]
     for i, row in rows.items():
         texts[i] = text_after(
             tokenizer, prompts[i], row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
@@ -117,7 +116,7 @@ def continue_together(
     given, last = torch.zeros_like(ids, dtype=torch.bool), torch.tensor(ends, device=ids.device)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)], given[row, : len(prompt)] = torch.tensor(prompt), True
-    cache = KVCache(model.config, len(prompts), ids.device, model.embed_tokens.weight.dtype)
+    cache = model.new_cache(batch_size=len(prompts))
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
     for end in range(min(map(len, prompts)), max(ends)):
         x = model.hidden_states(ids[:, cache.length : end], cache=cache)

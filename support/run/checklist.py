@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data import Batch
-from model import GPTConfig, GPTMini, KVCache
+from model import GPTConfig, GPTMini
 from optim import build_optimizer, lr_factor
 from support.chunked_loss import IGNORE
 from support.device import device_label, memory_total
@@ -61,7 +61,7 @@ def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
     single tokens."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(1, length + 1, device=device)[None] % model.config.vocab_size
-    cache = KVCache(model.config, 1, device, model.embed_tokens.weight.dtype)
+    cache = model.new_cache(batch_size=1)
     cuts = [0, length // 3, 2 * length // 3, *range(2 * length // 3 + 1, length + 1)]
     pieces = [model(ids[:, a:b], cache=cache) for a, b in itertools.pairwise(cuts)]
     return (torch.cat(pieces, dim=1) - model(ids)).abs().max().item()

@@ -1,6 +1,7 @@
-"""The summed cross-entropy, plain and chunked, against PyTorch's own in float64."""
+"""The summed cross-entropy, plain and in chunks, against PyTorch's own in float64."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -8,24 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import support.chunked_loss
-from model import GPTConfig, GPTMini
-from support.chunked_loss import ChunkedCrossEntropy, cross_entropy_sum
+from model import GPTConfig, GPTMini, cross_entropy_sum
+from support.chunked_loss import CHUNKED_FROM_VOCAB, chunked_cross_entropy_sum
 
 B, T, D, V = 3, 7, 5, 13  # 21 rows
-ALL, NONE = [], list(range(B * T))
-FORMS = pytest.mark.parametrize(
-    "chunk_rows", [None, 4, 7, 1000], ids=["plain", "chunks-of-4", "chunks-of-7", "one-chunk"]
+ALL_IGNORED = list(range(B * T))
+
+
+def chunks_of(n_rows: int):
+    return functools.partial(chunked_cross_entropy_sum, chunk_rows=n_rows)
+
+
+FORMS = {
+    "plain": cross_entropy_sum,
+    "chunks-of-4": chunks_of(4),  # 4 does not divide the 21 rows
+    "chunks-of-7": chunks_of(7),  # 7 does
+    "one-chunk": chunks_of(1000),
+}
+EACH_FORM = pytest.mark.parametrize("loss_sum", FORMS.values(), ids=FORMS.keys())
+PLAIN_AND_CHUNKS = pytest.mark.parametrize(
+    "loss_sum", [cross_entropy_sum, chunks_of(7)], ids=["plain", "chunks"]
 )
 
 
-def use_form(monkeypatch, chunk_rows: int | None) -> None:
-    """Plain (None), or chunked whatever the vocabulary; 4 does not divide the 21 rows, 7 does."""
-    monkeypatch.setattr(support.chunked_loss, "CHUNKED_FROM_VOCAB", 10**9 if chunk_rows is None else 1)
-    monkeypatch.setattr(support.chunked_loss, "CHUNK_ROWS", chunk_rows or 1024)
-
-
 def example(ignored: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (hidden, weight, labels); the labels of the rows in `ignored` are not scored."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, D, generator=generator).requires_grad_()
     weight = torch.randn(V, D, generator=generator).requires_grad_()
@@ -35,92 +43,82 @@ def example(ignored: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(value, gradient for hidden, gradient for weight) by PyTorch, in float64."""
+    """(value, gradient for hidden, gradient for weight) from PyTorch, in float64."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     loss = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 
-@FORMS
+@EACH_FORM
 @pytest.mark.parametrize(
     "ignored",
-    [ALL, [0, 5, 20], [4, 5, 6, 7], list(range(20))],
+    [[], [0, 5, 20], [4, 5, 6, 7], list(range(20))],
     ids=["all-scored", "some", "a-whole-chunk", "all-but-one"],
 )
-def test_value_and_gradients_equal_torch_s(monkeypatch, chunk_rows, ignored):
-    use_form(monkeypatch, chunk_rows)
+def test_value_and_gradients_equal_torch_s(loss_sum, ignored):
     hidden, weight, labels = example(ignored)
-    loss, n_targets = cross_entropy_sum(hidden, weight, labels)
-    assert n_targets.item() == B * T - len(ignored)
+    loss = loss_sum(hidden, weight, labels)
     assert loss.dtype == torch.float32
-    gradients = torch.autograd.grad(
-        3 * loss, (hidden, weight)
-    )  # 3: the gradient from above must be passed on
+    # times 3, so that the gradient from above has to be passed on
+    gradients = torch.autograd.grad(3 * loss, (hidden, weight))
     value, *expected = reference(hidden, weight, labels)
     torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=1e-6)
     for gradient, exact in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient.double(), 3 * exact, rtol=1e-5, atol=1e-5)
 
 
-@FORMS
-def test_no_target_at_all_gives_zero_and_zero_gradients(monkeypatch, chunk_rows):
+@EACH_FORM
+def test_no_target_at_all_gives_zero_and_zero_gradients(loss_sum):
     """The mean of nothing would be NaN; a sum of nothing is 0."""
-    use_form(monkeypatch, chunk_rows)
-    hidden, weight, labels = example(NONE)
-    loss, n_targets = cross_entropy_sum(hidden, weight, labels)
+    hidden, weight, labels = example(ALL_IGNORED)
+    loss = loss_sum(hidden, weight, labels)
     loss.backward()
-    assert (loss.item(), n_targets.item()) == (0.0, 0)
-    assert torch.equal(hidden.grad, torch.zeros_like(hidden)) and torch.equal(
-        weight.grad, torch.zeros_like(weight)
-    )
+    assert loss.item() == 0.0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-@FORMS
-def test_gradients_pass_gradcheck(monkeypatch, chunk_rows):
+@EACH_FORM
+def test_gradients_pass_gradcheck(loss_sum):
     """Against finite differences. The sum is float32 inside, so they need a wide step and a loose bound."""
-    use_form(monkeypatch, chunk_rows)
     hidden, weight, labels = example([2, 11])
     inputs = (hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda h, w: cross_entropy_sum(h, w, labels)[0], inputs, eps=1e-2, atol=5e-3, rtol=1e-2
+        lambda h, w: loss_sum(h, w, labels), inputs, eps=1e-2, atol=5e-3, rtol=1e-2
     )
 
 
-@FORMS
+@EACH_FORM
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_one_gradient_alone_is_right_too(monkeypatch, chunk_rows, wanted):
+def test_one_gradient_alone_is_right_too(loss_sum, wanted):
     """A frozen head, or frozen blocks below it, in fine-tuning."""
-    use_form(monkeypatch, chunk_rows)
-    tensors = dict(zip(("hidden", "weight"), example([3])[:2], strict=True))
-    labels = example([3])[2]
-    expected = dict(zip(tensors, reference(*tensors.values(), labels)[1:], strict=True))
+    hidden, weight, labels = example([3])
+    _, hidden_grad, weight_grad = reference(hidden, weight, labels)
+    tensors = {"hidden": hidden, "weight": weight}
+    expected = {"hidden": hidden_grad, "weight": weight_grad}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
-    cross_entropy_sum(*tensors.values(), labels)[0].backward()
+    loss_sum(hidden, weight, labels).backward()
     torch.testing.assert_close(tensors[wanted].grad.double(), expected[wanted], rtol=1e-5, atol=1e-5)
     assert all(tensor.grad is None for name, tensor in tensors.items() if name != wanted)
 
 
-@FORMS
-def test_without_gradients_the_value_is_the_same(monkeypatch, chunk_rows):
-    use_form(monkeypatch, chunk_rows)
+@EACH_FORM
+def test_without_gradients_the_value_is_the_same(loss_sum):
     hidden, weight, labels = example([3])
     with torch.no_grad():
-        loss, _ = cross_entropy_sum(hidden, weight, labels)
+        loss = loss_sum(hidden, weight, labels)
     torch.testing.assert_close(loss.double(), reference(hidden, weight, labels)[0], rtol=1e-6, atol=1e-6)
 
 
-@FORMS
+@EACH_FORM
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["bf16-autocast", "bf16-model"])
-def test_in_bf16_the_sum_is_float32_and_gradients_have_their_tensor_s_dtype(
-    monkeypatch, chunk_rows, model_dtype
-):
+def test_in_bf16_the_sum_is_float32_and_gradients_have_their_tensor_s_dtype(loss_sum, model_dtype):
     """Witness: the same bf16 logits, summed in float64. A sum in bf16 would be off by 1e-3."""
-    use_form(monkeypatch, chunk_rows)
     hidden, weight, labels = example([3, 9])
     hidden, weight = (tensor.detach().to(model_dtype).requires_grad_() for tensor in (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16) if model_dtype == torch.float32 else contextlib.nullcontext():
-        loss, _ = cross_entropy_sum(hidden, weight, labels)
+        loss = loss_sum(hidden, weight, labels)
     loss.backward()
     logits = F.linear(hidden.detach().bfloat16(), weight.detach().bfloat16())
     exact = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
@@ -131,42 +129,40 @@ def test_in_bf16_the_sum_is_float32_and_gradients_have_their_tensor_s_dtype(
         torch.testing.assert_close(tensor.grad.double(), gradient, rtol=0.05, atol=0.05)
 
 
-def gradients(function, autocast: bool) -> list[Tensor]:
+def gradients_of_the_mean(loss_sum, autocast: bool) -> list[Tensor]:
     hidden, weight, labels = example([3, 9])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, n_targets = function(hidden * 1.0, weight * 1.0, labels)  # as in a model, neither is a leaf
-    (loss / n_targets).backward()
+        loss = loss_sum(hidden * 1.0, weight * 1.0, labels)  # as in a model, neither is a leaf
+    (loss / (labels != -100).sum()).backward()
     return [hidden.grad, weight.grad]
 
 
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 7], ids=["plain", "chunks"])
+@PLAIN_AND_CHUNKS
 @AUTOCAST
-def test_traced_by_the_compiler_the_gradients_are_the_same(monkeypatch, chunk_rows, autocast):
-    """What the compiler makes of the Python code, run without generating any. With PyTorch 2.11 all of
-    them were zero."""
-    use_form(monkeypatch, chunk_rows)
+def test_traced_by_the_compiler_the_gradients_are_the_same(loss_sum, autocast):
+    """The compiler's graph of the Python code, run without generating code. With PyTorch 2.11 all gradients
+    were zero."""
     torch._dynamo.reset()
-    compiled = gradients(torch.compile(cross_entropy_sum, backend="aot_eager"), autocast)
-    for one, other in zip(compiled, gradients(cross_entropy_sum, autocast), strict=True):
+    compiled = gradients_of_the_mean(torch.compile(loss_sum, backend="aot_eager"), autocast)
+    rtol, atol = (1e-2, 1e-3) if autocast else (1e-5, 1e-6)
+    for one, other in zip(compiled, gradients_of_the_mean(loss_sum, autocast), strict=True):
         assert other.abs().max() > 0.01
-        torch.testing.assert_close(
-            one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6
-        )
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_rows", [None, 7], ids=["plain", "chunks"])
+@PLAIN_AND_CHUNKS
 @AUTOCAST
-def test_compiled_gradients_of_a_model_equal_eager_ones(monkeypatch, chunk_rows, autocast):
-    """The whole way, through the C++ compiler."""
-    use_form(monkeypatch, chunk_rows)
+def test_compiled_gradients_of_a_model_equal_eager_ones(loss_sum, autocast):
+    """The whole way, with the C++ compiler."""
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
         net = GPTMini(GPTConfig(vocab_size=61, d_model=32, n_layers=1, n_heads=2, max_seq_len=16))
+        net.loss_sum = loss_sum
         if compiled:
             torch._dynamo.reset()
             net.compile()
@@ -178,45 +174,45 @@ def test_compiled_gradients_of_a_model_equal_eager_ones(monkeypatch, chunk_rows,
     assert (found[0] - found[1]).norm() < (2e-2 if autocast else 1e-5) * found[0].norm()
 
 
-def test_large_logits_do_not_overflow(monkeypatch):
-    for chunk_rows in (None, 4):
-        use_form(monkeypatch, chunk_rows)
-        hidden, weight, labels = example(ALL)
-        loss, _ = cross_entropy_sum(hidden * 1e3, weight, labels)
-        torch.testing.assert_close(
-            loss.double(), reference(hidden * 1e3, weight, labels)[0], rtol=1e-5, atol=1e-3
-        )
+@EACH_FORM
+def test_large_logits_do_not_overflow(loss_sum):
+    hidden, weight, labels = example([])
+    loss = loss_sum(hidden * 1e3, weight, labels)
+    expected, _, _ = reference(hidden * 1e3, weight, labels)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "vocab_size", [support.chunked_loss.CHUNKED_FROM_VOCAB - 1, support.chunked_loss.CHUNKED_FROM_VOCAB]
+    ("vocab_size", "expected"),
+    [(CHUNKED_FROM_VOCAB - 1, cross_entropy_sum), (CHUNKED_FROM_VOCAB, chunked_cross_entropy_sum)],
+    ids=["small", "large"],
 )
-def test_a_large_vocabulary_takes_the_chunked_form(monkeypatch, vocab_size):
-    chunked, apply = [], ChunkedCrossEntropy.apply
-    monkeypatch.setattr(ChunkedCrossEntropy, "apply", lambda *args: chunked.append(True) or apply(*args))
-    cross_entropy_sum(torch.zeros(1, 2, 3), torch.zeros(vocab_size, 3), torch.zeros(1, 2, dtype=torch.long))
-    assert bool(chunked) == (vocab_size >= support.chunked_loss.CHUNKED_FROM_VOCAB)
+def test_a_model_with_a_large_vocabulary_takes_the_chunked_form(vocab_size, expected):
+    net = GPTMini(GPTConfig(vocab_size=vocab_size, d_model=2, n_layers=1, n_heads=1))
+    assert net.loss_sum is expected
 
 
-class Largest(TorchFunctionMode):
-    """The numbers in the largest tensor that any torch function returns."""
+class LargestTensor(TorchFunctionMode):
+    """Counts the numbers in the largest tensor that any torch function returns."""
 
-    numbers = 0
+    n_numbers = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
-            self.numbers = max(self.numbers, out.numel())
+            self.n_numbers = max(self.n_numbers, out.numel())
         return out
 
 
-def test_the_chunked_form_never_holds_all_logits(monkeypatch):
-    """What it is for: with 4 of the 21 rows in a chunk, no tensor of 21 x V numbers is ever made."""
-    sizes = []
-    for chunk_rows in (None, 4):
-        use_form(monkeypatch, chunk_rows)
-        hidden, weight, labels = example(ALL)
-        with Largest() as largest:
-            cross_entropy_sum(hidden, weight, labels)[0].backward()
-        sizes.append(largest.numbers)
-    assert sizes == [B * T * V, B * T * D]  # the larger of hidden (105) and weight (65)
+@pytest.mark.parametrize(
+    ("loss_sum", "expected"),
+    [(cross_entropy_sum, B * T * V), (chunks_of(4), B * T * D)],
+    ids=["plain", "chunks-of-4"],
+)
+def test_the_chunked_form_never_holds_all_logits(loss_sum, expected):
+    """This is its purpose: with 4 of the 21 rows in a chunk, no tensor of 21 x V numbers is ever made. The
+    largest is then `hidden` (105 numbers; the weight has 65)."""
+    hidden, weight, labels = example([])
+    with LargestTensor() as largest:
+        loss_sum(hidden, weight, labels).backward()
+    assert largest.n_numbers == expected

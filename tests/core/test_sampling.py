@@ -1,20 +1,23 @@
-"""Each sampling control on logits made by hand, then all of them together."""
+"""Each sampling control on logits made by hand, all of them together, and the loop that yields tokens."""
 
 import math
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from test_model import build, tokens
+from torch import Tensor, nn
 
 import model
-from sampling import SamplingConfig, filter_logits, sample_next
+import sampling
+from sampling import SamplingConfig, filter_logits, generate_tokens, sample_next
 
 NOTHING_SEEN = torch.empty(1, 0, dtype=torch.long)
+GREEDY = SamplingConfig(temperature=0)
 
 
 def probs(logits: list[float] | Tensor, seen: list[int] | None = None, **controls) -> list[float]:
-    """What each token is drawn with."""
+    """The probability of each token to be drawn."""
     logits = torch.as_tensor(logits)[None]
     seen = NOTHING_SEEN if seen is None else torch.tensor([seen])
     return filter_logits(logits, SamplingConfig(**controls), seen).softmax(dim=-1)[0].tolist()
@@ -43,9 +46,8 @@ def test_without_controls_the_model_s_own_distribution_is_drawn_from():
 def test_temperature_zero_takes_the_largest_whatever_the_generator():
     logits = torch.tensor([[0.1, 2.0, 1.9], [5.0, -1.0, 4.9]])
     for seed in range(5):
-        assert sample_next(
-            logits, SamplingConfig(temperature=0), NOTHING_SEEN, torch.Generator().manual_seed(seed)
-        ).tolist() == [1, 0]
+        generator = torch.Generator().manual_seed(seed)
+        assert sample_next(logits, GREEDY, NOTHING_SEEN, generator).tolist() == [1, 0]
 
 
 def test_temperature_two_takes_square_roots_of_the_odds():
@@ -60,13 +62,10 @@ def test_temperature_one_half_squares_the_odds():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-40, 5e-324])
 def test_temperature_towards_zero_becomes_greedy(temperature):
-    assert probs([3.0, 3.1, -1.0], temperature=temperature) == pytest.approx([0.0, 1.0, 0.0])
-    assert (
-        sample_next(
-            torch.tensor([[3.0, 3.1, -1.0]]), SamplingConfig(temperature=temperature), NOTHING_SEEN
-        ).item()
-        == 1
-    )
+    logits = [3.0, 3.1, -1.0]
+    assert probs(logits, temperature=temperature) == pytest.approx([0.0, 1.0, 0.0])
+    drawn = sample_next(torch.tensor([logits]), SamplingConfig(temperature=temperature), NOTHING_SEEN)
+    assert drawn.item() == 1
 
 
 def test_a_high_temperature_becomes_uniform():
@@ -145,11 +144,8 @@ def test_repetition_penalty_below_one_makes_repetition_likelier():
 
 
 def test_repetition_penalty_acts_on_greedy_too():
-    logits = torch.tensor([[2.0, 1.5]])
-    assert (
-        sample_next(logits, SamplingConfig(temperature=0, repetition_penalty=2.0), torch.tensor([[0]])).item()
-        == 1
-    )
+    config = SamplingConfig(temperature=0, repetition_penalty=2.0)
+    assert sample_next(torch.tensor([[2.0, 1.5]]), config, torch.tensor([[0]])).item() == 1
 
 
 def test_each_row_is_penalized_for_its_own_tokens():
@@ -159,8 +155,7 @@ def test_each_row_is_penalized_for_its_own_tokens():
 
 
 def test_generate_penalizes_prompt_and_generated_tokens(monkeypatch):
-    """A model whose logits are always the same falls back to the next token each time the penalty has hit
-    one."""
+    """The logits are always the same, so after each penalty the next best token is taken."""
     net = model.GPTMini(model.GPTConfig(vocab_size=5, d_model=8, n_layers=1, n_heads=2)).eval()
     monkeypatch.setattr(net.lm_head, "forward", lambda x: torch.tensor([[4.0, 3.9, 3.8, 3.7, 3.6]]))
     out = net.generate(torch.tensor([[1]]), 4, SamplingConfig(temperature=0, repetition_penalty=2.0))
@@ -171,23 +166,23 @@ def test_generate_penalizes_prompt_and_generated_tokens(monkeypatch):
 
 
 def test_penalty_comes_before_top_k():
-    """2 halved is 1, the least of three: the two best are then the others, while before the penalty token
-    0 was among them. (Penalty and temperature only multiply, so their order cannot show.)"""
+    """2 halved is 1, the smallest of three: the two best are then the others. Before the penalty token 0 was
+    among them. (Penalty and temperature only multiply, so their order makes no difference.)"""
     assert probs([2.0, 1.5, 1.2], seen=[0], repetition_penalty=2.0, top_k=2) == pytest.approx(
         softmax([-INF, 1.5, 1.2])
     )
 
 
 def test_temperature_comes_before_top_p():
-    """0.5, 0.3, 0.2 at temperature 0.5 become 0.66, 0.24, 0.11: at top_p 0.6 one token is enough; before
-    it, two were needed."""
+    """0.5, 0.3, 0.2 at temperature 0.5 become 0.66, 0.24, 0.11. One token is then enough for top_p 0.6;
+    without the temperature two are needed."""
     assert probs(log(0.5, 0.3, 0.2), temperature=0.5, top_p=0.6) == [1, 0, 0]
     assert probs(log(0.5, 0.3, 0.2), temperature=1.0, top_p=0.6) == pytest.approx([0.625, 0.375, 0])
 
 
 def test_top_k_comes_before_top_p():
-    """0.4, 0.3, 0.2, 0.1 cut to two is 0.57, 0.43: top_p 0.5 is reached by the first alone, in the uncut
-    ones by two."""
+    """0.4, 0.3, 0.2, 0.1 cut to two are 0.57, 0.43. The first alone then reaches top_p 0.5; without the cut
+    two are needed."""
     assert probs(log(0.4, 0.3, 0.2, 0.1), top_k=2, top_p=0.5) == [1, 0, 0, 0]
     assert probs(log(0.4, 0.3, 0.2, 0.1), top_p=0.5) == pytest.approx([4 / 7, 3 / 7, 0, 0])
 
@@ -204,18 +199,14 @@ def test_all_controls_combined_by_hand():
 
 def test_logits_are_not_changed_in_place():
     logits = torch.tensor([[2.0, 1.0, -1.0]])
-    sample_next(
-        logits,
-        SamplingConfig(temperature=0.5, top_k=2, top_p=0.9, repetition_penalty=2.0),
-        torch.tensor([[0]]),
-    )
+    config = SamplingConfig(temperature=0.5, top_k=2, top_p=0.9, repetition_penalty=2.0)
+    sample_next(logits, config, torch.tensor([[0]]))
     assert logits.tolist() == [[2.0, 1.0, -1.0]]
 
 
 def test_filters_work_in_float32_on_bf16_logits():
-    filtered = filter_logits(
-        torch.tensor([[2.0, 1.0]], dtype=torch.bfloat16), SamplingConfig(temperature=3.0), NOTHING_SEEN
-    )
+    logits = torch.tensor([[2.0, 1.0]], dtype=torch.bfloat16)
+    filtered = filter_logits(logits, SamplingConfig(temperature=3.0), NOTHING_SEEN)
     assert filtered.dtype == torch.float32
     assert filtered.softmax(dim=-1)[0].tolist() == pytest.approx(softmax([2 / 3, 1 / 3]))
 
@@ -244,16 +235,13 @@ def test_a_generator_leaves_the_global_random_state_alone():
     ids=str,
 )
 def test_draws_follow_the_filtered_distribution(controls):
-    """Chi-square of 20,000 draws; 20 is far beyond what chance gives with at most 4 degrees of freedom (p
-    < 0.001)."""
+    """Chi-square of 20,000 draws. With at most 4 degrees of freedom, chance gives 20 or more less than once
+    in a thousand runs."""
     logits, n = torch.tensor([log(0.35, 0.05, 0.3, 0.1, 0.2)]), 20_000
     expected = torch.tensor(probs(logits[0], **controls))
-    drawn = sample_next(
-        logits.expand(n, -1),
-        SamplingConfig(**controls),
-        NOTHING_SEEN.expand(n, 0),
-        torch.Generator().manual_seed(3),
-    )
+    rows, nothing_seen = logits.expand(n, -1), NOTHING_SEEN.expand(n, 0)
+    generator = torch.Generator().manual_seed(3)
+    drawn = sample_next(rows, SamplingConfig(**controls), nothing_seen, generator)
     counts = drawn.bincount(minlength=5)
     assert counts[expected == 0].sum() == 0, "a token was drawn that the filters had excluded"
     possible = expected > 0
@@ -286,3 +274,65 @@ def test_impossible_sampling_values_are_refused_by_name(impossible):
     with pytest.raises(ValidationError) as error:
         SamplingConfig(**impossible)
     assert str(error.value.errors()[0]["loc"][0]) == next(iter(impossible))
+
+
+# ---- the loop: prompt in, tokens out -------------------------------------------------------------
+
+B = 2
+
+
+def naive_generate(net: nn.Module, ids: Tensor, n: int, config: SamplingConfig, seed: int) -> Tensor:
+    """Without a cache: the whole window goes through the model for every token."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        with torch.no_grad():
+            logits = net(ids[:, -net.config.max_seq_len :])[:, -1]
+        token = sample_next(logits, config, ids, generator)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("prompt_len", [1, 5, 8, 13], ids=lambda n: f"prompt{n}of8")
+@pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal"])
+def test_cached_generation_equals_uncached_also_past_the_window(position, prompt_len):
+    net, ids = build(model, max_seq_len=8, position=position), tokens(B, prompt_len)
+    for config in (GREEDY, SamplingConfig(temperature=1.5, top_k=9, repetition_penalty=1.2)):
+        generated = net.generate(ids, 14, config, generator=torch.Generator().manual_seed(5))
+        assert generated.tolist() == naive_generate(net, ids, 14, config, seed=5).tolist()
+
+
+def test_generation_is_the_same_for_a_row_alone_and_in_a_batch():
+    net, ids = build(model), tokens(3, 5)
+    together = net.generate(ids, 6, GREEDY)
+    assert together.tolist() == [net.generate(ids[i : i + 1], 6, GREEDY)[0].tolist() for i in range(3)]
+
+
+def test_generate_is_what_generate_tokens_yields_after_the_prompt():
+    net, ids = build(model), tokens(B, 5)
+    yielded = torch.stack(list(generate_tokens(net, ids, 6, GREEDY)), dim=1)  # (B, 6)
+    assert net.generate(ids, 6, GREEDY).tolist() == torch.cat([ids, yielded], dim=1).tolist()
+
+
+def test_generate_applies_the_head_to_last_positions_only():
+    net, shapes = build(model), []
+    net.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    net.generate(tokens(B, 5), 3)
+    assert shapes == [(B, net.config.d_model)] * 3
+
+
+def test_generating_nothing_returns_the_prompt():
+    ids = tokens(B, 5)
+    assert torch.equal(build(model).generate(ids, 0), ids)
+
+
+def test_each_row_stops_at_its_own_eos_and_the_loop_when_all_have(monkeypatch):
+    """Row 0 ends with the first token, row 1 with the third. What is drawn for row 0 in between does not
+    count."""
+    eos, script = 9, iter([[9, 1], [2, 3], [4, 9], [5, 5]])
+    monkeypatch.setattr(sampling, "sample_next", lambda *args: torch.tensor(next(script)))
+    assert build(model).generate(tokens(B, 4), 8, eos_id=eos)[:, 4:].tolist() == [[9, 9, 9], [1, 3, 9]]
+
+
+def test_without_an_eos_id_generation_uses_all_its_tokens(monkeypatch):
+    monkeypatch.setattr(sampling, "sample_next", lambda *args: torch.tensor([9, 9]))
+    assert build(model).generate(tokens(B, 4), 5).shape == (B, 9)

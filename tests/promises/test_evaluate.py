@@ -126,6 +126,7 @@ def test_a_continuation_ends_before_eos(loaded):
         def __init__(self):
             super().__init__()
             self.config, self.embed_tokens = model.config, model.embed_tokens
+            self.new_cache = model.new_cache
 
         def hidden_states(self, ids, cache=None):
             cache.length += ids.shape[1]

@@ -1,20 +1,20 @@
-"""Change one thing, see what breaks: each mutation edits the source of a file in memory, and the named check
-must fail.
+"""Change one thing, see what breaks.
 
-The checks are those of the other tests, so a row here proves that the named test would notice the mistake.
-The text to replace must occur exactly once: a lesson whose line has moved on fails instead of passing for
-nothing.
+Each row of LESSONS is a classic mistake. The test writes a copy of the file with that mistake in it, imports
+the copy, and expects the named check to fail. So each row shows that the check would notice the mistake.
 
-To try one by hand, make the edit of a row in LESSONS in the file, and run tests/core/test_model.py or
-tests/core/test_data.py.
+To try one yourself, make the edit of a row in the file and run tests/core/test_model.py or
+tests/core/test_data.py. (The tests here then say that the row cannot be shown any more. Undo the edit.)
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 
+import numpy as np
 import pytest
-import test_data
 from test_model import (
     check_cached_equals_uncached,
     check_causality,
@@ -26,172 +26,179 @@ from test_model import (
     check_segments_isolate,
 )
 
-import data
-import model
-import support.text.encode_corpus
+from tokenizer import ByteTokenizer
 
-REAL = {"model": model, "data": data, "encoding": support.text.encode_corpus}
+REPO = Path(__file__).resolve().parents[2]
+ENCODE_CORPUS = "support/text/encode_corpus.py"
 
-
-def in_test_data(name: str, *args: object) -> Callable[[ModuleType], None]:
-    """A test of test_data.py as a check: it runs with every name it imports from data.py taken from the
-    module given."""
-
-    def check(m: ModuleType) -> None:
-        test = getattr(test_data, name)
-        taken = [
-            key
-            for key, value in test.__globals__.items()
-            if not key.startswith("_") and key in vars(data) and value is vars(data)[key]
-        ]
-        names = {key: getattr(m, key) for key in taken if hasattr(m, key)}
-        FunctionType(test.__code__, {**test.__globals__, **names})(*args)
-
-    return check
+# ---- checks of the data, each on an example worked out by hand -----------------------------------
 
 
-def mutant(name: str, old: str, new: str) -> ModuleType:
-    """The module `name` as it would be with `old` replaced by `new` in its source; the file stays as it is."""
-    source = Path(REAL[name].__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, (
-        f"{name}.py holds {old!r} {source.count(old)} times; bring this lesson up to date"
-    )
-    module = ModuleType(f"mutant_of_{name}")
-    exec(compile(source.replace(old, new), f"mutant of {name}.py", "exec"), module.__dict__)
-    return module
+def check_eos_ends_each_document(encode_corpus: ModuleType) -> None:
+    eos = ByteTokenizer().eos_id
+    ids = encode_corpus.tokenize(["ab", "c"], ByteTokenizer())
+    assert ids.tolist() == [ord("a"), ord("b"), eos, ord("c"), eos]
 
 
-# (lesson, file, text, its replacement, the check that must fail)
-LESSONS: list[tuple[str, str, str, str, Callable]] = [
+def check_labels_are_shifted_by_one(data: ModuleType) -> None:
+    """Each token is its own position, so the label of token 4 has to be 5."""
+    block = data.PackedLMDataset(np.arange(20), seq_len=6)[1]
+    assert block["input_ids"].tolist() == [6, 7, 8, 9, 10, 11]
+    assert block["labels"].tolist() == [7, 8, 9, 10, 11, 12]
+
+
+def check_each_token_is_predicted_once(data: ModuleType) -> None:
+    blocks = data.PackedLMDataset(np.arange(19), seq_len=6)
+    labels = [label for i in range(len(blocks)) for label in blocks[i]["labels"].tolist()]
+    assert labels == list(range(1, 19))
+
+
+# ---- the mistakes --------------------------------------------------------------------------------
+
+cached_in_two_pieces = functools.partial(check_cached_equals_uncached, pieces=(4, 3))
+
+# (lesson, file, text, what replaces it, the check that must fail)
+LESSONS: list[tuple[str, str, str, str, Callable[[ModuleType], None]]] = [
     (
         "no causal mask",
-        "model",
-        "is_causal=mask is None and q.shape[2] > 1",
-        "is_causal=False",
+        "model.py",
+        "is_causal = mask is None and q.shape[2] > 1",
+        "is_causal = False",
         check_causality,
     ),
     (
         "a causal mask that lets one future token through",
-        "model",
+        "model.py",
         ".tril(n_keys - n_queries)",
         ".tril(n_keys - n_queries + 1)",
         check_segments_isolate,
     ),
     (
         "a mask aligned to the top left",
-        "model",
+        "model.py",
         ".tril(n_keys - n_queries)",
         ".tril()",
-        lambda m: check_cached_equals_uncached(m, (4, 3)),
+        cached_in_two_pieces,
     ),
     (
-        "repeat for repeat_interleave",
-        "model",
+        "repeat instead of repeat_interleave",
+        "model.py",
         "k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)",
         "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)",
         check_gqa_equals_naive_attention,
     ),
-    ("rotary positions left out", "model", "if rope is not None:", "if False:", check_order_matters),
+    ("rotary positions left out", "model.py", "if rope is not None:", "if False:", check_order_matters),
     (
         "rotary angles with the wrong sign",
-        "model",
-        "torch.cat([-sin, sin], dim=-1)",
-        "torch.cat([sin, -sin], dim=-1)",
+        "model.py",
+        "torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)",
+        "torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)",
         check_rope_is_complex_rotation,
     ),
     (
-        "rotary sines without a sign",
-        "model",
-        "torch.cat([-sin, sin], dim=-1)",
-        "torch.cat([sin, sin], dim=-1)",
+        "a rotation without its minus",
+        "model.py",
+        "a * cos - b * sin",
+        "a * cos + b * sin",
         check_rope_depends_on_distance_only,
     ),
     (
         "only the queries are rotated",
-        "model",
+        "model.py",
         "q, k = apply_rope(q, *rope), apply_rope(k, *rope)",
         "q = apply_rope(q, *rope)",
         check_order_matters,
     ),
     (
-        "positions that start anew behind the cache",
-        "model",
+        "positions that start at 0 again after the cache",
+        "model.py",
         "torch.arange(past, past + T, device=device)",
         "torch.arange(T, device=device)",
         check_cached_equals_uncached,
     ),
+    ("a cache that never grows", "model.py", "cache.length += T", "pass", cached_in_two_pieces),
     (
-        "a cache that never grows",
-        "model",
-        "cache.length += T",
-        "pass",
-        lambda m: check_cached_equals_uncached(m, (4, 3)),
-    ),
-    (
-        "values stored at the wrong place of the cache",
-        "model",
+        "values stored in the wrong place of the cache",
+        "model.py",
         "self.values[layer][:, :, self.length : end] = v",
         "self.values[layer][:, :, : k.shape[2]] = v",
         check_cached_equals_uncached,
     ),
     (
         "residual projections of full size",
-        "model",
+        "model.py",
         "std /= (2 * self.config.n_layers) ** 0.5",
         "pass",
         check_initial_std,
     ),
     (
         "attention across documents",
-        "model",
+        "model.py",
         "return same & causal_mask(",
         "return causal_mask(",
         check_segments_isolate,
     ),
     (
         "no EOS between documents",
-        "encoding",
+        ENCODE_CORPUS,
         "[tokenizer.eos_id] if ends else []",
         "[]",
-        in_test_data("test_eos_stands_behind_every_document_and_nowhere_else"),
+        check_eos_ends_each_document,
     ),
     (
         "labels that are not shifted",
-        "data",
+        "data.py",
         "rows[:, 1:], IGNORE)",
         "rows[:, :-1], IGNORE)",
-        in_test_data("test_labels_are_the_input_shifted_by_one", False),
+        check_labels_are_shifted_by_one,
     ),
     (
         "blocks that do not overlap by one",
-        "data",
+        "data.py",
         "stride or seq_len, mask_eos",
         "stride or seq_len + 1, mask_eos",
-        in_test_data("test_each_token_is_predicted_exactly_once_in_an_epoch", 30),
+        check_each_token_is_predicted_once,
     ),
 ]
 
 
+def changed_copy(folder: Path, file: str, old: str, new: str) -> ModuleType:
+    """The module in `file`, imported from a copy in which `new` stands in place of `old`. The file itself
+    stays as it is."""
+    source = (REPO / file).read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        pytest.fail(
+            f"{file} should hold this text once, but holds it {source.count(old)} times:\n    {old}\n"
+            f"If you changed that line to see what breaks: run tests/core, then undo it. If the new line is "
+            f"there to stay, write it into LESSONS in {Path(__file__).name}.",
+            pytrace=False,
+        )
+    copy = folder / f"changed_{Path(file).name}"
+    copy.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(
-    ("name", "old", "new", "check"), [pytest.param(*row, id=lesson) for lesson, *row in LESSONS]
+    ("file", "old", "new", "check"), [pytest.param(*row, id=lesson) for lesson, *row in LESSONS]
 )
-def test_the_mutation_breaks_the_named_check(name, old, new, check):
-    broken = mutant(name, old, new)
-    check(REAL[name])
+def test_the_check_passes_on_the_file_and_fails_on_the_mistake(tmp_path, file, old, new, check):
+    unchanged = changed_copy(tmp_path, file, old, old)
+    try:
+        check(unchanged)
+    except AssertionError as error:
+        pytest.fail(f"{file} fails this check already, without the mistake: {error}", pytrace=False)
+    changed = changed_copy(tmp_path, file, old, new)
     with pytest.raises(AssertionError):
-        check(broken)
+        check(changed)
 
 
-def test_an_edit_that_changes_nothing_breaks_nothing():
-    """The machinery itself: a copy of the source passes every check, so a failure above is the mutation's
-    doing."""
-    for name in REAL:
-        copy = mutant(name, REAL[name].__doc__, REAL[name].__doc__)
-        for _, file, _, _, check in LESSONS:
-            if file == name:
-                check(copy)
-
-
-def test_a_lesson_whose_line_is_gone_fails():
-    with pytest.raises(AssertionError, match="bring this lesson up to date"):
-        mutant("model", "no such line", "")
+def test_a_line_that_is_gone_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(pytest.fail.Exception) as error:
+        changed_copy(tmp_path, "model.py", "no such line", "")
+    assert "model.py should hold this text once, but holds it 0 times:\n    no such line\n" in str(
+        error.value
+    )
+    assert "undo it" in str(error.value) and "LESSONS" in str(error.value)
