@@ -8,13 +8,11 @@ import torch
 
 from support.messages import UserError
 
-CONTAINER_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)  # Linux, version 2 and 1
+# Where Linux says how much memory a container may use: version 2 of control groups, and version 1.
+CONTAINER_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
-# Dense bf16 peak in FLOP/s, by a piece of the device name, from the vendors' datasheets; the first match
-# counts.
+# Peak of dense bf16 arithmetic in FLOP/s, from the vendors' datasheets. A key is a part of the device's name;
+# the first that fits counts.
 BF16_PEAK = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -31,45 +29,48 @@ BF16_PEAK = {
 
 
 def resolve_device(name: str) -> str:
-    """`cpu`, `cuda` or `mps` for a device name; `auto` takes the best there is. Raises UserError for one
-    that is not there."""
-    mps = torch.backends.mps.is_available()
+    """`cpu`, `cuda` or `mps` for a device name; `auto` is the best that this machine has. Raises UserError
+    for a device that is unknown or not here."""
+    is_here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps}
-    if name not in present:
-        raise UserError(f"device {name!r} is unknown; choose auto, {', '.join(present)}")
-    if not present[name]:
-        here = ", ".join(device for device, there in present.items() if there)
-        raise UserError(f"device {name!r} is not available here; available: {here}")
+        return next(device for device in ("cuda", "mps", "cpu") if is_here[device])
+    if name not in is_here:
+        raise UserError(f"device {name!r} is unknown; choose auto, {', '.join(is_here)}")
+    if not is_here[name]:
+        available = ", ".join(device for device in is_here if is_here[device])
+        raise UserError(f"device {name!r} is not available here; available: {available}")
     return name
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """Lightning's name of the precision; `auto` is bf16-mixed on a GPU that computes in bf16, float32
-    elsewhere."""
+    """Lightning's name for the precision; `auto` is bf16-mixed on a GPU that computes in bf16, else
+    float32."""
     if precision != "auto":
         return precision
-    return "bf16-mixed" if device == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    if device == "cuda" and torch.cuda.is_bf16_supported():
+        return "bf16-mixed"
+    return "32-true"
 
 
 def device_label(device: str) -> str:
     """E.g. `cuda (NVIDIA A100-SXM4-80GB)` or `cpu (2 threads)`."""
     if device == "cuda":
         return f"cuda ({torch.cuda.get_device_name()})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device == "cpu" else device
+    if device == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return device
 
 
 def bf16_peak_flops(device: str) -> float | None:
-    """The device's dense bf16 peak, None where it is not known."""
+    """The peak of the device's dense bf16 arithmetic in FLOP/s; None if it is not known."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for piece, peak in BF16_PEAK.items() if piece in name), None)
+    return next((peak for part, peak in BF16_PEAK.items() if part in name), None)
 
 
 def memory_used_mb(device: str) -> float:
-    """Peak memory of this process: the GPU's, or the resident set on a CPU."""
+    """Peak memory of this process: on the GPU, or resident on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if device == "mps":
@@ -77,19 +78,22 @@ def memory_used_mb(device: str) -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if os.uname().sysname == "Darwin" else peak / 2**10
+    return peak / 2**20 if os.uname().sysname == "Darwin" else peak / 2**10  # macOS counts bytes, Linux KB
 
 
 def memory_total(device: str) -> int:
-    """Bytes of memory the device has in all; of the machine's, as much as a container or `ulimit -v` lets
-    this process have."""
+    """How many bytes of memory the device has. For the CPU: as many as a container or `ulimit -v` lets this
+    process have."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     import resource
 
     amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no container; no limit, which is written as `max`
+    for file in CONTAINER_LIMIT_FILES:
+        # OSError: not in a container. ValueError: in one without a limit, which is written as `max`.
+        with contextlib.suppress(OSError, ValueError):
             amounts.append(int(Path(file).read_text()))
     ulimit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return min(amounts if ulimit == resource.RLIM_INFINITY else [*amounts, ulimit])
+    if ulimit != resource.RLIM_INFINITY:
+        amounts.append(ulimit)
+    return min(amounts)

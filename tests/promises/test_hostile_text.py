@@ -412,7 +412,7 @@ def test_text_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monk
 
 
 def test_the_memory_is_no_more_than_a_container_or_a_ulimit_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "CONTAINER_LIMITS", (str(tmp_path / "nowhere"), str(tmp_path / "limit")))
+    monkeypatch.setattr(hardware, "CONTAINER_LIMIT_FILES", (str(tmp_path / "nowhere"), str(tmp_path / "limit")))
     machine = hardware.memory_total("cpu")
     assert machine > 2**28
     for written, amount in (("max\n", machine), (f"{2**62}\n", machine), (f"{2**28}\n", 2**28)):
