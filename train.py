@@ -2,7 +2,7 @@
 
 python3 train.py --config config_smoke.yaml
 python3 train.py --config config_smoke.yaml --override data.path=my_book.txt --override training.max_steps=1000
-python3 train.py --config config.yaml --resume                  # go on where this config's run stopped
+python3 train.py --config config.yaml --resume                  # continue where this config's run stopped
 python3 train.py --config config.yaml --check                   # test everything, change nothing
 python3 train.py --config config_smoke.yaml --show-step 3       # the exact text that step 3 trains on
 """
@@ -11,12 +11,9 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
-import logging
 import math
 import sys
-import warnings
-from pathlib import Path
+from typing import Any
 
 from support.cli import add_run_flags, guarded, make_parser
 from support.messages import OptionalPart, UserError, is_main_process, warn
@@ -54,49 +51,47 @@ if __name__ == "__main__":
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from data import Batch, Step, make_dataloaders, step_shape
 from model import GPTMini
 from optim import build_optimizer, lr_factor, set_learning_rate
-from support.checkpoint import FORMAT_VERSION, KEY, read_metadata, weights_sha256
+from support.checkpoint import KEY, build_metadata, read_metadata
 from support.chunked_loss import IGNORE
 from support.files.atomic import claim_folder
-from support.find_checkpoints import find_latest_checkpoint
-from support.plots import draw_loss
 from support.run.folder import move_aside, write_run_config
-from support.run.guards import explain, how_to_resume, why_no_gradient
-from support.run.metrics import Console, JsonlFile, Metrics, TextSamples, make_sinks, perplexity
+from support.run.guards import explain, how_to_resume, refuse_bad_step, refuse_bad_val_loss
+from support.run.metrics import Console, make_sinks, perplexity
 from support.run.plan import Plan
-from support.run.saving import AtomicCheckpointIO, CheckpointSaver, StopOnSignal, StopRun, name_checkpoint
-from support.run.show import print_header
+from support.run.saving import CheckpointSaver, StopOnSignal, StopRun, name_checkpoint, number_parameters
+from support.run.show import draw_curves, print_end, print_header
 from support.run.starting_weights import starting_net
-from support.weights import first_not_finite
-
-LEARNED = 1e-3  # nats: below such a loss a gradient may round to zero, because there is nothing left to learn
+from support.run.trainer import build_trainer, make_callbacks, quiet_lightning
 
 
 class LitCausalLM(pl.LightningModule):
-    """The training of a GPTMini: loss, gradients, clipping, learning rate, step; in the open, not inside a
-    trainer."""
+    """The training of a GPTMini: loss, gradients, clipping, learning rate and optimizer step, written out
+    here instead of hidden in a trainer."""
 
-    validates_first = False  # whether the network is validated before its first step too
+    validates_first = False  # whether the network is also validated before its first step
 
     def __init__(self, plan: Plan, net: GPTMini):
         super().__init__()
         self.automatic_optimization = False  # `training_step` does it all, in the order a textbook gives
-        self.plan, self.config, self.net = plan, plan.config, net
+        self.plan = plan
+        self.config = plan.config
+        self.net = net
+        self.flops_per_token = net.flops_per_token(max(plan.row_lengths))
         self.tokens_seen = 0
-        self.best_val_loss = self.val_loss = math.inf
+        self.val_loss = math.inf
+        self.best_val_loss = math.inf
         self.best_step: int | None = None
         self.stream_state: str | None = None
         self.step_metrics: dict[str, float] = {}
-        self.val_metrics: dict[str, float] = {}  # what a validation gives beside the loss
-        self.flops_per_token = net.flops_per_token(max(plan.row_lengths))
+        self.val_metrics: dict[str, float] = {}  # what a validation measures besides the loss
 
     def configure_model(self) -> None:
-        """Under FSDP, cut every block's weights over the processes (called by Lightning on each of them)."""
+        """With FSDP: divide every block's weights among the processes. Lightning calls this in each of them."""
         if self.config.hardware.strategy == "fsdp" and self.plan.world > 1:
             from torch.distributed.fsdp import fully_shard
 
@@ -105,146 +100,107 @@ class LitCausalLM(pl.LightningModule):
                 fully_shard(part, mesh=mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW or Muon with their parameter groups. The learning rate is set at each step, from the step."""
+        """AdamW or Muon with their parameter groups. `training_step` sets the learning rate of each step."""
         return build_optimizer(self.net, self.config.training)
 
+    # ---- a training step -------------------------------------------------------------------------
+
     def training_step(self, step: Step, batch_idx: int) -> None:
-        """One optimizer step. The gradient is that of the mean loss over all targets of the step, over
-        micro-batches and processes, so how the step is cut up changes nothing but rounding."""
-        training, number = self.config.training, self.trainer.global_step
-        self.stream_state = step.stream_state
+        """One optimizer step.
+
+        The gradient is that of the mean loss over all targets of the step: those of all micro-batches in all
+        processes. So splitting a step differently changes only rounding.
+        """
+        step_index = self.trainer.global_step  # 0, 1, ...
+        training = self.config.training
         optimizer = self.optimizers()
-        n_targets = self.sum_over_processes(
-            sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
-        ).clamp(min=1)
+        self.stream_state = step.stream_state
+
+        n_targets = sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
+        n_targets = self.sum_over_processes(n_targets).clamp(min=1)
         loss_total = torch.zeros((), device=self.device)
         for micro, batch in enumerate(step.micro_batches):
-            self.seed_dropout(number, micro)
+            self.seed_dropout(step_index, micro)
             is_last = micro + 1 == len(step.micro_batches)
             with contextlib.nullcontext() if is_last else self.gradients_stay_local():
                 loss_sum, _ = self.net(**batch)
-                # DDP and FSDP average gradients over processes; times world_size that is their sum.
+                # DDP and FSDP average gradients over processes; times world_size this is their sum.
                 self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
             loss_total += loss_sum.detach()
         loss = (self.sum_over_processes(loss_total) / n_targets).item()
-        grad_norm = float(
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
-        )
-        self.refuse_bad_numbers(number, loss, grad_norm)
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
+        grad_norm = float(grad_norm)
+        self.refuse_bad_step(step_index, loss, grad_norm)
+
         factor = lr_factor(
-            number,
-            training.schedule,
-            training.warmup_steps,
-            training.schedule_steps,
+            step_index,
+            schedule=training.schedule,
+            warmup_steps=training.warmup_steps,
+            schedule_steps=training.schedule_steps,
             floor=training.min_lr / training.lr,
         )
         set_learning_rate(optimizer, factor)
         optimizer.step()
         optimizer.zero_grad()
+
         self.tokens_seen += int(n_targets)
         self.step_metrics = {"loss": loss, "lr": training.lr * factor, "grad_norm": grad_norm}
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Random numbers are a function of (seed, step), not of what was drawn before: a resume needs no
-        state."""
+        """Random numbers are a function of (seed, step), not of what was drawn before; so a resume needs no
+        state of a generator."""
         index = step_shape(self.config, self.global_rank, self.trainer.world_size).micro_index(step, micro)
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]))
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def gradients_stay_local(self) -> contextlib.AbstractContextManager:
-        """Until the last micro-batch there is nothing to send to the other processes (DDP's no_sync)."""
-        return (
-            self.trainer.strategy.block_backward_sync()
-            if self.trainer.world_size > 1
-            else contextlib.nullcontext()
+        """Before the last micro-batch, gradients need not be sent to the other processes (DDP's no_sync)."""
+        if self.trainer.world_size == 1:
+            return contextlib.nullcontext()
+        return self.trainer.strategy.block_backward_sync()
+
+    def refuse_bad_step(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raise UserError before a NaN or an infinity touches the weights."""
+        refuse_bad_step(
+            self.plan,
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            dataset=self.trainer.train_dataloader.dataset,
+            stream_state=self.stream_state,
         )
 
-    def refuse_bad_numbers(self, step: int, loss: float, grad_norm: float) -> None:
-        """Stop before weights are touched by a NaN or an infinity, and so before a checkpoint could hold
-        one; and where no weight would be touched at all."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            what = f"loss={loss}, gradient norm={grad_norm} on {self.samples_of(step)}"
-            raise self.bad_numbers(f"step {step + 1}: {what}; the weights are as before this step", step)
-        if grad_norm == 0 and loss > LEARNED:
-            raise UserError(
-                f"step {step + 1}: every gradient is zero while the loss is {loss:.4f}, so nothing would "
-                "be learned; the weights are as "
-                f"before this step\n       try {why_no_gradient(self.config)}"
-            )
-
-    def refuse_bad_weights(self) -> None:
-        """A step can also throw the weights out of range by its size, with a gradient that was finite.
-        None is saved."""
-        tensors = {"weights": self.net.state_dict(), "optimizer": self.optimizers().state_dict()["state"]}
-        bad = first_not_finite(tensors)
-        if self.trainer.world_size > 1:
-            bad = (
-                (bad or "a shard of them")
-                if self.trainer.strategy.reduce_boolean_decision(bad is not None, all=False)
-                else None
-            )
-        if bad:
-            step = self.trainer.global_step
-            raise self.bad_numbers(
-                f"step {step}: {bad} is not finite any more; nothing of it has been saved", step - 1
-            )
-
-    def bad_numbers(self, what: str, step: int) -> UserError:
-        last = find_latest_checkpoint(self.plan.folder)
-        return UserError(
-            f"{what}\n       last good checkpoint: {last or 'none yet'}; look at the text by --show-step "
-            f"{step + 1}\n"
-            "       try a lower training.lr, a longer training.warmup_steps, grad_clip=1.0 or "
-            "hardware.precision=32-true"
-        )
-
-    def samples_of(self, step: int) -> str:
-        """Which text a step trains on, in words: `samples 16 to 23 (blocks 4, 91, ...)`, or a stream's
-        position."""
-        if self.plan.data.streaming:
-            position = json.loads(self.stream_state)
-            return (
-                f"a stream, before document {position['used']} of group {position['group']} in epoch "
-                f"{position['epoch']}"
-            )
-        size = self.plan.sequences_per_step
-        blocks = [
-            self.trainer.train_dataloader.dataset.block_of(k) for k in range(step * size, (step + 1) * size)
-        ]
-        shown = ", ".join(map(str, blocks[:8])) + (", ..." if size > 8 else "")
-        return f"samples {step * size} to {(step + 1) * size - 1} (blocks {shown})"
+    # ---- validation ------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums, self.train_eval_sums = (
-            torch.zeros((), device=self.device),
-            torch.zeros(2, device=self.device),
-        )
+        self.val_sums = torch.zeros((), device=self.device)
+        self.train_eval_sums = torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_sums = self.val_sums + self.validation_sums(batch)
         if batch_idx == 0:
             for seen in self.train_eval_batches:
-                self.train_eval_sums += self.loss_sums(
-                    {name: tensor.to(self.device) for name, tensor in seen.items()}
-                )
+                on_device = {name: tensor.to(self.device) for name, tensor in seen.items()}
+                self.train_eval_sums += self.loss_sums(on_device)
 
     @functools.cached_property
     def train_eval_batches(self) -> list[Batch]:
-        """The first micro-batches of the run, to measure the loss on training text as that on validation
-        text is measured."""
-        n, hardware = (
-            self.config.training.train_eval_batches,
-            self.config.hardware.model_copy(update={"num_workers": 0}),
-        )
-        config, plan = self.config.model_copy(update={"hardware": hardware}), self.plan
+        """The first micro-batches of the run. Their loss is measured as that of the validation text is."""
+        hardware = self.config.hardware.model_copy(update={"num_workers": 0})
+        n_batches = self.config.training.train_eval_batches
         steps, _ = make_dataloaders(
-            config, plan.data, plan.tokenizer, n, 0, self.global_rank, self.trainer.world_size
+            self.config.model_copy(update={"hardware": hardware}),
+            self.plan.data,
+            self.plan.tokenizer,
+            n_steps=n_batches,
+            rank=self.global_rank,
+            world=self.trainer.world_size,
         )
-        if n == 0:
-            return []
-        return list(itertools.islice((batch for step in steps for batch in step.micro_batches), n))
+        micro_batches = (batch for step in steps for batch in step.micro_batches)
+        return list(itertools.islice(micro_batches, n_batches))
 
     def loss_sums(self, batch: Batch) -> Tensor:
         """(2,): the summed loss of a batch, and the number of its targets."""
@@ -252,16 +208,14 @@ class LitCausalLM(pl.LightningModule):
         return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
 
     def validation_sums(self, batch: Batch) -> Tensor:
-        """What is added up over the validation set: the summed loss, the number of targets, and what a
-        subclass adds."""
+        """What is added up over the validation set: summed loss, number of targets, and what a subclass adds."""
         return self.loss_sums(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """The loss over all validation targets, however they were batched."""
+        """The mean loss over all validation targets, whatever the size of their batches."""
         loss_sum, n_targets, *more = self.sum_over_processes(self.val_sums).tolist()
-        self.val_loss, step = loss_sum / max(1.0, n_targets), self.trainer.global_step
-        if not math.isfinite(self.val_loss):
-            raise self.bad_numbers(f"step {step}: val_loss={self.val_loss} on the validation text", step - 1)
+        self.val_loss = loss_sum / max(1.0, n_targets)
+        refuse_bad_val_loss(self.plan, step=self.trainer.global_step, val_loss=self.val_loss)
         self.val_metrics = self.metrics_of(n_targets, more)
         if self.config.training.train_eval_batches:
             loss_sum, n_targets = self.sum_over_processes(self.train_eval_sums).tolist()
@@ -271,6 +225,8 @@ class LitCausalLM(pl.LightningModule):
         """`val_metrics` from the sums that a subclass adds."""
         return {}
 
+    # ---- data ------------------------------------------------------------------------------------
+
     def train_dataloader(self):
         return self._dataloaders()[0]
 
@@ -278,150 +234,69 @@ class LitCausalLM(pl.LightningModule):
         return self._dataloaders()[1]
 
     def _dataloaders(self):
-        """Made here because only now the process's rank, and the step to begin with, are known."""
+        """Made here because the rank of the process and the first step are known only now."""
         return make_dataloaders(
             self.config,
             self.plan.data,
             self.plan.tokenizer,
-            self.plan.n_steps,
-            self.trainer.global_step,
-            self.global_rank,
-            self.trainer.world_size,
-            self.stream_state,
+            n_steps=self.plan.n_steps,
+            start_step=self.trainer.global_step,
+            rank=self.global_rank,
+            world=self.trainer.world_size,
+            stream_state=self.stream_state,
         )
 
-    def number_parameters(self, saved: dict) -> None:
-        """Let the saved optimizer number its parameters as the module does, not as its groups do: FSDP
-        takes that for granted, and would else give a parameter the momentum of another."""
-        place = {parameter: i for i, parameter in enumerate(self.parameters())}
-        number = {}
-        for group, live in zip(saved["param_groups"], self.trainer.optimizers[0].param_groups, strict=True):
-            number |= {
-                old: place[parameter] for old, parameter in zip(group["params"], live["params"], strict=True)
-            }
-            group["params"] = [number[old] for old in group["params"]]
-        saved["state"] = {number[old]: state for old, state in saved["state"].items()}
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Make the file complete: whoever has it needs nothing else to sample, evaluate or go on. Plain
-        types only."""
+        """Make the file complete: it alone is enough to sample, evaluate or resume. Plain types only."""
         if self.trainer.is_global_zero:
-            self.number_parameters(checkpoint["optimizer_states"][0])
-        step = self.trainer.global_step
-        epoch = (
-            None
-            if self.plan.data.streaming
-            else step * self.plan.sequences_per_step / len(self.plan.data.train)
+            saved, live = checkpoint["optimizer_states"][0], self.trainer.optimizers[0]
+            number_parameters(saved, live, self.parameters())
+        checkpoint[KEY] = build_metadata(
+            model=self.plan.model_config,
+            tokenizer=self.plan.tokenizer,
+            config=self.config.to_dict(),
+            template=self.config.template,
+            lora=self.config.lora,
+            metrics=self.checkpoint_metrics(),
+            run=self.plan.record,
+            stream_state=self.stream_state,
+            data_fingerprint=self.plan.data.fingerprint,
+            sequences_per_step=self.plan.sequences_per_step,
         )
-        finite = {
-            name: value if math.isfinite(value) else None
-            for name, value in (("val_loss", self.val_loss), ("best_val_loss", self.best_val_loss))
-        }
-        checkpoint[KEY] = {
-            "format_version": FORMAT_VERSION,
-            "model": self.plan.model_config.model_dump(),
-            "tokenizer": self.plan.tokenizer.to_dict(),
-            "config": self.config.to_dict(),
-            "template": self.config.template and self.config.template.model_dump(),
-            "lora": self.config.lora and self.config.lora.model_dump(),
-            "metrics": {
-                "step": step,
-                "epoch": epoch,
-                "tokens": self.tokens_seen,
-                "train_loss": self.step_metrics.get("loss"),
-                "lr": self.step_metrics.get("lr"),
-                **finite,
-                "perplexity": perplexity(self.val_loss) if finite["val_loss"] is not None else None,
-                "best_step": self.best_step,
-                **self.val_metrics,
-            },
-            "stream_state": self.stream_state,
-            "data_fingerprint": self.plan.data.fingerprint,
-            "sequences_per_step": self.plan.sequences_per_step,
-            "run": self.plan.record,
+
+    def checkpoint_metrics(self) -> dict[str, Any]:
+        """The numbers in a checkpoint; None for those not known yet."""
+        step = self.trainer.global_step
+        epoch = None
+        if not self.plan.data.streaming:
+            epoch = step * self.plan.sequences_per_step / len(self.plan.data.train)
+        validated = math.isfinite(self.val_loss)
+        return {
+            "step": step,
+            "epoch": epoch,
+            "tokens": self.tokens_seen,
+            "train_loss": self.step_metrics.get("loss"),
+            "lr": self.step_metrics.get("lr"),
+            "val_loss": self.val_loss if validated else None,
+            "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            "perplexity": perplexity(self.val_loss) if validated else None,
+            "best_step": self.best_step,
+            **self.val_metrics,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         metrics = checkpoint[KEY]["metrics"]
-        self.tokens_seen, self.stream_state = metrics["tokens"], checkpoint[KEY]["stream_state"]
-        self.val_loss, self.best_val_loss = (
-            math.inf if metrics[name] is None else metrics[name] for name in ("val_loss", "best_val_loss")
-        )
+        self.tokens_seen = metrics["tokens"]
+        self.stream_state = checkpoint[KEY]["stream_state"]
+        self.val_loss = math.inf if metrics["val_loss"] is None else metrics["val_loss"]
+        self.best_val_loss = math.inf if metrics["best_val_loss"] is None else metrics["best_val_loss"]
         self.best_step = metrics.get("best_step")
 
 
-def make_callbacks(
-    plan: Plan, start_step: int, sinks: list, console: Console | None, stop: StopOnSignal
-) -> list[pl.Callback]:
-    """Metrics before checkpoints, so that no row is lost between the two; files and console in the main
-    process only."""
-    training = plan.config.training
-    callbacks = [
-        Metrics(sinks, training.log_every, plan.n_steps, plan.sequences_per_step, plan.device),
-        stop,
-        CheckpointSaver(plan, stop),
-    ]
-    if training.sample_every:
-        sampling = (
-            training.sample_prompts,
-            training.sample_every,
-            training.sample_temperature,
-            plan.config.seed,
-        )
-        rows = JsonlFile(plan.folder / "samples.jsonl", start_step) if console else None
-        callbacks.append(TextSamples(plan.tokenizer, *sampling, console, rows))
-    return callbacks
-
-
-def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: bool) -> pl.Trainer:
-    """Lightning's engine: devices, processes, precision, the loop over steps. The rest of its offers is
-    switched off."""
-    hardware = plan.config.hardware
-    strategy = "auto"
-    if plan.world > 1 and hardware.strategy == "fsdp":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=plan.world, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    elif plan.world > 1:
-        strategy = DDPStrategy()
-    return pl.Trainer(
-        accelerator={"cuda": "gpu"}.get(plan.device, plan.device),
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        strategy=strategy,
-        precision=plan.precision,
-        deterministic=hardware.deterministic,
-        max_steps=plan.n_steps,
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        val_check_interval=plan.config.training.val_every,
-        num_sanity_val_steps=-1
-        if validates_first
-        else 0,  # Lightning's check before the first step; -1 is all of it
-        use_distributed_sampler=False,
-        logger=False,  # ours are given rows and nothing else, and their failures end nothing
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def quiet_lightning() -> None:
-    """Its notices about loggers, devices and dataloaders do not help a reader of ours; errors still show."""
-    for name in (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric.utilities.rank_zero",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
-
-
 def train(plan: Plan, start_step: int, console: Console | None, module_class: type[LitCausalLM]) -> None:
-    """Build network, module and trainer, and run. Raises StopRun after a signal."""
+    """Build network, module and trainer, and train. Raises StopRun after a signal."""
     quiet_lightning()
     net = starting_net(plan.model_config, plan.config, from_base=plan.resume_from is None)
     module = module_class(plan, net)
@@ -430,13 +305,11 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
             print_header(plan, net, start_step)
     if plan.config.training.compile:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
-    stop, sinks = (
-        StopOnSignal(),
-        [*make_sinks(plan.config.logging, plan.folder, start_step), console] if console else [],
-    )
-    trainer = build_trainer(
-        plan, make_callbacks(plan, start_step, sinks, console, stop), module.validates_first
-    )
+    sinks = [*make_sinks(plan.config.logging, plan.folder, start_step), console] if console else []
+    stop = StopOnSignal()
+    saver = CheckpointSaver(plan=plan, stop=stop)
+    callbacks = make_callbacks(plan, start_step, sinks=sinks, console=console, stop=stop, saver=saver)
+    trainer = build_trainer(plan, callbacks, validates_first=module.validates_first)
     try:
         with stop:
             trainer.fit(module, ckpt_path=plan.resume_from, weights_only=True)
@@ -447,82 +320,67 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
     if (
         plan.n_steps == 0
     ):  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
-        next(c for c in trainer.callbacks if isinstance(c, CheckpointSaver)).save(trainer, module)
+        saver.save(trainer, module)
 
 
-def draw(folder: Path) -> Path | None:
-    """The curves. Whatever goes wrong with them must not hide what has been saved."""
-    with OptionalPart(f"drawing the curves in {folder}"):
-        return draw_loss(folder)
-    return None
-
-
-def finish(plan: Plan) -> None:
-    """Draw the curves; say where things are."""
-    drawn = draw(plan.folder)
-    final = plan.folder / "final.ckpt"
-    if not final.exists():  # a full disk: the warning has said so
-        print(
-            f"done, but {final} could not be written; make room, and the same command with --resume writes it"
+def prepare_folder(plan: Plan, resumed: dict[str, Any] | None) -> None:
+    """Move an earlier run aside and write run_config.yaml. `resumed` is the metadata of the checkpoint that
+    this run resumes from."""
+    moved = None if plan.resumes_in_place else move_aside(plan.folder)
+    if moved:
+        print(f"the earlier run in {plan.folder} has been moved to {moved}")
+    write_run_config(plan.folder, plan.config, plan.record)
+    if resumed and plan.record["threads"] != resumed["run"]["threads"]:
+        warn(
+            "the number of CPU threads is not the one this run had before; sums round differently, so the "
+            "resume is not bit for bit"
         )
-        return
-    metrics = read_metadata(final)["metrics"]
-    best = f", best val_loss {metrics['best_val_loss']:.4f}" if metrics["best_val_loss"] is not None else ""
-    print(f"done: {final} at step {metrics['step']}{best}" + (f"; curves in {drawn}" if drawn else ""))
-    print(f"weights sha256 {weights_sha256(final)}")
 
 
-def nothing_left(plan: Plan, metrics: dict) -> None:
-    """The checkpoint is at the run's end already; if a kill came right behind it, its names are still
-    missing."""
+def finish_without_training(plan: Plan, metrics: dict[str, Any]) -> None:
+    """The checkpoint is at the end of the run already. If a kill came right after it, its names are missing."""
     if plan.resumes_in_place and not (plan.folder / "final.ckpt").exists():
         lock = claim_folder(plan.folder)
-        name_checkpoint(plan.resume_from, best=metrics.get("best_step") == metrics["step"], final=True)
-        finish(plan)
+        is_best = metrics.get("best_step") == metrics["step"]
+        name_checkpoint(plan.resume_from, best=is_best, final=True)
+        print_end(plan)
         lock.release()
         return
     print(
-        f"{plan.resume_from} is at step {metrics['step']} of {plan.n_steps}: nothing left to do; raise "
-        "training.max_steps to go on"
+        f"{plan.resume_from} is at step {metrics['step']} of {plan.n_steps}: nothing left to do; to train "
+        "longer, raise training.max_steps"
     )
 
 
 def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
-    """Train as planned, with everything around it: the folder, what is said, what a user can do about what
-    goes wrong."""
+    """Train as planned, with everything around it: the folder, what is printed, and advice where something
+    fails. Returns the exit status."""
     resumed = read_metadata(plan.resume_from) if plan.resume_from else None
     start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
         if is_main_process():
-            nothing_left(plan, resumed["metrics"])
+            finish_without_training(plan, resumed["metrics"])
         return 0
     lock = console = None
     if is_main_process():
         lock = claim_folder(plan.folder)
-        if not plan.resumes_in_place and (moved := move_aside(plan.folder)):
-            print(f"the earlier run in {plan.folder} has been moved to {moved}")
-        write_run_config(plan.folder, plan.config, plan.record)
-        if resumed and plan.record["threads"] != resumed["run"]["threads"]:
-            warn(
-                "the number of CPU threads differs from the run's before; sums round differently, so the "
-                "resume is not bit for bit"
-            )
+        prepare_folder(plan, resumed)
         console = Console(plan.n_steps, start_step)
     try:
         train(plan, start_step, console, module_class)
     except StopRun as stop:
-        if console:
-            console.close()
-            draw(plan.folder)
-            print(f"stopped; {how_to_resume(plan)}")
-        return (
-            stop.code if console else 0
-        )  # Lightning kills the main process where a further one ends with another status
+        if not console:
+            return 0  # Lightning kills the main process where another one ends with a status of its own
+        console.close()
+        draw_curves(plan.folder)
+        print(f"stopped; {how_to_resume(plan)}")
+        return stop.code
     except Exception as error:
-        if isinstance(error, UserError) or (advice := explain(error, plan)) is None:
+        advice = None if isinstance(error, UserError) else explain(error, plan)
+        if advice is None:
             raise
-        if not is_main_process():  # the others may not have met it
-            print(f"warning: a further process: {advice}", file=sys.stderr)
+        if not is_main_process():  # the main process may not have met this error
+            print(f"warning: another process of this run: {advice}", file=sys.stderr)
         raise advice from None
     finally:
         if console:
@@ -530,7 +388,7 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
         if lock:
             lock.release()
     if console:
-        finish(plan)
+        print_end(plan)
     return 0
 
 

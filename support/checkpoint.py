@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lora import merge_adapters
 from model import GPTConfig, GPTMini
@@ -304,23 +304,42 @@ def write_merged(path: Path, target: Path) -> None:
     save_archive(merged, target)
 
 
+def build_metadata(
+    *,
+    model: GPTConfig,
+    tokenizer: Tokenizer,
+    metrics: dict[str, Any],
+    run: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    template: BaseModel | None = None,
+    lora: BaseModel | None = None,
+    stream_state: str | None = None,
+    **only_to_resume: Any,
+) -> dict[str, Any]:
+    """Our fields of a checkpoint, in plain types. This is the place for a new field.
+
+    `only_to_resume`: data_fingerprint and sequences_per_step, which an imported model does not have.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model.model_dump(),
+        "tokenizer": tokenizer.to_dict(),
+        "config": config,
+        "template": template.model_dump() if template else None,
+        "lora": lora.model_dump() if lora else None,
+        "metrics": metrics,
+        "stream_state": stream_state,
+        **only_to_resume,
+        "run": run,
+    }
+
+
 def write_model(path: Path, model: GPTMini, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
     """Write a checkpoint of a model that was not trained here: complete, except for resuming a run."""
-    ours = {
-        "format_version": FORMAT_VERSION,
-        "model": model.config.model_dump(),
-        "tokenizer": tokenizer.to_dict(),
-        **dict.fromkeys(("config", "template", "lora", "stream_state")),
-        "metrics": {"step": 0, "tokens": 0}
-        | dict.fromkeys(("epoch", "train_loss", "lr", "val_loss", "best_val_loss")),
-        "run": record,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_archive(
-        {
-            "state_dict": {f"net.{name}": weight for name, weight in model.state_dict().items()},
-            "global_step": 0,
-            KEY: ours,
-        },
-        path,
+    unknown = dict.fromkeys(("epoch", "train_loss", "lr", "val_loss", "best_val_loss"))
+    metadata = build_metadata(
+        model=model.config, tokenizer=tokenizer, metrics={"step": 0, "tokens": 0, **unknown}, run=record
     )
+    weights = {f"net.{name}": weight for name, weight in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_archive({"state_dict": weights, "global_step": 0, KEY: metadata}, path)

@@ -116,6 +116,7 @@ def tiny_argv(folder: Path, *words: str) -> list[str]:
 def train_tiny(folder: Path, *words: str, pictures: bool = False) -> Run:
     """Train in this process. Raises what `main` raises. Pictures are left out unless asked for: they take
     half the time."""
+    import support.run.show
     import train
 
     out, err = io.StringIO(), io.StringIO()
@@ -125,7 +126,7 @@ def train_tiny(folder: Path, *words: str, pictures: bool = False) -> Run:
         pytest.MonkeyPatch.context() as patch,
     ):
         if not pictures:
-            patch.setattr(train, "draw_loss", lambda folder: None)
+            patch.setattr(support.run.show, "draw_loss", lambda folder: None)
         code = train.main(tiny_argv(folder, *words))
     return Run(folder, code, out.getvalue(), err.getvalue())
 

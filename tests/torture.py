@@ -103,11 +103,12 @@ def start(argv: list[str], log: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        import support.run.show
         import train
         from support.cli import guarded
 
         sys.argv = ["train.py", *argv]
-        train.draw_loss = lambda folder: None  # the pictures take half the time
+        support.run.show.draw_loss = lambda folder: None  # the pictures take half the time
         code = guarded(train.main, argv)
     except SystemExit as stop:
         code = stop.code
@@ -207,11 +208,9 @@ def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: R
 
 
 def same_weights(one: Run, other: Run) -> bool:
-    import train
+    from support.checkpoint import weights_sha256
 
-    return train.weights_sha256(one.folder / "final.ckpt") == train.weights_sha256(
-        other.folder / "final.ckpt"
-    )
+    return weights_sha256(one.folder / "final.ckpt") == weights_sha256(other.folder / "final.ckpt")
 
 
 def report(done: list[Case], seed: int, seconds: float) -> str:

@@ -1,6 +1,10 @@
-"""What a user can do when a run fails: memory that ran out, a lost process, gradients that are all zero."""
+"""What stops a run before it does harm (a NaN, gradients that are all zero), and what a user can do when it
+fails: memory that ran out, a process that is gone."""
 
 import errno
+import json
+import math
+from typing import Any
 
 import torch
 
@@ -10,80 +14,153 @@ from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
 from support.run.compiling import advice_on_compiling, causes, is_of_compiler
 from support.run.plan import Plan
+from support.weights import first_not_finite
 
-# ---- what is said --------------------------------------------------------------------------------
+# Nats. With a loss below this, every gradient may round to zero, because there is nothing left to learn.
+LEARNED_LOSS = 1e-3
+
+# ---- bad numbers ---------------------------------------------------------------------------------
 
 
-def explain(error: Exception, plan: Plan) -> UserError | None:
-    """What a user can do about an error that is not ours: memory that ran out, a data worker or another
-    process that is gone."""
-    text = " ".join(str(error).split())
-    if (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    ):
-        training = plan.config.training
-        return UserError(
-            f"out of memory on {plan.device}: {text[:160]}\n       halve training.micro_batch_size (now "
-            f"{training.micro_batch_size}) and double training.grad_accum_steps (now "
-            f"{training.grad_accum_steps}); "
-            f"or model.gradient_checkpointing=true\n       {how_to_resume(plan)}"
+def refuse_bad_step(
+    plan: Plan, *, step: int, loss: float, grad_norm: float, dataset: Any, stream_state: str | None
+) -> None:
+    """Raise UserError if the loss or the gradient of step 0, 1, ... is not finite, or if there is nothing to
+    learn from. Called before the weights are changed, so no checkpoint can hold a NaN or an infinity."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        samples = samples_of_step(plan, step, dataset, stream_state)
+        raise not_finite_error(
+            plan,
+            f"step {step + 1}: loss={loss}, gradient norm={grad_norm} on {samples}; the weights are as before "
+            "this step",
+            step,
         )
-    no_room = any(
-        isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None
-        for cause in causes(error)
+    if grad_norm == 0 and loss > LEARNED_LOSS:
+        raise UserError(
+            f"step {step + 1}: every gradient is zero while the loss is {loss:.4f}, so nothing would be "
+            f"learned; the weights are as before this step\n       try {why_no_gradient(plan.config)}"
+        )
+
+
+def refuse_bad_val_loss(plan: Plan, *, step: int, val_loss: float) -> None:
+    """Raise UserError if the validation loss after `step` steps is not finite."""
+    if not math.isfinite(val_loss):
+        raise not_finite_error(plan, f"step {step}: val_loss={val_loss} on the validation text", step - 1)
+
+
+def refuse_bad_weights(plan: Plan, *, step: int, tensors: dict[str, Any], strategy: Any) -> None:
+    """Raise UserError, in every process, if a tensor of any process is not finite. A step with a finite
+    gradient can still be so large that it throws the weights out of range."""
+    bad = first_not_finite(tensors)
+    if strategy.reduce_boolean_decision(bad is not None, all=False):
+        bad = bad or "a shard of the weights"
+        raise not_finite_error(
+            plan, f"step {step}: {bad} is no longer finite; nothing of it has been saved", step - 1
+        )
+
+
+def not_finite_error(plan: Plan, what: str, step: int) -> UserError:
+    """The error for a number that is not finite, with what to look at and what to try. `step` is 0, 1, ..."""
+    last = find_latest_checkpoint(plan.folder)
+    return UserError(
+        f"{what}\n       last good checkpoint: {last or 'none yet'}; look at the text with --show-step "
+        f"{step + 1}\n"
+        "       try a lower training.lr, a longer training.warmup_steps, grad_clip=1.0 or "
+        "hardware.precision=32-true"
     )
-    if (
-        plan.config.hardware.num_workers and no_room
-    ):  # no file is full, so it is where processes share their memory
-        return UserError(
-            "data workers need shared memory (/dev/shm), and there is no room in it\n       try "
-            "hardware.num_workers=0, or give the container "
-            f"more: docker run --shm-size=1g\n       {how_to_resume(plan)}"
+
+
+def samples_of_step(plan: Plan, step: int, dataset: Any, stream_state: str | None) -> str:
+    """Which text a step trains on, in words: `samples 16 to 23 (blocks 4, 91, ...)`, or a position in the
+    stream."""
+    if plan.data.streaming:
+        position = json.loads(stream_state)
+        return (
+            f"a stream, before document {position['used']} of group {position['group']} in epoch "
+            f"{position['epoch']}"
         )
-    if "DataLoader worker" in text:
-        return UserError(
-            f"a data worker has ended: {text[:160]}\n       try hardware.num_workers=0\n       "
-            f"{how_to_resume(plan)}"
-        )
-    if plan.world > 1 and ("gloo/" in text or isinstance(error, torch.distributed.DistError)):
-        return UserError(
-            f"the connection to another process of this run is lost: {text[-160:]}\n       it may have "
-            "been killed, for want of memory "
-            f"too: see what it said, and the system's log\n       {how_to_resume(plan)}"
-        )
-    if plan.config.training.compile and is_of_compiler(error):
-        return UserError(f"{advice_on_compiling(error)}\n       {how_to_resume(plan)}")
-    return None
+    size = plan.sequences_per_step
+    first, last = step * size, (step + 1) * size - 1
+    blocks = ", ".join(str(dataset.block_of(sample)) for sample in range(first, last + 1)[:8])
+    more = ", ..." if size > 8 else ""
+    return f"samples {first} to {last} (blocks {blocks}{more})"
 
 
 def why_no_gradient(config: Config) -> str:
-    """What to try where every gradient is zero, the likeliest reason alone."""
+    """What to try when every gradient is zero, for the likeliest reason."""
     if config.training.compile:
         return (
             f"--override training.compile=false: PyTorch {torch.__version__} seems to compile this model "
-            "wrongly; or another version of it"
+            "wrongly; or install another version of PyTorch"
         )
     if config.training.freeze:
         return (
-            f"to freeze less: of training.freeze={config.training.freeze} nothing is left that this model "
+            f"to freeze less: with training.freeze={config.training.freeze} nothing is left that this model "
             "can learn with"
         )
     if config.base_ckpt:
         return f"another base_ckpt: the weights in {config.base_ckpt} pass nothing on (are they all zero?)"
     return (
-        "model.zero_init=false, or hardware.accelerator=cpu: by the way it begins, or on this device, the "
+        "model.zero_init=false, or hardware.accelerator=cpu: with its first weights, or on this device, the "
         "network passes nothing on"
     )
 
 
+# ---- advice --------------------------------------------------------------------------------------
+
+
+def explain(error: Exception, plan: Plan) -> UserError | None:
+    """Advice on an error that is not a bug of ours: memory that ran out, a data worker or another process
+    that is gone. None for any other error."""
+    text = " ".join(str(error).split())
+    advice = None
+    if is_out_of_memory(error):
+        training = plan.config.training
+        advice = (
+            f"out of memory on {plan.device}: {text[:160]}\n       halve training.micro_batch_size (now "
+            f"{training.micro_batch_size}) and double training.grad_accum_steps (now "
+            f"{training.grad_accum_steps}); or set model.gradient_checkpointing=true"
+        )
+    elif plan.config.hardware.num_workers and is_out_of_shared_memory(error):
+        advice = (
+            "data workers need shared memory (/dev/shm), and there is no room in it\n       try "
+            "hardware.num_workers=0, or give the container more: docker run --shm-size=1g"
+        )
+    elif "DataLoader worker" in text:
+        advice = f"a data worker has ended: {text[:160]}\n       try hardware.num_workers=0"
+    elif plan.world > 1 and ("gloo/" in text or isinstance(error, torch.distributed.DistError)):
+        advice = (
+            f"the connection to another process of this run is lost: {text[-160:]}\n       it may have been "
+            "killed, possibly for lack of memory: see its output, and the system's log"
+        )
+    elif plan.config.training.compile and is_of_compiler(error):
+        advice = advice_on_compiling(error)
+    return UserError(f"{advice}\n       {how_to_resume(plan)}") if advice else None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the main memory or that of a GPU ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = " ".join(str(error).split())
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
+def is_out_of_shared_memory(error: Exception) -> bool:
+    """Whether the error comes from a full disk without the name of a file: no file is full then, but the
+    memory that processes share."""
+    return any(
+        isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None
+        for cause in causes(error)
+    )
+
+
 def how_to_resume(plan: Plan) -> str:
-    """The newest checkpoint of the run, and the command that goes on from it."""
+    """The newest checkpoint of the run, and the command that resumes from it."""
     last = find_latest_checkpoint(plan.folder)
     if last is None:
         return "nothing had been saved yet"
     command = plan.command.replace(" --fresh", "")
     if "--resume" not in command:
         command += " --resume"
-    return f"saved {last} at step {read_metadata(last)['metrics']['step']}; go on with: {command}"
+    return f"saved {last} at step {read_metadata(last)['metrics']['step']}; resume with: {command}"

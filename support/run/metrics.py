@@ -21,68 +21,77 @@ from support.device import bf16_peak_flops, memory_used_mb
 from support.files.atomic import atomic_write
 from support.messages import OptionalPart, warn
 from support.text.mid_document import text_after
+from tokenizer import Tokenizer
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss): among how many tokens the model might as well choose evenly."""
+    """exp(loss): the number of equally likely tokens that would be as hard to guess."""
     return math.exp(min(loss, 700.0))
 
 
 class Metrics(pl.Callback):
-    """One row for step 1 and every `log_every` steps, one for each validation; each goes to every sink.
+    """One row for step 1 and every `log_every` steps, and one for each validation; every sink gets each row.
 
-    step_ms and what follows from it cover the steps since the row before, without data loading, validation
-    and saving.
+    A new row or column belongs here. step_ms and the speeds cover the steps since the row before, without
+    data loading, validation and saving.
     """
 
-    def __init__(self, sinks: list[Any], log_every: int, n_steps: int, sequences_per_step: int, device: str):
+    def __init__(
+        self, *, sinks: list[Any], log_every: int, n_steps: int, sequences_per_step: int, device: str
+    ):
         self.sinks = [(sink, OptionalPart(sink.name)) for sink in sinks]
-        self.log_every, self.n_steps, self.sequences_per_step, self.device = (
-            log_every,
-            n_steps,
-            sequences_per_step,
-            device,
-        )
+        self.log_every = log_every
+        self.n_steps = n_steps
+        self.sequences_per_step = sequences_per_step
+        self.device = device
         self.measuring = OptionalPart("measuring memory and speed")
-        self.seconds, self.steps, self.tokens_before = 0.0, 0, None
-        self.began = 0.0
+        # Since the last row:
+        self.seconds = 0.0
+        self.steps = 0
+        self.tokens_at_last_row: int | None = None
+        self.step_started_at = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
-        for sink, extra in self.sinks:
-            with extra:
+        for sink, optional in self.sinks:
+            with optional:
                 sink.write(row)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.tokens_before is None:
-            self.tokens_before = pl_module.tokens_seen
-        self.began = time.perf_counter()
+        if self.tokens_at_last_row is None:
+            self.tokens_at_last_row = pl_module.tokens_seen
+        self.step_started_at = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += time.perf_counter() - self.step_started_at
         self.steps += 1
         step = trainer.global_step
-        if step > 1 and step % self.log_every and step != self.n_steps:
-            return
-        self.seconds = max(self.seconds, 1e-9)  # a coarse clock may have seen nothing
-        tokens_per_sec = (pl_module.tokens_seen - self.tokens_before) / self.seconds
+        if step == 1 or step % self.log_every == 0 or step == self.n_steps:
+            self.write(self.train_row(trainer, pl_module))
+            self.seconds = 0.0
+            self.steps = 0
+            self.tokens_at_last_row = pl_module.tokens_seen
+
+    def train_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The row of a training step."""
+        seconds = max(self.seconds, 1e-9)  # a coarse clock may show no time at all
+        tokens_per_sec = (pl_module.tokens_seen - self.tokens_at_last_row) / seconds
         row = {
-            "step": step,
+            "step": trainer.global_step,
             "tokens": pl_module.tokens_seen,
             **pl_module.step_metrics,
             "tokens_per_sec": round(tokens_per_sec, 1),
-            "examples_per_sec": round(self.sequences_per_step * self.steps / self.seconds, 2),
-            "step_ms": round(1000 * self.seconds / self.steps, 3),
+            "examples_per_sec": round(self.sequences_per_step * self.steps / seconds, 2),
+            "step_ms": round(1000 * seconds / self.steps, 3),
         }
         with self.measuring:
             row["memory_mb"] = round(memory_used_mb(self.device), 1)
-            if peak := bf16_peak_flops(self.device):
-                row["mfu"] = round(
-                    pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size), 4
-                )
-        self.seconds, self.steps, self.tokens_before = 0.0, 0, pl_module.tokens_seen
-        self.write(row)
+            peak = bf16_peak_flops(self.device)
+            if peak:
+                mfu = pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size)
+                row["mfu"] = round(mfu, 4)
+        return row
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.write(
@@ -97,28 +106,34 @@ class Metrics(pl.Callback):
 
 
 class JsonlFile:
-    """metrics.jsonl or samples.jsonl, written through row by row. On resume, rows of steps that will be
-    run again are dropped first (`dropped` holds them). Rows that a full disk does not take are kept and
-    written with a later one."""
+    """metrics.jsonl or samples.jsonl: each row is on disk as soon as it is written.
+
+    On resume, rows of steps that will be run again are first removed (`dropped` holds them). Rows that a full
+    disk refuses are kept and written together with a later one.
+    """
 
     def __init__(self, path: Path, resume_step: int):
-        self.name, self.dropped = path.name, []
+        self.name = path.name
+        self.dropped: list[dict[str, Any]] = []
         kept = []
-        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() and resume_step else []:
-            try:
-                if (row := json.loads(line))["step"] <= resume_step:
+        if path.exists() and resume_step:
+            for line in path.read_text("utf-8", "replace").splitlines():
+                try:
+                    row = json.loads(line)
+                    is_kept = row["step"] <= resume_step
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue  # a line cut off by a kill
+                if is_kept:
                     kept.append(line)
                 else:
                     self.dropped.append(row)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # a line cut off by a kill
         with atomic_write(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open until the run ends)
         self.waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
-        told = bool(self.waiting)
+        has_warned = bool(self.waiting)
         self.waiting += (json.dumps(row) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
@@ -128,7 +143,7 @@ class JsonlFile:
             self.waiting = b""
         except OSError as error:
             self.file.truncate(size)  # no half row
-            if not told:
+            if not has_warned:
                 warn(f"{self.file.name} could not be written ({error.strerror}); its rows are kept for later")
 
     def close(self) -> None:
@@ -136,18 +151,27 @@ class JsonlFile:
 
 
 class LoggerSink:
-    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases), but for those it has had before,
-    from a run that was killed and is resumed. One that fails `TRIES` times in a row, each of which may
-    have waited for a network, is given up."""
+    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases), except those that it got before the
+    run was killed and resumed.
 
-    TRIES = 3
+    A logger that fails `MAX_FAILURES` times in a row is given up: each time it may have waited for a network.
+    """
 
-    def __init__(self, logger: Any, had: list[dict[str, Any]] = ()):
-        self.logger, self.name, self.failures = logger, type(logger).__name__, 0
-        self.had = {(row["step"], "val_loss" in row) for row in had}
+    MAX_FAILURES = 3
+
+    def __init__(self, logger: Any, already_logged: list[dict[str, Any]] = ()):
+        self.logger = logger
+        self.name = type(logger).__name__
+        self.failures = 0
+        self.already_logged = {self.key_of(row) for row in already_logged}
+
+    @staticmethod
+    def key_of(row: dict[str, Any]) -> tuple[int, bool]:
+        """(step, whether it is a row of a validation): no two rows of a run have the same."""
+        return row["step"], "val_loss" in row
 
     def write(self, row: dict[str, Any]) -> None:
-        if self.failures == self.TRIES or (row["step"], "val_loss" in row) in self.had:
+        if self.failures == self.MAX_FAILURES or self.key_of(row) in self.already_logged:
             return
         self.failures += 1
         self.logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
@@ -159,33 +183,40 @@ class LoggerSink:
 
 
 def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any]:
-    """Where the rows of metrics go besides the console: metrics.jsonl, and the loggers that the config asks
-    for.
+    """Where the rows of metrics go besides the console: metrics.jsonl, and the loggers that the config names.
 
-    A resumed run begins at `start_step`; each logger has each step once all the same. TensorBoard hides the
-    steps that are run again, and Weights & Biases, which goes on with the run whose id is kept in the folder,
-    is not given them again.
+    Every logger has each step once, also when a run resumes at `start_step`: TensorBoard hides the steps that
+    are run again, and Weights & Biases does not get them again.
     """
     file = JsonlFile(folder / "metrics.jsonl", start_step)
     sinks = [file]
     if config.tensorboard:
         with OptionalPart("TensorBoard"):
-            purge = {"purge_step": start_step + 1} if start_step else {}
-            sinks.append(
-                LoggerSink(pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge))
-            )
+            sinks.append(LoggerSink(tensorboard_logger(folder, start_step)))
     if config.wandb:
         with OptionalPart("Weights & Biases"):
-            id_file = folder / "wandb_id.txt"
-            if not id_file.exists():
-                with atomic_write(id_file) as new:
-                    new.write(uuid.uuid4().hex[:8].encode())
-            same_run = {"id": id_file.read_text("ascii").strip(), "resume": "allow"}
-            logger = pl.loggers.WandbLogger(
-                project="tiny-transformer", name=folder.name, save_dir=folder, **same_run
-            )
-            sinks.append(LoggerSink(logger, file.dropped))
+            sinks.append(LoggerSink(wandb_logger(folder), already_logged=file.dropped))
     return sinks
+
+
+def tensorboard_logger(folder: Path, start_step: int) -> Any:
+    purge = {"purge_step": start_step + 1} if start_step else {}
+    return pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge)
+
+
+def wandb_logger(folder: Path) -> Any:
+    """A logger that continues the run of Weights & Biases whose id is in the folder."""
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        with atomic_write(id_file) as file:
+            file.write(uuid.uuid4().hex[:8].encode())
+    return pl.loggers.WandbLogger(
+        project="tiny-transformer",
+        name=folder.name,
+        save_dir=folder,
+        id=id_file.read_text("ascii").strip(),
+        resume="allow",
+    )
 
 
 class Console:
@@ -194,10 +225,9 @@ class Console:
     name = "the console"
 
     def __init__(self, n_steps: int, start_step: int):
-        self.n_steps, self.bar = n_steps, None
-        self.first: tuple[int, float] | None = (
-            None  # step and time of the first row, from which the rest is estimated
-        )
+        self.n_steps = n_steps
+        self.first_row: tuple[int, float] | None = None  # its step and time, to estimate the time left
+        self.bar = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -218,81 +248,88 @@ class Console:
                 self.bar.console.print(text, markup=False, highlight=False)
             else:
                 print(text, flush=True)
-        except BrokenPipeError:  # whoever read this has gone: stop as if asked to
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        except BrokenPipeError:  # the reader of our output is gone: stop as if asked to
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
             signal.raise_signal(signal.SIGTERM)
 
     def write(self, row: dict[str, Any]) -> None:
-        step = row["step"]
         if "val_loss" in row:
-            more = "".join(
-                f"  {name} {value:.4f}"
-                for name, value in row.items()
-                if name not in ("step", "tokens", "val_loss", "perplexity")
-            )
-            self.print(
-                f"step {step:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity "
-                f"{row['perplexity']:,.1f}{more}"
-            )
-            return
+            self._write_validation(row)
+        else:
+            self._write_step(row)
+
+    def _write_validation(self, row: dict[str, Any]) -> None:
+        shown_first = ("step", "tokens", "val_loss", "perplexity")
+        more = "".join(f"  {name} {value:.4f}" for name, value in row.items() if name not in shown_first)
+        self.print(
+            f"step {row['step']:>6}/{self.n_steps}  val_loss {row['val_loss']:.4f}  perplexity "
+            f"{row['perplexity']:,.1f}{more}"
+        )
+
+    def _write_step(self, row: dict[str, Any]) -> None:
+        step = row["step"]
         numbers = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_sec']:,.0f} tok/s"
         if self.bar:
             self.bar.update(self.task, completed=step, description=numbers)
-            return
-        now = time.monotonic()
-        self.first = self.first or (step, now)
-        eta = int((now - self.first[1]) / max(1, step - self.first[0]) * (self.n_steps - step))
-        self.print(
-            f"step {step:>6}/{self.n_steps}  {numbers}  eta "
-            f"{f'{eta // 60}:{eta % 60:02}' if step > self.first[0] else '-'}"
-        )
+        else:
+            self.print(f"step {step:>6}/{self.n_steps}  {numbers}  eta {self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        """Minutes and seconds, from the steps since the first row; - in the first row itself."""
+        time_now = time.monotonic()
+        if self.first_row is None:
+            self.first_row = (step, time_now)
+            return "-"
+        first_step, first_time = self.first_row
+        seconds = int((time_now - first_time) / max(1, step - first_step) * (self.n_steps - step))
+        return f"{seconds // 60}:{seconds % 60:02}"
 
     def close(self) -> None:
         if self.bar:
-            with contextlib.suppress(OSError):  # the terminal may have gone
+            with contextlib.suppress(OSError):  # the terminal may be gone
                 self.bar.stop()
 
 
 class TextSamples(pl.Callback):
-    """Every `every` steps, what the model makes of the prompts; drawn with a generator of its own, so that
-    looking does not change the run."""
+    """Every `every` steps, how the model continues each of the prompts. They are drawn with a generator of
+    their own, so that looking does not change the run."""
 
     NEW_TOKENS = 64
 
     def __init__(
         self,
-        tokenizer: Any,
+        *,
+        tokenizer: Tokenizer,
         prompts: list[str],
         every: int,
         temperature: float,
         seed: int,
         console: Console | None,
-        rows: JsonlFile | None,
+        file: JsonlFile | None,
     ):
-        self.tokenizer, self.prompts, self.every, self.seed, self.console = (
-            tokenizer,
-            prompts,
-            every,
-            seed,
-            console,
-        )
-        self.sampling, self.rows, self.extra = (
-            SamplingConfig(temperature=temperature),
-            rows,
-            OptionalPart("a text sample"),
-        )
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.every = every
+        self.sampling = SamplingConfig(temperature=temperature)
+        self.seed = seed
+        self.console = console
+        self.file = file
+        self.optional = OptionalPart("a text sample")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every:
+        step = trainer.global_step
+        if step % self.every:
             return
         pl_module.net.eval()
-        for n, prompt in enumerate(self.prompts):
-            with self.extra:
-                self.sample(n, prompt, trainer.global_step, pl_module)
+        for number, prompt in enumerate(self.prompts):
+            with self.optional:
+                self.sample(number, prompt, step, pl_module)
         pl_module.net.train()
 
-    def sample(self, n: int, prompt: str, step: int, pl_module: pl.LightningModule) -> None:
-        seed = int(np.random.SeedSequence([self.seed, step, n]).generate_state(1)[0])  # one for each prompt
+    def sample(self, number: int, prompt: str, step: int, pl_module: pl.LightningModule) -> None:
+        """Print and write one continuation."""
+        sequence = np.random.SeedSequence([self.seed, step, number])
+        seed = int(sequence.generate_state(1)[0])  # each prompt has its own
         ids = self.tokenizer.encode_prompt(prompt)
         out = pl_module.net.generate(
             torch.tensor([ids], device=pl_module.device),
@@ -304,5 +341,5 @@ class TextSamples(pl.Callback):
         text = prompt + text_after(self.tokenizer, ids, out[0, len(ids) :].tolist())
         if self.console:
             self.console.print(f"step {step:>6} sample: {text!r}")
-        if self.rows:
-            self.rows.write({"step": step, "prompt": prompt, "text": text, "seed": seed})
+        if self.file:
+            self.file.write({"step": step, "prompt": prompt, "text": text, "seed": seed})

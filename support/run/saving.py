@@ -1,32 +1,35 @@
-"""What happens around a training step: rows of metrics, the console, checkpoints, signals, text samples.
+"""When and how a run is saved: checkpoint files, their further names, and the signals that stop a run.
 
-Lightning's own counterparts have traps for exact resume (best replaced by a worse one, metrics deleted, saves
-in the middle of a step); these few are small and do one thing each. A step's row is written before its
-checkpoint, so a run that is killed in between and resumed loses neither.
+Lightning's own callbacks have traps for exact resume (best replaced by a worse one, metrics deleted, saves in
+the middle of a step); these few are small and do one thing each. A step's row of metrics is written before
+its checkpoint, so a run that is killed between the two and resumed loses neither.
 """
 
 import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from support.checkpoint import read_checkpoint, read_metadata, save_archive, write_merged
 from support.files.atomic import link_or_copy, temporary_folder
 from support.find_checkpoints import step_files
 from support.messages import OptionalPart, UserError, is_main_process, warn
+from support.run.guards import refuse_bad_weights
+from support.run.plan import Plan
 from support.weights import first_not_finite
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's hook for files: whole or not at all, and opened by weights_only alone.
+    """Lightning's hook for files: they are written whole or not at all, and read with weights_only.
 
-    A file that cannot be written raises nothing here, where only one of several processes is; `failure` says
-    why.
+    Only one of several processes writes. If that fails it raises nothing here; `failure` gives the reason.
     """
 
     failure: str | None = None
@@ -45,11 +48,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, mmap=False)
-        if bad := first_not_finite(
-            {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
-        ):
+        tensors = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
+        if bad := first_not_finite(tensors):
             raise UserError(
-                f"{path}: {bad} holds a NaN or an infinity; go on from an earlier one by --resume CKPT"
+                f"{path}: {bad} holds a NaN or an infinity; resume from an earlier checkpoint with --resume "
+                "CKPT"
             )
         return checkpoint
 
@@ -59,53 +62,52 @@ class StopRun(SystemExit):
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C, SIGTERM and a closed terminal let the step finish and be saved (CheckpointSaver looks at
-    `leaving`); the run ends before the next step begins. A second signal, or one before the first step, ends
-    it at once. Used as `with stop: trainer.fit(...)`.
+    """Ctrl-C, SIGTERM and a closed terminal let the current step finish and be saved; the run ends before the
+    next step. A second signal, or one before the first step, ends it at once.
+
+    Used as `with stop: trainer.fit(...)`. CheckpointSaver reads `leaving`.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
-        self.signum: int | None = None
-        self.stepping = self.leaving = False
-        self.before: dict[int, Any] = {}
+        self.signum: int | None = None  # the signal that has arrived
+        self.stepping = False  # whether the first step has begun
+        self.leaving = False  # whether this step is the last
+        self.earlier_handlers: dict[int, Any] = {}
         self.pid = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
-        heard = [
-            signum for signum in self.SIGNALS if signal.getsignal(signum) != signal.SIG_IGN
-        ]  # nohup ignores SIGHUP: so do we
-        self.before = {signum: signal.signal(signum, self._answer) for signum in heard}
+        for signum in self.SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
+                self.earlier_handlers[signum] = signal.signal(signum, self._answer)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Of several processes, and of data workers in their first moments, one may fall to the signal
-        before the step is done: what the others then raise is the same end."""
-        for signum, handler in self.before.items():
+        """The signal may also end another process, or a data worker in its first moments, before the step is
+        done. What this process then raises is the same end of the run."""
+        for signum, handler in self.earlier_handlers.items():
             signal.signal(signum, handler)
         if self.signum is not None and isinstance(error, RuntimeError):
             raise StopRun(128 + self.signum) from error
 
     def _answer(self, signum: int, frame: Any) -> None:
         if os.getpid() != self.pid:
-            return  # Ctrl-C reaches the data workers too, which have inherited this: the main process ends them
+            return  # a data worker: it has inherited this handler, and the main process ends it
         if self.signum is not None or not self.stepping:
             raise StopRun(128 + signum)
         self.signum = signum
         if is_main_process():
-            with contextlib.suppress(OSError):  # the terminal may be what has gone
+            with contextlib.suppress(OSError):  # the terminal itself may be gone
                 print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for signum in self.before:  # again, since Lightning has put its own handlers in between
+        for signum in self.earlier_handlers:  # again, since Lightning has set its own handlers in between
             signal.signal(signum, self._answer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        told = self.signum is not None  # any process that has been told stops all, behind the same step
-        self.leaving = (
-            trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
-        )
+        # A signal to any of the processes stops all of them, after the same step.
+        self.leaving = trainer.strategy.reduce_boolean_decision(self.signum is not None, all=False)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -115,59 +117,82 @@ class StopOnSignal(pl.Callback):
             raise StopRun(128 + (self.signum or signal.SIGTERM))
 
 
-def name_checkpoint(path: Path, best: bool, final: bool) -> None:
-    """Let `last.ckpt`, and `best.ckpt` and `final.ckpt` where asked, be further names of a step file. Of
-    one with adapters, `final.ckpt` is a file of its own: the plain model that they make, for whoever wants
-    nothing but to use it."""
-    for name, wanted in (("last", True), ("best", best), ("final", final)):
+def number_parameters(
+    saved: dict[str, Any], live: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
+) -> None:
+    """Change a saved optimizer so that it numbers its parameters as the module does, not as its groups do.
+
+    FSDP takes that numbering for granted; otherwise it would give a parameter the momentum of another.
+    """
+    number_in_module = {parameter: i for i, parameter in enumerate(parameters)}
+    new_number: dict[int, int] = {}
+    for saved_group, live_group in zip(saved["param_groups"], live.param_groups, strict=True):
+        for old, parameter in zip(saved_group["params"], live_group["params"], strict=True):
+            new_number[old] = number_in_module[parameter]
+        saved_group["params"] = [new_number[old] for old in saved_group["params"]]
+    saved["state"] = {new_number[old]: state for old, state in saved["state"].items()}
+
+
+def name_checkpoint(path: Path, *, best: bool, final: bool) -> None:
+    """Make `last.ckpt` a further name of a step file, and also `best.ckpt` and `final.ckpt` if asked.
+
+    The final.ckpt of a run with adapters is a file of its own: the plain model that weights and adapters
+    make together, for everyone who only wants to use it.
+    """
+    wanted = ["last"]
+    if best:
+        wanted.append("best")
+    if final:
+        wanted.append("final")
+    for name in wanted:
+        target = path.with_name(f"{name}.ckpt")
         try:
-            if wanted and name == "final" and read_metadata(path).get("lora"):
-                write_merged(path, path.with_name("final.ckpt"))
-            elif wanted:
-                link_or_copy(path, path.with_name(f"{name}.ckpt"))
-        except OSError as error:  # a copy on a full disk
-            warn(f"{name}.ckpt could not be written beside {path} ({error.strerror})")
+            if name == "final" and read_metadata(path).get("lora"):
+                write_merged(path, target)
+            else:
+                link_or_copy(path, target)
+        except OSError as error:  # a copy, and the disk is full
+            warn(f"{target.name} could not be written next to {path} ({error.strerror})")
 
 
 class CheckpointSaver(pl.Callback):
-    """step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the end;
-    `last`, `best` and `final` are further names of such files. A step that validates is saved after its
+    """Saves step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the
+    end; `last`, `best` and `final` are further names of such files. A step that validates is saved after its
     validation."""
 
-    def __init__(self, plan: Any, stop: StopOnSignal):
-        training, checkpoint = plan.config.training, plan.config.checkpoint
-        self.folder, self.save_every, self.keep_last = (
-            plan.folder,
-            checkpoint.save_every,
-            checkpoint.keep_last,
-        )
-        self.val_every, self.n_steps, self.stop = training.val_every, plan.n_steps, stop
-        self.resumed_from = plan.resume_from if plan.resumes_in_place else None
-        self.tidying = OptionalPart("removing older checkpoints")
+    def __init__(self, *, plan: Plan, stop: StopOnSignal):
+        self.plan = plan
+        self.stop = stop
+        self.folder = plan.folder
+        self.n_steps = plan.n_steps
+        self.val_every = plan.config.training.val_every
+        self.save_every = plan.config.checkpoint.save_every
+        self.keep_last = plan.config.checkpoint.keep_last
+        self.removing = OptionalPart("removing older checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Going on in a folder: its names as they should be, also where a kill came between a file and its
-        names, and best.ckpt as the one to beat, also if the run goes on from an older file than that."""
-        if trainer.is_global_zero and self.resumed_from:
-            (self.folder / "final.ckpt").unlink(
-                missing_ok=True
-            )  # a run that is extended is not finished any more
-            with contextlib.suppress(UserError):  # there may be none yet, or a damaged one
-                metrics = read_metadata(self.folder / "best.ckpt")["metrics"]
-                if (
-                    metrics["best_val_loss"] is not None
-                    and metrics["best_val_loss"] < pl_module.best_val_loss
-                ):
-                    pl_module.best_val_loss, pl_module.best_step = metrics["best_val_loss"], metrics["step"]
-            if self.resumed_from.name.startswith("step-"):
-                name_checkpoint(
-                    self.resumed_from, best=pl_module.best_step == trainer.global_step, final=False
-                )
-        pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast(
-            (pl_module.best_val_loss, pl_module.best_step)
-        )
+        if trainer.is_global_zero and self.plan.resumes_in_place:
+            self._restore_names(trainer, pl_module)
+        best = (pl_module.best_val_loss, pl_module.best_step)
+        pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast(best)
+
+    def _restore_names(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before a run resumes in its folder: give its files their names, also where a kill came between a
+        file and its names. best.ckpt is the one to beat, even if the run resumes from an older file."""
+        # A run that is extended is no longer finished.
+        (self.folder / "final.ckpt").unlink(missing_ok=True)
+        with contextlib.suppress(UserError):  # best.ckpt may be missing or damaged
+            metrics = read_metadata(self.folder / "best.ckpt")["metrics"]
+            best_val_loss = metrics["best_val_loss"]
+            if best_val_loss is not None and best_val_loss < pl_module.best_val_loss:
+                pl_module.best_val_loss = best_val_loss
+                pl_module.best_step = metrics["step"]
+        resumed_from = self.plan.resume_from
+        if resumed_from.name.startswith("step-"):
+            name_checkpoint(resumed_from, best=pl_module.best_step == trainer.global_step, final=False)
 
     def _due(self, trainer: pl.Trainer) -> bool:
+        """Whether this step is to be saved, whatever its validation loss."""
         return trainer.global_step % self.save_every == 0 or self._last_chance(trainer)
 
     def _last_chance(self, trainer: pl.Trainer) -> bool:
@@ -177,59 +202,78 @@ class CheckpointSaver(pl.Callback):
         step = trainer.global_step
         if step == self.n_steps:
             trainer.should_stop = True  # lets the last step validate, whatever `val_every` is
-        if self._due(trainer) and step % self.val_every and step != self.n_steps:
+        validates = step % self.val_every == 0 or step == self.n_steps
+        if self._due(trainer) and not validates:
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:  # the look at the base before fine-tuning
+        if trainer.sanity_checking:  # the base is validated before fine-tuning
             return
-        before = pl_module.best_val_loss, pl_module.best_step
+        earlier_best = (pl_module.best_val_loss, pl_module.best_step)
         improved = pl_module.val_loss < pl_module.best_val_loss
         if improved:
-            pl_module.best_val_loss, pl_module.best_step = pl_module.val_loss, trainer.global_step
-        if (improved or self._due(trainer)) and not self.save(trainer, pl_module, best=improved):
-            pl_module.best_val_loss, pl_module.best_step = before  # best.ckpt is still the one before
+            pl_module.best_val_loss = pl_module.val_loss
+            pl_module.best_step = trainer.global_step
+        if improved or self._due(trainer):
+            saved = self.save(trainer, pl_module, best=improved)
+            if not saved:  # best.ckpt is still the earlier one
+                pl_module.best_val_loss, pl_module.best_step = earlier_best
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, best: bool = False) -> bool:
-        """Write the step's file and its names; False if the disk refuses. Called in every process: each
-        has its part of the state. Raises UserError where the state must not be saved (NaN), or cannot be
-        and the run is at its end."""
-        pl_module.refuse_bad_weights()
+        """Write the step's file and its names. Returns False if the disk refuses.
+
+        Called in every process, since each has its part of the state. Raises UserError if the state must not
+        be saved (a NaN), or cannot be saved and the run is at its end.
+        """
+        optimizer = pl_module.optimizers().state_dict()["state"]
+        refuse_bad_weights(
+            self.plan,
+            step=trainer.global_step,
+            tensors={"weights": pl_module.net.state_dict(), "optimizer": optimizer},
+            strategy=trainer.strategy,
+        )
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         failure = self._write(trainer, path)
         if failure and self._last_chance(trainer):
             raise self._rescue(trainer, path.name, failure)
-        if failure or not trainer.is_global_zero:
-            if trainer.is_global_zero:
-                warn(
-                    f"{path} could not be written ({failure}); older checkpoints are untouched, and "
-                    "training goes on to the next save"
-                )
+        if not trainer.is_global_zero:
             return not failure
-        name_checkpoint(path, best, final=trainer.global_step == self.n_steps)
-        older = [p for p in step_files(self.folder) if p != path]
-        n_old = max(0, len(older) + 1 - self.keep_last) if self.keep_last else 0
-        for old in older[:n_old]:
-            with self.tidying:
-                old.unlink(missing_ok=True)
+        if failure:
+            warn(
+                f"{path} could not be written ({failure}); older checkpoints are untouched, and training "
+                "continues to the next save"
+            )
+            return False
+        name_checkpoint(path, best=best, final=trainer.global_step == self.n_steps)
+        self._remove_older(path)
         return True
 
+    def _remove_older(self, newest: Path) -> None:
+        """Keep the last `keep_last` step files."""
+        older = [path for path in step_files(self.folder) if path != newest]
+        n_to_remove = max(0, len(older) + 1 - self.keep_last) if self.keep_last else 0
+        for path in older[:n_to_remove]:
+            with self.removing:
+                path.unlink(missing_ok=True)
+
     def _write(self, trainer: pl.Trainer, path: Path) -> str | None:
-        """Why `path` could not be written, in every process; None if it was."""
+        """The reason why `path` could not be written, in every process; None if it was."""
         trainer.save_checkpoint(path)
         return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failure)
 
     def _rescue(self, trainer: pl.Trainer, name: str, failure: str) -> UserError:
-        """The run ends and its folder takes no file: leave the state where temporary files go, and say so."""
+        """The run ends and its folder takes no file: save to the folder for temporary files. Returns the error
+        that says so."""
         path = Path(trainer.strategy.broadcast(str(temporary_folder()))) / name
-        if (again := self._write(trainer, path)) is None:
+        second_failure = self._write(trainer, path)
+        if second_failure is None:
             return UserError(
                 f"{self.folder} cannot be written ({failure}); the state at step {trainer.global_step} has "
                 f"been saved to {path}\n"
-                f"       make room, move that file to {self.folder}, and go on with --resume"
+                f"       make room, move that file to {self.folder}, and resume with --resume"
             )
         return UserError(
-            f"{self.folder} cannot be written ({failure}), nor can {path.parent} ({again}); the steps "
-            "since the last checkpoint are lost\n"
-            "       make room, and go on with --resume"
+            f"{self.folder} cannot be written ({failure}), nor can {path.parent} ({second_failure}); the "
+            "steps since the last checkpoint are lost\n"
+            "       make room, and resume with --resume"
         )

@@ -1,4 +1,5 @@
-"""What a run prints about itself before it starts: the header, `--show-step` and `--show-mask`."""
+"""What a run prints about itself: the header, its last lines, and the answers of `--show-step` and
+`--show-mask`."""
 
 import itertools
 import math
@@ -6,10 +7,11 @@ from pathlib import Path
 
 from data import Batch, make_dataloaders
 from model import GPTMini
+from support.checkpoint import read_metadata, weights_sha256
 from support.chunked_loss import IGNORE
 from support.device import device_label, memory_total
-from support.messages import UserError, printable_lines
-from support.plots import draw_mask
+from support.messages import OptionalPart, UserError, printable_lines
+from support.plots import draw_loss, draw_mask
 from support.run.estimates import count_trained, memory_of
 from support.run.plan import Plan
 from support.text.mid_document import text_after
@@ -78,7 +80,7 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
         f"needed of {has / 2**20:,.0f} MB"
     )
     if start_step:
-        print(f"resuming {plan.resume_from} behind step {start_step}")
+        print(f"resuming {plan.resume_from} after step {start_step}")
     elif plan.config.base_ckpt:
         print(f"starting from {plan.config.base_ckpt}; at step 0 it is validated as it is")
     else:
@@ -86,6 +88,28 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
             f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its "
             "logarithm): the first loss should be near it"
         )
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """Draw the curves of a run; returns the picture's path, or None if there is none. A failure is only a
+    warning, so that it cannot hide what has been saved."""
+    with OptionalPart(f"drawing the curves in {folder}"):
+        return draw_loss(folder)
+    return None
+
+
+def print_end(plan: Plan) -> None:
+    """Draw the curves, and print where everything is."""
+    drawn = draw_curves(plan.folder)
+    final = plan.folder / "final.ckpt"
+    if not final.exists():  # the disk is full; a warning has been printed
+        print(f"done, but {final} could not be written; make room, and run the same command with --resume")
+        return
+    metrics = read_metadata(final)["metrics"]
+    best = f", best val_loss {metrics['best_val_loss']:.4f}" if metrics["best_val_loss"] is not None else ""
+    curves = f"; curves in {drawn}" if drawn else ""
+    print(f"done: {final} at step {metrics['step']}{best}{curves}")
+    print(f"weights sha256 {weights_sha256(final)}")
 
 
 def show_mask(plan: Plan, n: int) -> None:

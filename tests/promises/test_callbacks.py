@@ -12,6 +12,7 @@ import torch
 from test_resume import BYTE, stop_before
 
 import support.run.metrics
+import support.run.show
 import train
 from model import GPTMini
 from support.checkpoint import read_metadata
@@ -126,7 +127,7 @@ BREAKS = {
     "memory": (support.run.metrics, "memory_used_mb", "measuring memory and speed failed"),
     "peak": (support.run.metrics, "bf16_peak_flops", "measuring memory and speed failed"),
     "console": (support.run.metrics.Console, "write", "the console failed"),
-    "curves": (train, "draw_loss", "drawing the curves"),
+    "curves": (support.run.show, "draw_loss", "drawing the curves"),
     "header": (train, "print_header", "the summary of the run failed"),
     "removing": (Path, "unlink", "removing older checkpoints failed"),
 }

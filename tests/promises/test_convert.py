@@ -850,7 +850,7 @@ def test_gguf_refuses_what_it_cannot_hold(saved, tmp_path, trained_bpe):
 def test_an_imported_model_is_fine_tuned_like_any_other(saved, tmp_path, monkeypatch):
     call("--ckpt", saved("ours", random_model(max_seq_len=64)), "--to", "hf", "--output", tmp_path / "hf")
     call("--from", tmp_path / "hf", "--output", tmp_path / "base.ckpt")
-    monkeypatch.setattr(train, "draw_loss", lambda folder: None)
+    monkeypatch.setattr("support.run.show.draw_loss", lambda folder: None)
     overrides = [
         f"base_ckpt={tmp_path / 'base.ckpt'}",
         f"checkpoint.dir={tmp_path / 'sft'}",

@@ -25,6 +25,7 @@ import torch
 from conftest import Run
 from test_resume import BYTE, assert_same_tree
 
+import support.run.show
 import train
 from support.checkpoint import load_model
 from support.cli import end_with_parent, guarded
@@ -182,7 +183,7 @@ def forked(argv_of) -> Iterator[Callable[..., Group]]:
                 env(number) if env else {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
             )
             sys.argv = ["train.py", *argv]
-            train.draw_loss = lambda folder: None  # the pictures take half the time
+            support.run.show.draw_loss = lambda folder: None  # the pictures take half the time
             return guarded(train.main, argv)
 
         groups.append(Group(folder, lambda: rank(0), lambda: rank(1)))
@@ -275,7 +276,7 @@ def test_a_run_goes_on_with_another_number_of_processes(run, forked, tmp_path, f
     assert (metadata["metrics"]["step"], tokenizer.vocab_size) == (8, 257)
     assert model(torch.tensor([[65, 66, 67]])).isfinite().all()
     whole = part(tmp_path / "run", second, "--resume")
-    assert (whole.code, "behind step 8" in whole.out) == (0, True), whole.err
+    assert (whole.code, "after step 8" in whole.out) == (0, True), whole.err
     straight = run(tmp_path / "straight", *WORDS, ADAMW)
     assert whole.rows[-1]["step"] == 16
     rows = [row for row in whole.rows if "loss" in row or row["step"] != 8]  # the half validated at its end
@@ -328,7 +329,7 @@ def test_killed_processes_resume_to_the_same_bytes(forked, tmp_path, layout, sou
     assert group.signal(signal.SIGKILL).end().code == -signal.SIGKILL
     assert not (tmp_path / "run" / "final.ckpt").exists()
     resumed = forked(tmp_path / "run", *words, "--resume").end()
-    assert "behind step 6" in resumed.out
+    assert "after step 6" in resumed.out
     assert_same_end(resumed, straight)
 
 
@@ -347,7 +348,7 @@ def assert_goes_on(forked: Callable, group: Group, layout: tuple[str, ...] = DDP
 def assert_stopped(group: Group, ended: Run, signum: int) -> None:
     """Said once, by the main process, whose status tells."""
     assert ended.code == 128 + signum, ended.err
-    assert len(re.findall(r"^stopped; saved .*; go on with: python3 train.py ", ended.out, re.M)) == 1
+    assert len(re.findall(r"^stopped; saved .*; resume with: python3 train.py ", ended.out, re.M)) == 1
     assert ended.err.split() == [
         "stopping",
         "after",
@@ -371,7 +372,7 @@ def test_processes_that_lightning_started_are_killed_resumed_and_told_to_stop(la
     ended = group.signal(signal.SIGKILL).end()
     assert (ended.code, ended.err) == (-signal.SIGKILL, "")
     group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER, "--resume").until(r"step +\d+/")
-    assert "behind step" in group.said
+    assert "after step" in group.said
     assert_stopped(group, group.signal(signal.SIGTERM, *group.pids).end(), signal.SIGTERM)
     assert_goes_on(forked, group)
 
@@ -379,7 +380,7 @@ def test_processes_that_lightning_started_are_killed_resumed_and_told_to_stop(la
 def assert_says_what_was_lost(err: str, beginning: str) -> None:
     lines = err.splitlines()
     assert lines[0].startswith(f"{beginning}: the connection to another process of this run is lost"), err
-    assert re.search(r"go on with: python3 \S*train\.py", lines[-1])
+    assert re.search(r"resume with: python3 \S*train\.py", lines[-1])
     assert len(lines) == 3
 
 

@@ -102,7 +102,7 @@ def sft(instructions: Path, tiny_run: Run) -> Callable[..., Run]:
             contextlib.redirect_stderr(err),
             pytest.MonkeyPatch.context() as patch,
         ):
-            patch.setattr(train, "draw_loss", lambda folder: None)
+            patch.setattr("support.run.show.draw_loss", lambda folder: None)
             code = finetune.main(argv(folder, *words))
         return Run(folder, code, out.getvalue(), err.getvalue())
 
@@ -323,7 +323,7 @@ def gradient_of(sft, tmp_path, monkeypatch) -> Callable[..., dict[str, torch.Ten
             )
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.LitCausalLM, "refuse_bad_numbers", keep)
+            patch.setattr(train.LitCausalLM, "refuse_bad_step", keep)
             sft(
                 tmp_path / str(len(list(tmp_path.iterdir()))),
                 "training.grad_clip=null",

@@ -27,7 +27,7 @@ LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a scre
 # reviewed.
 ARROWS = {
     "train": "data model optim support.checkpoint support.chunked_loss support.cli support.files "
-    "support.find_checkpoints support.messages support.plots support.run support.weights",
+    "support.messages support.run",
     "finetune": "data instruct support.checkpoint support.cli support.messages support.run train",
     "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text "
     "tokenizer",
@@ -80,7 +80,7 @@ SCRIPTS = {
     "eval_val",
     "evaluate_checkpoints",
 }
-KNOW_LIGHTNING = {"train", "support.run.saving", "support.run.metrics"}
+KNOW_LIGHTNING = {"train", "support.run.trainer", "support.run.saving", "support.run.metrics"}
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

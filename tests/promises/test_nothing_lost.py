@@ -101,7 +101,7 @@ def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(
     file_limit(None)
     monkeypatch.setattr(train.LitCausalLM, "training_step", STEP)
     resumed = run(tmp_path / "run", *BYTE, "--resume")
-    assert "behind step 4" in resumed.out
+    assert "after step 4" in resumed.out
     assert_same_run(resumed, straight)
 
 
@@ -144,7 +144,7 @@ def test_curves_that_cannot_be_written_do_not_hide_the_end(run, tmp_path, monkey
     def full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(train, "draw_loss", full)
+    monkeypatch.setattr("support.run.show.draw_loss", full)
     made = run(tmp_path / "run", *BYTE, "training.max_steps=2", pictures=True)
     assert (made.code, made.out.splitlines()[-1][:14]) == (0, "weights sha256")
     assert "No space left on device" in made.err
@@ -170,7 +170,7 @@ def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, 
     def die(path, best, final, name=support.run.saving.name_checkpoint):
         if path.name == f"step-{at:07}.ckpt":
             raise Killed
-        name(path, best, final)
+        name(path, best=best, final=final)
 
     with monkeypatch.context() as patch:
         patch.setattr(support.run.saving, "name_checkpoint", die)
@@ -179,7 +179,7 @@ def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, 
     resumed = run(tmp_path / "run", *BYTE, "--resume")
     assert_same_run(resumed, straight)
     if at == 12:
-        assert "behind step" not in resumed.out
+        assert "after step" not in resumed.out
         assert (resumed.folder / "final.ckpt").samefile(resumed.folder / "step-0000012.ckpt")
 
 
@@ -233,7 +233,7 @@ def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(
         stop_before(patch, 6, signum=signal.SIGINT)
         made = run(tmp_path / "run", *BYTE)
     assert made.code == 130
-    assert "step-0000004.ckpt at step 4; go on with" in made.out
+    assert "step-0000004.ckpt at step 4; resume with" in made.out
     assert sorted(path.name for path in made.folder.glob("step-*")) == ["step-0000004.ckpt"]
     assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
 
@@ -339,7 +339,7 @@ def test_weights_that_a_step_throws_out_of_range_are_not_saved(run, tmp_path, mo
 
     monkeypatch.setattr(train.LitCausalLM, "training_step", overflows)
     with pytest.raises(
-        UserError, match=r"step 3: weights\.norm\.weight is not finite any more.*\n.*step-0000002\.ckpt"
+        UserError, match=r"step 3: weights\.norm\.weight is no longer finite.*\n.*step-0000002\.ckpt"
     ):
         run(tmp_path / "run", *BYTE, "checkpoint.save_every=1")
     assert load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"] == 2

@@ -94,7 +94,7 @@ def test_resume_with_dropout_and_accumulation_is_exact(run, tmp_path, optimizer,
     folder = tmp_path / "stopped"
     stopped_run(run, folder, *words, at=at)
     resumed = run(folder, *words, "--resume")
-    assert f"behind step {at}" in resumed.out
+    assert f"after step {at}" in resumed.out
     assert_same_run(resumed, straight)
 
 
@@ -195,7 +195,7 @@ def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tm
 def test_a_stop_leaves_the_curves_and_the_command_to_go_on(run, tmp_path):
     made = stopped_run(run, tmp_path / "run", *BYTE, at=3, pictures=True)
     assert re.match(
-        rf"stopped; saved {made.folder}/\S+\.ckpt.*; go on with: python3 ", made.out.splitlines()[-1]
+        rf"stopped; saved {made.folder}/\S+\.ckpt.*; resume with: python3 ", made.out.splitlines()[-1]
     )
     assert {"last.ckpt", "step-0000003.ckpt", "loss.svg", "loss.png"} <= {
         path.name for path in made.folder.iterdir()
@@ -255,7 +255,7 @@ def test_a_signal_before_the_first_step_does_not_claim_a_checkpoint_that_is_not_
     monkeypatch.setattr(CheckpointSaver, "on_train_start", stop)
     made = run(tmp_path / "run", *BYTE)
     assert made.code == 143
-    assert ("go on with" in made.out) == (made.folder / "last.ckpt").exists()
+    assert ("resume with" in made.out) == (made.folder / "last.ckpt").exists()
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(run, tmp_path, monkeypatch):
@@ -281,15 +281,15 @@ def test_the_command_to_go_on_works_when_pasted(run, tmp_path, argv_of, monkeypa
         stopped_run(run, folder, *BYTE, at=2)
     argv = COMMANDS[how](argv_of(folder, *BYTE), str(folder / "last.ckpt"))
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    monkeypatch.setattr(train, "draw_loss", lambda folder: None)
+    monkeypatch.setattr("support.run.show.draw_loss", lambda folder: None)
     with monkeypatch.context() as patch:
         stop_before(patch, 5)
         assert train.main(argv) == 143
     said = capsys.readouterr().out.splitlines()[-1]
-    python, script, *words = shlex.split(said.split("go on with: ")[1])
+    python, script, *words = shlex.split(said.split("resume with: ")[1])
     assert (python, script) == ("python3", "train.py")
     assert train.main(words) == 0
-    assert "behind step 5" in capsys.readouterr().out
+    assert "after step 5" in capsys.readouterr().out
     rows = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(rows) == 12
 
@@ -310,7 +310,7 @@ def test_ctrl_c_of_a_real_process_exits_130_and_the_run_goes_on(run, tmp_path, a
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "go on with: python3 train.py " in out.splitlines()[-1]
+    assert "resume with: python3 train.py " in out.splitlines()[-1]
     stopped_at = load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"]
     resumed = run(
         tmp_path / "run",
@@ -381,7 +381,7 @@ def test_resume_after_a_kill_in_the_middle_of_a_checkpoint_is_exact(run, tmp_pat
     with pytest.raises(UserError, match="unfinished run"):
         run(folder, *words)
     resumed = run(folder, *words, "--resume")
-    assert "behind step 4" in resumed.out
+    assert "after step 4" in resumed.out
     assert_same_run(resumed, run(tmp_path / "straight", *words))
 
 
@@ -399,7 +399,7 @@ def test_rows_behind_the_checkpoint_and_a_cut_off_line_are_dropped_on_resume(run
 
 @pytest.fixture(scope="module")
 def stopped(run, tmp_path_factory) -> Path:
-    """The folder of a run stopped behind step 3; copy it before writing."""
+    """The folder of a run stopped after step 3; copy it before writing."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     return stopped_run(run, folder, *BYTE, at=3).folder
 
@@ -489,7 +489,7 @@ def test_a_checkpoint_file_alone_is_enough_to_go_on(run, tmp_path, monkeypatch, 
     folder = tmp_path / "run"
     straight = run(tmp_path / "straight", *BYTE)
     stopped_run(run, folder, *BYTE, at=6)
-    monkeypatch.setattr(train, "draw_loss", lambda folder: None)
+    monkeypatch.setattr("support.run.show.draw_loss", lambda folder: None)
     assert train.main(["--resume", str(folder / "step-0000004.ckpt")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"weights sha256 {straight.sha256}"
 
@@ -529,6 +529,6 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(run, tmp_path):
     damaged = folder / "step-0000007.ckpt"
     damaged.write_bytes(damaged.read_bytes()[:5000])  # last.ckpt is the same file, and damaged too
     resumed = run(folder, *BYTE, "--resume")
-    assert "behind step 4" in resumed.out
+    assert "after step 4" in resumed.out
     assert "step-0000007.ckpt" in resumed.err
     assert_same_run(resumed, straight)

@@ -89,7 +89,7 @@ def test_resume_on_token_files_is_exact(run, folder, tmp_path, monkeypatch, in_m
     resumed = run(
         tmp_path / "cut", *tokens_of(folder, "data.stride=5", f"hardware.num_workers={workers}"), "--resume"
     )
-    assert "behind step 4" in resumed.out
+    assert "after step 4" in resumed.out
     assert resumed.sha256 == straight.sha256
 
 

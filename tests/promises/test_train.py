@@ -19,7 +19,7 @@ import train
 from data import load_corpus, make_dataloaders, pack_corpus
 from model import GPTMini
 from sampling import SamplingConfig
-from support.checkpoint import load_model
+from support.checkpoint import load_model, weights_sha256
 from support.config.read import load_config
 from support.messages import UserError
 from support.run.saving import CheckpointSaver
@@ -81,8 +81,8 @@ def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_p
     """The gradient is that of the mean over all targets of the step, not the mean of the micro-batches'
     means."""
 
-    def holed(*args):
-        training, validation = make_dataloaders(*args)
+    def holed(*args, **options):
+        training, validation = make_dataloaders(*args, **options)
         return with_holes(training), validation
 
     monkeypatch.setattr(train, "make_dataloaders", holed)
@@ -460,13 +460,13 @@ def test_the_last_line_is_the_sha256_of_the_weights(run, tiny_run, tmp_path):
 
 
 def test_the_sha256_depends_on_every_weight(tiny_run, tmp_path):
-    before = train.weights_sha256(tiny_run.folder / "final.ckpt")
+    before = weights_sha256(tiny_run.folder / "final.ckpt")
     assert before == tiny_run.sha256
     for name in ("net.norm.weight", "net.layers.1.mlp.down_proj.weight"):
         checkpoint = tiny_run.checkpoint()
         checkpoint["state_dict"][name].view(-1)[-1] *= 1 + 2**-20
         torch.save(checkpoint, tmp_path / "changed.ckpt")
-        assert train.weights_sha256(tmp_path / "changed.ckpt") != before
+        assert weights_sha256(tmp_path / "changed.ckpt") != before
 
 
 @pytest.mark.parametrize("warmup", ["training.warmup_steps=0", "training.warmup_steps=2"])
@@ -592,7 +592,7 @@ def test_a_finished_run_is_moved_aside_and_foreign_files_stay(run, tmp_path):
     assert names(folder) == RUN | {"notes.txt", "old-1", "old-2"}
     assert names(folder / "old-1") == RUN | {"tensorboard"}
     assert names(folder / "old-2") == RUN
-    assert [train.weights_sha256(folder / part / "final.ckpt") for part in ("old-1", "old-2", ".")] == shas
+    assert [weights_sha256(folder / part / "final.ckpt") for part in ("old-1", "old-2", ".")] == shas
     assert len(set(shas)) == 3
 
 
@@ -625,10 +625,10 @@ def test_an_unfinished_run_is_refused_with_three_ways_out(run, tmp_path):
 
 def test_fresh_moves_an_unfinished_run_aside(run, tmp_path):
     made = unfinished(run, tmp_path / "run")
-    kept = train.weights_sha256(made.folder / "last.ckpt")
+    kept = weights_sha256(made.folder / "last.ckpt")
     again = run(made.folder, *SHORT, "--fresh")
     assert (again.code, again.train_rows[0]["step"]) == (0, 1)
-    assert train.weights_sha256(made.folder / "old-1" / "last.ckpt") == kept
+    assert weights_sha256(made.folder / "old-1" / "last.ckpt") == kept
     assert names(made.folder) == RUN - {"loss.svg", "loss.png"} | {"old-1"}
 
 
