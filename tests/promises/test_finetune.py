@@ -600,7 +600,9 @@ def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypat
         patch.setattr("support.run.saving.write_merged", full)
         made = sft(tmp_path / "full", *LORA)
     assert (
-        made.code == 0 and "final.ckpt could not be written" in made.err and "run the same command with --resume" in made.out
+        made.code == 0
+        and "final.ckpt could not be written" in made.err
+        and "run the same command with --resume" in made.out
     )
     assert not (made.folder / "final.ckpt").exists() and (made.folder / "last.ckpt").exists()
     assert sft(tmp_path / "full", *LORA, "--resume").sha256 == whole.sha256
