@@ -1,4 +1,6 @@
-"""What every script's command line shares: the error for users, the wrapper that prints it, the common flags."""
+"""What every script's command line shares: the wrapper that turns mistakes into one line and an exit status,
+the common flags, tables and progress bars.
+"""
 
 import argparse
 import contextlib
@@ -15,21 +17,118 @@ from support.foreign.flags import flag_answers
 from support.messages import UserError, is_main_process, warn
 
 SECONDS_BETWEEN_LINES = 20
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-)  # full, over quota, too large, read-only, broken
+# The disk is full, over quota, asked for too large a file, read-only, or broken.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+# ---- entry and exit ------------------------------------------------------------------------------
+
+
+def guarded(main: Callable, *args, results: bool = True, **kwargs):
+    """Call `main` and return what it returns; turn a user's mistake into one to three lines on standard error
+    and exit status 2, without a traceback.
+
+    Any other exception is a bug of ours and keeps its traceback. Ctrl-C never shows one, also during imports
+    after this call. `results` says that the script prints its results, so that a full disk there is an error.
+
+    A script calls this twice: first to read its flags, then, after the imports that take seconds, to do its
+    work. The first call prepares standard output and standard error, and its `results` counts.
+    """
+    sys.excepthook = _quiet_interrupt
+    open_output(results)
+    try:
+        try:
+            return main(*args, **kwargs)
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        if is_main_process():  # the other processes found the same
+            print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone (| head): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """What Python calls for an exception that nothing caught: Ctrl-C is one line, others are as always."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)  # Python itself then ends with status 130
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def open_output(results: bool) -> None:
+    """Make standard output and standard error take any text, and go on when they fail.
+
+    A character that their encoding lacks is written as an escape (`\\u6771`). A closed stream takes
+    everything and shows nothing. A stream that fails, on a full disk for example, loses what it does not
+    take; only where `results` go to standard output is that a UserError. A second call changes nothing.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would get its number, and everything printed
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor, holds_results in (("stdout", 1, results), ("stderr", 2, False)):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):  # opened by an earlier call, or caught by a test
+            continue
+        if os.name == "nt" and stream:  # a terminal of Windows is not a plain file
+            stream.reconfigure(errors="backslashreplace")
+            continue
+        file = OutputFile(descriptor, holds_results)
+        is_unbuffered = bool(stream and stream.write_through)
+        text = io.TextIOWrapper(
+            file if is_unbuffered else io.BufferedWriter(file),
+            encoding=stream.encoding if stream else "utf-8",
+            errors="backslashreplace",
+            line_buffering=bool(stream and stream.line_buffering),
+            write_through=is_unbuffered,
+        )
+        setattr(sys, name, text)
+
+
+class OutputFile(io.FileIO):
+    """Standard output or standard error as a file whose failure (a full disk, a lost terminal) ends nothing:
+    what it does not take is dropped.
+
+    If it holds results, its first failure is a UserError. If the reader of standard output has gone
+    (`| head`), that is a BrokenPipeError, as always.
+    """
+
+    def __init__(self, descriptor: int, holds_results: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self.holds_results = holds_results
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno == errno.EPIPE and self.fileno() == 1:
+                raise
+            if self.holds_results:
+                self.holds_results = False
+                raise UserError(
+                    f"standard output cannot be written ({error.strerror}); a part is missing, so send it "
+                    "elsewhere"
+                ) from None
+            return len(data)
 
 
 def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
-    """From now on this process ends when whoever started it is gone, `grace` seconds later, if it has not
-    ended itself. `parent` is its process id, for one that may be gone already.
+    """From now on this process ends `grace` seconds after the process that started it, unless it has ended by
+    then. `parent` is the id of that process; give it if it may be gone already.
 
-    For the further processes of a run. Without its main process, one that waits for the others would do so
-    for half an hour.
+    For the further processes of a run: without its main process, one that waits for the others would wait for
+    half an hour.
     """
     parent = parent or os.getppid()
 
@@ -43,110 +142,25 @@ def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class OutputFile(io.FileIO):
-    """Standard output or standard error as a file whose failure (a full disk, a lost terminal) ends
-    nothing: what it does not take is dropped. Where `results` go to it, the first failure is a UserError.
-    A reader of standard output who has gone (`| head`) is the BrokenPipeError that it always is."""
-
-    def __init__(self, descriptor: int, results: bool):
-        super().__init__(descriptor, "w", closefd=False)
-        self.results = results
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno == errno.EPIPE and self.fileno() == 1:
-                raise
-            if self.results:
-                self.results = False
-                raise UserError(
-                    f"standard output cannot be written ({error.strerror}); a part is missing, so send it "
-                    "elsewhere"
-                ) from None
-            return len(data)
-
-
-def open_output(results: bool) -> None:
-    """Make standard output and standard error fit for any text and any end. A character that their
-    encoding lacks is written as an escape (`\\u6771`); one of them that is closed takes everything and
-    shows nothing; one that fails ends nothing, but for standard output where the script's results go to
-    it."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed: the next file to be opened would get its number, and what is printed
-            os.open(os.devnull, os.O_RDWR)
-    for name, descriptor, important in (("stdout", 1, results), ("stderr", 2, False)):
-        stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__"):  # done before, or caught by a test
-            continue
-        if os.name == "nt" and stream:  # its terminal is no plain file
-            stream.reconfigure(errors="backslashreplace")
-            continue
-        file = OutputFile(descriptor, important)
-        writer = file if stream and stream.write_through else io.BufferedWriter(file)
-        by_line = bool(stream and stream.line_buffering)
-        encoding = stream.encoding if stream else "utf-8"
-        text = io.TextIOWrapper(
-            writer, encoding, "backslashreplace", line_buffering=by_line, write_through=writer is file
-        )
-        setattr(sys, name, text)
-
-
-def guarded(main: Callable, *args, results: bool = True, **kwargs):
-    """Call `main`; turn a user's mistake into one to three lines on stderr and exit status 2, without a
-    traceback.
-
-    Anything else that is raised is a bug of ours and keeps its traceback; Ctrl-C is none, also during later
-    imports. `results` says whether standard output is what the script is for (else a full disk there ends
-    nothing).
-    """
-    sys.excepthook = _quiet_interrupt
-    open_output(results)
-    try:
-        try:
-            return main(*args, **kwargs)
-        finally:
-            sys.stdout.flush()
-    except UserError as error:
-        if is_main_process():  # the others found the same
-            print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone (| head): not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        if error.filename is None and error.errno not in DISK_ERRORS:
-            raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("\ninterrupted", file=sys.stderr)  # Python itself then ends with status 130
-    else:
-        sys.__excepthook__(kind, error, traceback)
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def at_home(path: str, key: str = "") -> str:
-    """The path with ~ at its start, or ~user, as the home folder. Raises UserError for a user that there
-    is none of."""
-    found = os.path.expanduser(path)
-    if path.startswith("~") and found == path:
+    """The path with the home folder in place of ~ or ~user at its start. Raises UserError, which names the
+    config `key`, for a user that does not exist."""
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
         named = f"{key}={path}" if key else path
+        user = path.split("/")[0].removeprefix("~")
         raise UserError(
-            f"{named}: there is no user {path.split('/')[0][1:]}, whose home folder that would be; a file "
-            f"of that name is ./{path}"
+            f"{named}: there is no user {user}, whose home folder that would be; a file of that name is "
+            f"./{path}"
         )
-    return found
+    return expanded
 
 
 def file_path(text: str) -> str:
-    """The type of a flag that takes a path."""
+    """The type of a flag that takes a path: ~ is the home folder."""
     try:
         return at_home(text)
     except UserError as error:
@@ -156,7 +170,7 @@ def file_path(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser that answers flags of other programs with ours."""
 
-    typed: list[str] = []  # the command line, for the answer to what it does not know
+    typed: list[str] = []  # the command line, which `error` looks through for unknown words
 
     def parse_known_args(self, args=None, namespace=None):
         self.typed = list(sys.argv[1:] if args is None else args)
@@ -165,16 +179,16 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def tasks(self) -> dict[str, "Parser"]:
-        """The parsers of the first word, in a script that does several jobs."""
-        return {
-            name: task
-            for action in self._actions
-            if isinstance(action.choices, dict)
-            for name, task in action.choices.items()
-        }
+        """In a script that does several jobs, the parser of each, by the first word of the command line."""
+        tasks: dict[str, Parser] = {}
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                tasks |= action.choices
+        return tasks
 
     def error(self, message: str) -> NoReturn:
-        task = self.tasks().get(self.typed[0] if self.typed else "", self)
+        """Exit with argparse's message and our answers to the unknown words."""
+        task = self.tasks().get(self.typed[0], self) if self.typed else self
         words = self.typed if task is self else self.typed[1:]
         paths = any(not action.option_strings and action.dest == "paths" for action in task._actions)
         answers = flag_answers(words, set(task._option_string_actions), paths=paths)
@@ -182,11 +196,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str) -> Parser:
-    """A parser whose --help is the script's docstring, with its examples as they stand there."""
+    """A parser whose --help is the script's docstring, with its examples as they are there."""
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of scripts that read a config."""
     parser.add_argument("--config", type=file_path, metavar="FILE", help="YAML (or JSON) config file")
     parser.add_argument(
         "--override",
@@ -202,7 +217,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """What train.py and finetune.py have in common."""
+    """The flags that train.py and finetune.py share."""
     add_config_flags(parser)
     beginning = parser.add_mutually_exclusive_group()
     beginning.add_argument(
@@ -211,10 +226,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         const="auto",
         type=file_path,
         metavar="CKPT",
-        help="go on with the run in checkpoint.dir, or with this checkpoint",
+        help="resume the run in checkpoint.dir, or from this checkpoint",
     )
     beginning.add_argument(
-        "--fresh", action="store_true", help="start anew; an unfinished run in the folder is moved to old-<n>"
+        "--fresh",
+        action="store_true",
+        help="start a new run; an unfinished run in the folder is moved to old-<n>",
     )
     parser.add_argument(
         "--check", action="store_true", help="run the pre-training checklist and exit; nothing is written"
@@ -225,6 +242,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
+    """--tokenizer, which changes nothing: a checkpoint brings its own."""
     parser.add_argument(
         "--tokenizer",
         default="auto",
@@ -239,12 +257,13 @@ def warn_of_other_tokenizer(wanted: str, kind: str, vocab_size: int) -> None:
     """Say that what --tokenizer names is not used where the checkpoint has another one."""
     if wanted not in ("auto", kind):
         warn(
-            f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own ({kind}, "
-            f"{vocab_size:,} tokens), since ids mean nothing under another vocabulary"
+            f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own "
+            f"({kind}, {vocab_size:,} tokens), since ids mean nothing under another vocabulary"
         )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of scripts that sample from a checkpoint."""
     parser.add_argument(
         "--ckpt",
         type=file_path,
@@ -258,20 +277,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def unix_text(text: str) -> str:
-    """A text as those for training are read: without a byte order mark at its beginning, line ends as \\n."""
+    """A text as training reads texts: without a byte order mark at its beginning, with line ends as \\n."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
+# ---- tables and progress -------------------------------------------------------------------------
+
+
 def print_wide(table: Any) -> None:
-    """A rich table on lines of any length, so that no name is ever cut: a narrow terminal folds the line
-    itself. Names are shown as they are, brackets too."""
+    """Print a rich table on lines of any length, so that no name is ever cut: a narrow terminal wraps them.
+    Names are shown as they are, brackets too."""
     from rich.console import Console
 
     Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
-    """The items, with a bar on the terminal while they last; without a terminal, the items alone."""
+    """The items, with a progress bar if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -283,8 +305,8 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 
 @contextlib.contextmanager
 def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A function to call with the bytes that have been done: a bar on the terminal, elsewhere a line now
-    and then."""
+    """A function to call with the number of bytes just done: shown as a bar on a terminal, elsewhere as a
+    line every SECONDS_BETWEEN_LINES."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import (
@@ -307,19 +329,18 @@ def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], Non
             task = bar.add_task(label, total=total)
             yield lambda n: bar.advance(task, n)
         return
-    began = said = time.monotonic()
+    began = last_line = time.monotonic()
     done = 0
 
     def advance(n: int) -> None:
-        nonlocal said, done
+        nonlocal last_line, done
         done += n
-        if (now := time.monotonic()) - said >= SECONDS_BETWEEN_LINES:
-            of = f" of {total / 1e6:,.0f}" if total else ""
-            print(
-                f"{label}: {done / 1e6:,.0f}{of} MB, {done / 1e6 / (now - began):.1f} MB/s",
-                file=sys.stderr,
-                flush=True,
-            )
-            said = now
+        now = time.monotonic()
+        if now - last_line < SECONDS_BETWEEN_LINES:
+            return
+        last_line = now
+        of = f" of {total / 1e6:,.0f}" if total else ""
+        speed = done / 1e6 / (now - began)
+        print(f"{label}: {done / 1e6:,.0f}{of} MB, {speed:.1f} MB/s", file=sys.stderr, flush=True)
 
     yield advance

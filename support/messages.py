@@ -7,51 +7,60 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message gives the value, the rule and the next step."""
+    """A mistake the user can fix. The message gives the value, the rule and the next step."""
 
 
 def is_main_process() -> bool:
-    """False in the further processes of a distributed run, whoever launched it."""
-    return all(
-        os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    )
+    """False in the further processes of a distributed run, whatever launched it."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error. Only the main process of a run prints it, since the others find the
+    same."""
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def inform(message: str) -> None:
+    """Print a notice on standard error, so that standard output holds the result alone. Only the main process
+    of a run prints it."""
+    if is_main_process():
+        print(message, file=sys.stderr)
+
+
+class OptionalPart(contextlib.AbstractContextManager):
+    """`with part: ...` around what a run can do without, such as a picture or a log: its first failure is a
+    warning, later ones are silent, and none of them ends the run."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.failed = False
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        """True, so that the error ends here, for everything but a signal or an exit."""
+        if not isinstance(error, Exception):
+            return False
+        if not self.failed:
+            what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            warn(
+                f"{self.name} failed ({type(error).__name__}: {printable(what)}); the run continues without "
+                "it"
+            )
+        self.failed = True
+        return True
 
 
 def printable(text: object) -> str:
-    """The text with what a terminal would obey rather than show written as an escape: `\\x1b[2J`, `\\n`,
-    `\\ud800`."""
+    r"""The text, with every character that a terminal would obey instead of showing written as an escape.
+
+    >>> printable("clear\x1b[2J and a new line\n")
+    'clear\\x1b[2J and a new line\\n'
+    """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def printable_lines(text: str) -> str:
     """The same for a text of several lines, whose line ends and tabs stay."""
     return "".join(c if c in "\n\t" else printable(c) for c in text)
-
-
-def inform(message: str) -> None:
-    """Beside the result, which is alone on standard output. Of several processes the main one says it."""
-    if is_main_process():
-        print(message, file=sys.stderr)
-
-
-class OptionalPart(contextlib.AbstractContextManager):
-    """`with extra: ...` around what is not training itself, such as a picture or a log: its first failure
-    is a warning, and none of them ends the run."""
-
-    def __init__(self, name: str):
-        self.name, self.failed = name, False
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if not isinstance(error, Exception):  # a signal or an exit goes through
-            return False
-        if not self.failed:
-            what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            warn(f"{self.name} failed ({type(error).__name__}: {printable(what)}); the run goes on without")
-        self.failed = True
-        return True
-
-
-def warn(message: str) -> None:
-    """Of several processes the main one says it, since the others find the same."""
-    if is_main_process():
-        print(f"warning: {message}", file=sys.stderr)

@@ -141,7 +141,7 @@ def test_an_extra_is_told_once_and_lets_exits_through(capsys):
             raise ValueError(f"no forecast {number}\n\x1b[2J")
     err = capsys.readouterr().err
     assert (
-        err == "warning: the weather failed (ValueError: no forecast 0 \\x1b[2J); the run goes on without\n"
+        err == "warning: the weather failed (ValueError: no forecast 0 \\x1b[2J); the run continues without it\n"
     )
     for error in (SystemExit(3), KeyboardInterrupt()):
         with pytest.raises(type(error)), extra:
