@@ -1,5 +1,4 @@
-"""Case files: prompts and what should follow them, as `evaluate_checkpoints.py` scores it.
-docs/EVALUATION.md shows the format."""
+"""Case files: prompts with what should follow, read and checked. docs/EVALUATION.md shows the format."""
 
 import difflib
 import glob
@@ -17,15 +16,15 @@ from support.messages import UserError
 
 
 class Case(BaseModel):
-    """A prompt, and at least one of: a target (alone or among choices), texts that the output contains, a
-    regex it matches."""
+    """A prompt, and at least one of: a target (alone or among choices), texts that the output should contain,
+    a regular expression that it should match."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str = ""
     prompt: str
-    input: str = ""  # of an instruction
-    instruction: bool = False  # whether the prompt goes into the checkpoint's template
+    input: str = ""  # only with an instruction
+    instruction: bool = False  # whether the prompt is laid out by the checkpoint's template
     target: Annotated[str, Field(min_length=1)] | None = None
     choices: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=2, max_length=100)
     contains: list[Annotated[str, Field(min_length=1)]] = []
@@ -33,32 +32,32 @@ class Case(BaseModel):
     category: str = "other"
     weight: float = Field(1.0, gt=0, le=1000)
     max_new_tokens: int = Field(24, ge=1, le=1000)  # of the greedy output
-    file: str = ""  # where the case stands, filled in by `read_cases`
+    file: str = ""  # the file the case is from, filled in by `read_cases`
 
     @field_validator("contains", mode="before")
     @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
+    def _text_to_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @field_validator("prompt", "input", "target", "choices", "contains", mode="before")
     @classmethod
-    def _as_in_training(cls, value: Any) -> Any:
+    def _clean_as_in_training(cls, value: Any) -> Any:
         if isinstance(value, list):
-            return [cls._as_in_training(text) for text in value]
+            return [cls._clean_as_in_training(text) for text in value]
         return unix_text(value) if isinstance(value, str) else value
 
     @field_validator("weight", mode="before")
     @classmethod
-    def _whole_numbers_too(cls, value: Any) -> Any:
+    def _accept_whole_number(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
 
     @field_validator("regex")
     @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
+    def _check_regex(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{value!r} is no regular expression ({error})") from None
+            raise ValueError(f"{value!r} is not a regular expression ({error})") from None
         return value
 
     @model_validator(mode="after")
@@ -78,13 +77,12 @@ class Case(BaseModel):
 
     @property
     def right(self) -> int:
-        """Where the target stands among the texts whose likelihood counts: the choices, or it alone."""
+        """The index of the target among the texts whose likelihood counts: the choices, or it alone."""
         return self.choices.index(self.target) if self.choices else 0
 
     @property
     def continued(self) -> bool:
-        """Whether the model's own continuation is of interest: not for sentences compared from their
-        beginning."""
+        """Whether the model should write a continuation: not for sentences that are compared whole."""
         return bool(self.prompt or self.contains or self.regex)
 
 
@@ -98,52 +96,53 @@ class CaseFile(BaseModel):
 
 
 def explain(error: dict, where: str) -> str:
-    """One line for one pydantic error."""
+    """One line for one pydantic error; `where` names the file and the case."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(
             str(error["loc"][-1]), [*Case.model_fields, *CaseFile.model_fields], n=1, cutoff=0.5
         )
-        return f"{where}: unknown key {key}" + (
-            f"; did you mean {near[0]}?" if near else "; see docs/EVALUATION.md"
-        )
+        advice = f"did you mean {near[0]}?" if near else "see docs/EVALUATION.md"
+        return f"{where}: unknown key {key}; {advice}"
     if error["type"] == "missing":
         return f"{where}: {key} is required"
     if error["type"] == "value_error":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    shown = repr(error["input"])[:60]
-    quoting = (
-        "; put it in quotes"
-        if error["type"] == "string_type" and isinstance(error["input"], int | float | bool | None)
-        else ""
-    )
-    return f"{where}: {key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}{quoting}"
+    value, rule = error["input"], error["msg"][0].lower() + error["msg"][1:]
+    is_unquoted = error["type"] == "string_type" and isinstance(value, int | float | bool | None)
+    advice = "; put it in quotes" if is_unquoted else ""
+    return f"{where}: {key}={repr(value)[:60]}: {rule}{advice}"
 
 
 def find_case_files(paths: list[str]) -> list[Path]:
-    """The files that the paths (files, folders of .yaml files, or globs) name. Raises UserError for a path
-    that names none."""
+    """The files that the paths name: files, folders of .yaml and .json files, or globs. Raises UserError for
+    a path that names none."""
     found: list[Path] = []
     for path in paths:
-        named = Path(path).is_file() or not (Path(path).is_dir() or glob.has_magic(path))
-        found += [Path(path)] if named else find_files(path, "--cases", (".yaml", ".json"), strict=True)
+        if not Path(path).is_file() and (Path(path).is_dir() or glob.has_magic(path)):
+            found += find_files(path, "--cases", (".yaml", ".json"), strict=True)
+        else:
+            found.append(Path(path))
     return list(dict.fromkeys(found))
 
 
 def read_case_file(path: Path) -> list[Case]:
-    """Raises UserError that lists everything wrong with the file."""
+    """The cases of one file. Raises UserError that lists everything wrong with it."""
     tree = read_mapping(
         path,
         "case file",
         "try --cases cases/wiki_basics.yaml",
         "it has a list `cases`; see docs/EVALUATION.md",
     )
-    problems, cases, ids = [], [], set()
+    entries = {key: value for key, value in tree.items() if key == "cases"}
     head = typed({key: value for key, value in tree.items() if key != "cases"}, CaseFile)
     try:
-        file = CaseFile.model_validate(head | {key: value for key, value in tree.items() if key == "cases"})
+        file = CaseFile.model_validate(head | entries)
     except ValidationError as error:
         raise UserError("\n       ".join(explain(e, str(path)) for e in error.errors())) from None
+    problems: list[str] = []
+    cases: list[Case] = []
+    ids: set[str] = set()
     for number, entry in enumerate(file.cases, start=1):
         where = f"{path}, case {number}"
         if not isinstance(entry, dict):
@@ -153,10 +152,9 @@ def read_case_file(path: Path) -> list[Case]:
             continue
         if isinstance(entry.get("id"), str):
             where += f" ({entry['id'][:40]})"
+        defaults = {"instruction": file.instructions}
         try:
-            case = Case.model_validate(
-                {"instruction": file.instructions} | typed(entry, Case) | {"file": str(path)}
-            )
+            case = Case.model_validate(defaults | typed(entry, Case) | {"file": str(path)})
         except ValidationError as error:
             problems += [explain(e, where) for e in error.errors()]
             continue

@@ -23,17 +23,17 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Validation:
-    """What a model makes of a text."""
+    """How well a model predicts a text, or the responses of instructions."""
 
-    loss: float  # nats per token, over all tokens but the first
-    perplexity: float  # exp(loss): as if it chose among so many tokens evenly
-    bits_per_byte: float  # loss of the whole text per byte of it: compares models whatever their tokenizers
+    loss: float  # nats per token; the first token of a text is not predicted
+    perplexity: float  # exp(loss): as if the model chose evenly among that many tokens
+    bits_per_byte: float  # total loss in bits per byte of the text: compares models with any tokenizers
     n_documents: int
     n_tokens: int
     n_bytes: int
     seq_len: int
-    token_accuracy: float | None = None  # of responses, the share of tokens found likeliest; None for a text
-    response_accuracy: float | None = None  # the share of responses of which each token is
+    token_accuracy: float | None = None  # share of response tokens that were the likeliest; None for a text
+    response_accuracy: float | None = None  # share of responses in which every token was the likeliest
 
 
 def scoring_config(
@@ -44,8 +44,8 @@ def scoring_config(
     overrides: list[str] = (),
     data: str | None = None,
 ) -> Config:
-    """The config in the file `path`, or the checkpoint's own, for scoring `model`; the defaults, to score
-    the text `data` by a model that was not trained here. Raises UserError."""
+    """The config to score `model` with: of the file `path`, or the checkpoint's own. For a model that was not
+    trained here, the defaults are enough to score the text `data`. Raises UserError."""
     if path:
         base = None
     elif data and metadata["config"] is None:
@@ -57,24 +57,25 @@ def scoring_config(
     else:
         base = saved_config(metadata, source)
     config = load_config(path, overrides, base=base)
-    if config.base_ckpt:  # a config for fine-tuning names no model: it takes that of its base
+    if config.base_ckpt:  # a config for fine-tuning names no model: it takes the one of its base
         config.model = model.config
-    config.template = saved_template(metadata, source) or config.template  # a model is asked as it was taught
+    # A model is asked in the layout that it was trained on.
+    config.template = saved_template(metadata, source) or config.template
     return config
 
 
 def documents_of(
     config: Config, data: str | None, fine_tuned: bool = False, ckpt: str = "X.ckpt"
 ) -> list[str] | list[Pair] | TokenFiles:
-    """The validation documents (or instructions, or token files) of a config, or all documents under the
-    path `data`: rows of instructions for a model that has been `fine_tuned` on such. Raises UserError."""
+    """The validation documents (or instructions, or token files) of a config; or all documents at the path
+    `data`, which may be rows of instructions if the model was `fine_tuned` on such. Raises UserError."""
     if data and holds_instructions(data, config):
         if not fine_tuned:
             raise UserError(
                 f"--data {data} holds instructions, and this model has not been taught to answer any; "
                 "teach it:\n"
-                "       python3 finetune.py --config configs/finetune_tiny.yaml --override "
-                f"base_ckpt={ckpt} --override data.path={data} "
+                "       python3 finetune.py --config configs/finetune_tiny.yaml "
+                f"--override base_ckpt={ckpt} --override data.path={data} "
                 "--override training.warmup_steps=0"
             )
         return pairs_of(read_files(data, "--data", config.data.errors), config.data.fields, data)
@@ -84,7 +85,9 @@ def documents_of(
         return open_token_files(
             config.data.path, config.data.val_path, config.data.dtype, config.data.val_fraction
         )
-    return split_pairs(config)[1] if config.data.source == "instructions" else load_corpus(config).val
+    if config.data.source == "instructions":
+        return split_pairs(config)[1]
+    return load_corpus(config).val
 
 
 def holds_instructions(data: str, config: Config) -> bool:
@@ -93,7 +96,7 @@ def holds_instructions(data: str, config: Config) -> bool:
         return False
     try:
         row, _ = next(read_files(data, "--data", "replace"))
-    except (UserError, StopIteration):  # whoever reads all of it says what is wrong
+    except (UserError, StopIteration):  # the error is raised later, when all of the file is read
         return kind_of(data) == ".json"
     names = {config.data.fields.get(name, name) for name in ("instruction", "output")}
     return bool(names & row.keys()) and config.data.text_field not in row
@@ -102,24 +105,22 @@ def holds_instructions(data: str, config: Config) -> bool:
 def text_blocks(
     documents: list[str] | TokenFiles, tokenizer: Tokenizer, config: Config, seq_len: int
 ) -> tuple[PackedLMDataset, int, int]:
-    """(the documents as validation blocks, their number, their bytes without those of the first token,
-    which nothing predicts)."""
+    """(the documents as validation blocks, their number, their bytes without those of the first token, which
+    nothing predicts)."""
     if isinstance(documents, TokenFiles):
         documents.check(tokenizer)
         tokens = documents.val
         n_documents, n_bytes = tokens.count(tokenizer)
     else:
         tokens = tokenize(documents, tokenizer)
-        n_bytes = sum(len(document.encode()) for document in documents) - n_first_bytes(
-            tokens[:4].tolist(), tokenizer
-        )
         n_documents = len(documents)
-    blocks = PackedLMDataset(
-        tokens, seq_len, pad_last=True, mask_eos=tokenizer.eos_id if config.data.document_mask else None
-    )
+        n_bytes = sum(len(document.encode()) for document in documents)
+        n_bytes -= n_first_bytes(tokens[:4].tolist(), tokenizer)
+    mask_eos = tokenizer.eos_id if config.data.document_mask else None
+    blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=mask_eos)
     if len(blocks) == 0:
         raise UserError(
-            f"the text has {len(tokens)} tokens with its end, and two are needed to score one; give more text"
+            f"the text has {len(tokens)} tokens with its end, and at least two are needed; give more text"
         )
     return blocks, n_documents, n_bytes
 
@@ -133,37 +134,37 @@ def validate(
     batch_size: int | None = None,
     precision: str = "32-true",
 ) -> Validation:
-    """Loss of `model` (in eval mode) on documents, packed into blocks as in training, or on the responses
+    """How well `model` (in eval mode) predicts documents, packed into blocks as in training, or the responses
     of instructions. Raises UserError if they are too short."""
-    device, seq_len = next(model.parameters()).device, min(config.seq_len, model.config.max_seq_len)
-    answers = isinstance(documents, list) and isinstance(documents[0], Pair)
-    if answers:
+    device = next(model.parameters()).device
+    seq_len = min(config.seq_len, model.config.max_seq_len)
+    has_responses = isinstance(documents, list) and isinstance(documents[0], Pair)
+    if has_responses:
         blocks = validation_pairs(documents, tokenizer, config, seq_len)
         n_documents, n_bytes = len(documents), blocks.n_bytes
     else:
         blocks, n_documents, n_bytes = text_blocks(documents, tokenizer, config, seq_len)
     batches = ValBatches(blocks, batch_size or config.training.micro_batch_size, rank=0, world=1, limit=None)
-    totals = torch.zeros(
-        5 if answers else 2, dtype=torch.float64
-    )  # loss, targets; right tokens, responses, right responses
+    # loss, targets; for responses also: right tokens, responses, right responses
+    totals = torch.zeros(5 if has_responses else 2, dtype=torch.float64)
     for i in progress(range(len(batches)), "scoring"):
         batch = {name: value.to(device) for name, value in batches[i].items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
-            sums = score_responses(model, batch) if answers else torch.stack(model(**batch))
+            sums = score_responses(model, batch) if has_responses else torch.stack(model(**batch))
         totals += sums.double().cpu()
-    loss_sum, n_targets, *right = totals.tolist()
+    loss_sum, n_targets, *accuracy_sums = totals.tolist()
     loss = loss_sum / n_targets
-    accuracy = (
-        {"token_accuracy": right[0] / n_targets, "response_accuracy": right[2] / right[1]} if answers else {}
+    found = Validation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700)),  # exp(710) is too large for a float
+        bits_per_byte=loss_sum / math.log(2) / max(1, n_bytes),
+        n_documents=n_documents,
+        n_tokens=int(n_targets),
+        n_bytes=n_bytes,
+        seq_len=seq_len,
     )
-    bits_per_byte = loss_sum / math.log(2) / max(1, n_bytes)
-    return Validation(
-        loss,
-        math.exp(min(loss, 700)),
-        bits_per_byte,
-        n_documents,
-        int(n_targets),
-        n_bytes,
-        seq_len,
-        **accuracy,
-    )
+    if has_responses:
+        n_right_tokens, n_responses, n_right_responses = accuracy_sums
+        found.token_accuracy = n_right_tokens / n_targets
+        found.response_accuracy = n_right_responses / n_responses
+    return found

@@ -74,7 +74,7 @@ cases:
         ("{prompt: x, choices: [b, c]}", "target None must be one of the choices"),
         ("{prompt: x, target: b, choices: [b]}", "choices=['b']"),
         ("{prompt: x, target: b, choices: [b, c, b]}", "a choice is given twice"),
-        ('{id: odd, prompt: x, regex: "(a"}', "case 1 (odd): '(a' is no regular expression"),
+        ('{id: odd, prompt: x, regex: "(a"}', "case 1 (odd): '(a' is not a regular expression"),
         ("{prompt: x, target: b, weight: 0}", "weight=0.0: input should be greater than 0"),
         ("{prompt: x, target: b, weight: heavy}", "weight='heavy'"),
         ("{prompt: x, target: b, max_new_tokens: 0}", "max_new_tokens=0"),

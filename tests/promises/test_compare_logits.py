@@ -168,11 +168,11 @@ def test_a_gguf_whose_tokenizer_is_not_ours_fails(saved, tmp_path, monkeypatch, 
             "support.exchange.gguf_file.tokenizer_json", lambda tokenizer: swapped(tokenizer_json(tokenizer))
         )
     elif change == "smollm" and program == "transformers":  # it does not know that name, and would not notice
-        monkeypatch.setattr("support.exchange.gguf_file.pre_tokenizer_name", lambda tree: change)
+        monkeypatch.setattr("support.exchange.gguf_file.word_splitter_name", lambda tree: change)
         assert "TEXT NOT VERIFIED" in call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
         return
     else:
-        monkeypatch.setattr("support.exchange.gguf_file.pre_tokenizer_name", lambda tree: change)
+        monkeypatch.setattr("support.exchange.gguf_file.word_splitter_name", lambda tree: change)
     with pytest.raises(UserError, match=READ):
         call("--ckpt", path, "--to", "gguf", "--output", tmp_path / "m.gguf")
     assert not list(tmp_path.glob("m.gguf*"))
@@ -304,7 +304,7 @@ def test_a_gpt2_folder_without_a_tokenizer_says_that_its_text_is_not_compared(tm
     save_file(to_theirs(model.config, model.state_dict()), folder / "model.safetensors", {"format": "pt"})
     said = call("--from", folder, "--output", tmp_path / "ours.ckpt")
     assert (
-        "has none; OpenAI's of GPT-2 is taken" in said
+        "has none, so OpenAI's of GPT-2 is taken" in said
         and "TEXT NOT VERIFIED" in said
         and "verified: largest difference" in said
     )
@@ -337,7 +337,7 @@ def test_openai_s_tokenizer_is_known_whatever_files_hold_it(tmp_path):
     said = []
     folder = gpt2_folder(tmp_path / "none", None)
     assert read_tokenizer(folder, {"model_type": "gpt2", "vocab_size": 50257}, said.append).kind == "gpt2"
-    assert "has none; OpenAI's of GPT-2 is taken" in said[0]
+    assert "has none, so OpenAI's of GPT-2 is taken" in said[0]
 
 
 def test_vocab_json_and_merges_of_another_vocabulary_are_that(tmp_path):

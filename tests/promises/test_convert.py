@@ -31,7 +31,7 @@ from data import StepShape, StreamingPackedLMDataset, tokenize
 from model import GPTConfig, GPTMini
 from sampling import SamplingConfig
 from support.checkpoint import KEY, load_model, read_checkpoint, write_model
-from support.exchange.gguf_file import PATTERNS
+from support.exchange.gguf_file import WORD_PATTERNS
 from support.exchange.hf_names import config_json, family_of, model_fields, to_ours, to_theirs
 from support.exchange.tokenizer_json import gpt2_merges, tokenizer_json
 from support.messages import UserError
@@ -332,7 +332,7 @@ def test_a_quantized_folder_is_refused_by_the_name_of_its_method_or_read_where_i
     )
     said = call("--from", tmp_path / "hf", "--output", tmp_path / "plain.ckpt")
     assert (
-        f"config.json says {method}, and they are plain floats" in said
+        f"config.json says {method}, but they are plain floats" in said
         and "verified: largest difference" in said
     )
     assert same_weights(load_model(tmp_path / "plain.ckpt")[0], random_model())
@@ -777,7 +777,7 @@ def test_transformers_reads_the_gguf_and_gives_our_logits_and_tokens(saved, tmp_
 def split_like(name: str) -> FileTokenizer:
     """A byte-level BPE that cuts text into words as the published tokenizers of SmolLM, Qwen and Llama 3 do."""
     backend = Backend(models.BPE())
-    patterns = {called: pattern for pattern, called in PATTERNS.items()}
+    patterns = {called: pattern for pattern, called in WORD_PATTERNS.items()}
     if name == "smollm":
         steps = [
             pre_tokenizers.Digits(individual_digits=True),
@@ -824,7 +824,7 @@ def test_a_wrong_gguf_is_noticed_and_leaves_nothing(saved, tmp_path, trained_bpe
         for dtype in ("f32", "f16", "q8_0"):
             with pytest.raises(UserError, match="the conversion is wrong"):
                 call("--ckpt", path, "--to", "gguf", "--dtype", dtype, "--output", tmp_path / "m.gguf")
-    monkeypatch.setattr("support.exchange.gguf_file.pre_tokenizer_name", lambda tree: "smollm")
+    monkeypatch.setattr("support.exchange.gguf_file.word_splitter_name", lambda tree: "smollm")
     with pytest.raises(
         UserError, match=r"reads .* as \[.*\], and this project as \[.*; the tokenizer was not converted correctly"
     ):

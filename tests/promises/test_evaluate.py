@@ -71,7 +71,7 @@ def naive(model, context: list[int], following: list[int]) -> tuple[float, bool]
 @pytest.mark.parametrize("logits", [1, 400 * 50, 2**25], ids=["one by one", "a few", "all at once"])
 def test_likelihoods_equal_a_naive_loop_however_they_are_batched(loaded, monkeypatch, logits):
     model, tokenizer = loaded
-    monkeypatch.setattr(support.evaluation.likelihoods, "LOGITS", logits)
+    monkeypatch.setattr(support.evaluation.likelihoods, "LOGITS_AT_ONCE", logits)
     texts = [
         ("A token is", " a piece of text."),
         ("The", " x"),
@@ -111,7 +111,7 @@ def test_continuations_are_those_of_infer_whatever_their_lengths(loaded, monkeyp
         for prompt, n in zip(prompts, lengths, strict=True)
     ]
     for rows in (128, 2):
-        monkeypatch.setattr(support.evaluation.likelihoods, "ROWS", rows)
+        monkeypatch.setattr(support.evaluation.likelihoods, "CONTINUATIONS_AT_ONCE", rows)
         assert (
             continuations(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], lengths)
             == expected
