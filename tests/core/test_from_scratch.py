@@ -1,4 +1,4 @@
-"""The parts written out: each proof holds, and each can fail; the tokenizer and the optimizer in use."""
+"""The lessons: each proof holds, and each can fail; the training loop, the tokenizer and AdamW at work."""
 
 import contextlib
 import io
@@ -8,17 +8,33 @@ import random
 import re
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import train_tiny
+from test_mutations import changed_copy
 
 import from_scratch
 import optim
-from from_scratch import BPE, PROOFS, AdamW, byte_characters, learning_rate, merge_pair, orthogonalize
-from support.messages import UserError
+from data import load_corpus, make_dataloaders, pack_corpus
+from from_scratch import (
+    BPE,
+    PROOFS,
+    AdamW,
+    attention,
+    byte_characters,
+    clip_gradients,
+    learning_rate,
+    merge_pair,
+    orthogonalize,
+    rope_halves,
+    sampling_probabilities,
+    training_loop,
+)
+from support.checkpoint import load_model
+from support.config.read import load_config
 from support.files.tokenizer_files import gpt2_files
+from support.messages import UserError
 from tokenizer import EOS_TEXT, GPT2Tokenizer
 
 CORPUS = (from_scratch.REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
@@ -33,7 +49,7 @@ def proven(*parts: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", PROOFS)
 def test_each_part_is_what_pytorch_or_a_library_computes(name):
-    torch.manual_seed(1)  # other numbers than those of the command
+    torch.manual_seed(1)  # other random numbers than the command's
     proofs = list(PROOFS[name]())
     assert proofs and all(proof.holds for proof in proofs), proofs
 
@@ -41,77 +57,127 @@ def test_each_part_is_what_pytorch_or_a_library_computes(name):
 def test_the_command_prints_a_row_for_each_part_and_takes_beginnings_of_names():
     code, said = proven("linear", "ro", "SOFT")
     assert code == 0 and said.endswith("all agree\n")
-    assert re.findall(r"^(\w+)  ", said, re.M) == ["part", "Linear", "softmax", "RoPE"]
+    assert re.findall(r"^(\w+)  ", said, re.MULTILINE) == ["part", "Linear", "softmax", "RoPE"]
     with pytest.raises(UserError, match="no part begins with nothing; there are Linear, Embedding"):
         proven("nothing")
 
 
-def wrong(name: str, change: Callable) -> tuple:
-    """The part and a wrong version of it, made of the right one."""
-    return pytest.param(name, change, id=name)
+def wrong_softmax(x, dim=-1):
+    """Overflows: the largest x is not taken out."""
+    return x.exp() / x.exp().sum(dim=dim, keepdim=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        wrong(
-            "softmax", lambda right: lambda x, dim=-1: x.exp() / x.exp().sum(dim=dim, keepdim=True)
-        ),  # overflows
-        wrong("cross_entropy", lambda right: lambda logits, targets: -softmax_then_log(logits, targets)),
-        wrong("silu", lambda right: lambda x: torch.relu(x)),
-        wrong("rope_halves", lambda right: lambda x, theta=10000.0: right(x, theta=1000.0)),
-        wrong("to_neighbours", lambda right: lambda x: x),
-        wrong(
-            "attention", lambda right: lambda q, k, v, mask=None: right(q * q.shape[-1] ** 0.5, k, v, mask)
-        ),
-        wrong("orthogonalize", lambda right: lambda G: right(G, steps=1)),
-        wrong("clip_gradients", lambda right: lambda parameters, limit: right(parameters, limit * 2)),
-        wrong("learning_rate", lambda right: lambda step, *rest: right(step + 1, *rest)),
-        wrong(
-            "sampling_probabilities",
-            lambda right: lambda logits, temperature=1.0, top_k=None, top_p=1.0: right(logits, temperature),
-        ),
-        wrong("last_place", lambda right: lambda pattern, text, start, end: end // 2),
-    ],
-)
-def test_a_part_that_is_wrong_is_noticed(monkeypatch, name, change):
-    monkeypatch.setattr(from_scratch, name, change(getattr(from_scratch, name)))
-    code, said = proven()
+def wrong_cross_entropy(logits, targets):
+    """Softmax first and then its logarithm, which is log(0) for an unlikely token."""
+    return -logits.softmax(dim=-1).gather(-1, targets[:, None]).log().mean()
+
+
+def wrong_attention(q, k, v, mask=None):
+    """Without the division by sqrt(hd)."""
+    return attention(q * q.shape[-1] ** 0.5, k, v, mask)
+
+
+def wrong_sampling_probabilities(logits, temperature=1.0, top_k=None, top_p=1.0):
+    """Without top_k and top_p."""
+    return sampling_probabilities(logits, temperature)
+
+
+WRONG = {  # name in from_scratch.py: (the part whose proof fails, what stands in its place)
+    "softmax": ("softmax", wrong_softmax),
+    "cross_entropy": ("cross_entropy", wrong_cross_entropy),
+    "silu": ("silu", torch.relu),
+    "rope_halves": ("RoPE", lambda x: rope_halves(x, theta=1000.0)),
+    "to_neighbours": ("RoPE", lambda x: x),
+    "attention": ("attention", wrong_attention),
+    "orthogonalize": ("orthogonalize", lambda G: orthogonalize(G, steps=1)),
+    "clip_gradients": ("clip", lambda parameters, limit: clip_gradients(parameters, limit * 2)),
+    "learning_rate": ("learning", lambda step, *rest: learning_rate(step + 1, *rest)),
+    "sampling_probabilities": ("sampling", wrong_sampling_probabilities),
+    "last_place": ("BPE", lambda pattern, text, start, end: end // 2),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_part_that_is_wrong_is_noticed(monkeypatch, name):
+    part, wrong = WRONG[name]
+    monkeypatch.setattr(from_scratch, name, wrong)
+    code, said = proven(part)
     assert code == 1 and "DIFFERENT" in said and said.endswith(" differ\n")
 
 
-def softmax_then_log(logits, targets):
-    return logits.softmax(dim=-1).gather(-1, targets[:, None]).log().mean()
-
-
 @pytest.mark.parametrize(
-    ("right", "change"),
+    ("right", "wrong"),
     [
-        ("v / (1 - b2**t)", "v"),  # no bias correction
-        ("w.mul_(1 - lr * group[\"weight_decay\"])", "g = g + group[\"weight_decay\"] * w"),  # decay through the gradient, as in Adam
-        ("centered.pow(2).mean(dim=-1, keepdim=True)", "x.var(dim=-1, keepdim=True)"),  # divided by D - 1
-        (".tril()", ".triu()"),  # the mask turned around
-        ("return y if self.bias is None else y + self.bias", "return y"),
+        pytest.param("v / (1 - b2**t)", "v", id="no bias correction"),
+        pytest.param(
+            'w.mul_(1 - lr * group["weight_decay"])',
+            'g = g + group["weight_decay"] * w',
+            id="decay through the gradient, as in Adam",
+        ),
+        pytest.param(
+            "centered.pow(2).mean(dim=-1, keepdim=True)", "x.var(dim=-1, keepdim=True)", id="divided by D - 1"
+        ),
+        pytest.param(".tril()", ".triu()", id="the mask turned around"),
+        pytest.param("return y if self.bias is None else y + self.bias", "return y", id="no bias"),
+        pytest.param("(scored.sum() / n_targets)", "(1 / len(micro_batches))", id="mean of means"),
+        pytest.param(
+            "        optimizer.zero_grad()\n        log.append", "        log.append", id="no zero_grad"
+        ),
     ],
-)  # fmt: skip
-def test_a_changed_line_is_noticed(right, change):
-    source = (from_scratch.REPO / "from_scratch.py").read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    changed = {"__name__": "changed", "__file__": from_scratch.__file__}
-    exec(compile(source.replace(right, change), "changed", "exec"), changed)
+)
+def test_a_changed_line_is_noticed(tmp_path, monkeypatch, right, wrong):
+    changed = changed_copy(tmp_path, "from_scratch.py", right, wrong)
+    monkeypatch.setattr(changed, "REPO", from_scratch.REPO)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert changed["main"](["Linear", "LayerNorm", "Multi", "AdamW"]) == 1
+        assert changed.main(["Linear", "LayerNorm", "Multi", "AdamW", "training"]) == 1
 
 
 def test_ours_in_use_agree_with_the_lessons():
-    """What optim.py computes for whole batches, and for all schedules, is what is written out here for one."""
+    """optim.py computes for whole batches and all schedules what from_scratch.py writes out for one."""
     G = torch.randn(12, 20)
     torch.testing.assert_close(orthogonalize(G), optim.newton_schulz(G[None])[0])
     for warmup, total in ((10, 100), (0, 7), (4, 4)):
         for step in range(total + 30):
             ours = learning_rate(step, 3e-3, 3e-4, warmup, total)
             assert ours == pytest.approx(3e-3 * optim.lr_factor(step, "cosine", warmup, total, 0.1))
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+def test_the_training_loop_gives_the_losses_and_weights_of_train_py(tmp_path):
+    """The same config, first weights and micro-batches. The clip bites in every step."""
+    words = (
+        "training.max_steps=5",
+        "training.optimizer=adamw",
+        "training.schedule=cosine",
+        "training.schedule_steps=5",
+        "training.lr=0.003",
+        "training.min_lr=0.0003",
+        "training.weight_decay=0.3",
+        "training.grad_clip=0.1",
+        "training.val_every=100",
+        "tokenizer.kind=byte",
+    )
+    trained = train_tiny(tmp_path / "trained", *words)
+    start = train_tiny(tmp_path / "start", *words, "training.max_steps=0", "training.warmup_steps=0")
+    net, tokenizer, _ = load_model(start.folder / "final.ckpt")
+    config = load_config(trained.folder / "run_config.yaml")
+    packed = pack_corpus(load_corpus(config), tokenizer, config)
+    loader, _ = make_dataloaders(config, packed, tokenizer, 5)
+    steps = [step.micro_batches for step in loader]
+    assert [len(micro_batches) for micro_batches in steps] == [2] * 5
+    log = training_loop(
+        net.train(), steps, n_steps=5, peak=0.003, floor=0.0003, warmup=2, weight_decay=0.3, clip=0.1
+    )
+    for key, digits in (("step", 0), ("loss", 1e-5), ("lr", 1e-9), ("grad_norm", 1e-4)):
+        theirs = [row[key] for row in trained.train_rows]
+        assert [row[key] for row in log] == pytest.approx(theirs, rel=digits), key
+    assert min(row["grad_norm"] for row in log) > 0.2
+    theirs = trained.checkpoint()["state_dict"]
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[f"net.{name}"], rtol=0, atol=2e-5)
 
 
 # ---- byte-pair encoding --------------------------------------------------------------------------
@@ -154,7 +220,7 @@ def test_special_tokens_are_one_token_and_merge_with_nothing():
     ]
     assert bpe.decode(ids) == f"one{EOS_TEXT} two<|x|>y<|x|>"
     assert not any(b"<|" in token for token in bpe.bytes_of[256:])
-    with pytest.raises(UserError, match="special token 'a b' has blanks"):
+    with pytest.raises(UserError, match="special token 'a b' is empty or has blanks"):
         BPE([], ["a b"])
 
 
