@@ -184,9 +184,10 @@ def test_the_training_loop_gives_the_losses_and_weights_of_train_py(tmp_path):
 
 
 def naive_merges(words: Counter, n: int) -> list[tuple[int, int]]:
-    """Count all pairs of all words anew for each merge."""
+    """The first n merges, all pairs of all words counted again for each."""
     order = {byte: id for id, byte in enumerate(from_scratch.byte_order())}
-    rows, merges = [([order[byte] for byte in word.encode()], times) for word, times in words.items()], []
+    rows = [([order[byte] for byte in word.encode()], times) for word, times in words.items()]
+    merges = []
     for step in range(n):
         counts = Counter()
         for ids, times in rows:
@@ -227,16 +228,15 @@ def test_special_tokens_are_one_token_and_merge_with_nothing():
 def test_lines_are_encoded_as_the_whole_text_is():
     data = gpt2_files()
     bpe = BPE.from_files(data / "encoder.json", data / "vocab.bpe")
-    assert list(bpe.encode_iterable(CORPUS.splitlines(keepends=True))) == GPT2Tokenizer().backend.encode(
-        CORPUS, allowed_special="all"
-    )
+    expected = GPT2Tokenizer().backend.encode(CORPUS, allowed_special="all")
+    assert list(bpe.encode_iterable(CORPUS.splitlines(keepends=True))) == expected
     text = " \n\n\n  x\n\n \ty  \n" * 3 + EOS_TEXT + "\n\n" + "z" * 50
     for lines in (text.splitlines(keepends=True), list(text), [text]):
         assert list(bpe.encode_iterable(lines)) == bpe.encode(text)
 
 
-def test_lines_are_not_gathered():
-    """The first ids are there before the tenth line is read, of a source without end."""
+def test_ids_come_while_lines_are_still_being_read():
+    """The source of lines never ends, so a reader that collected them first would never return."""
     bpe, read = BPE.train([CORPUS], 400), []
 
     def endless():
@@ -252,8 +252,8 @@ def test_lines_are_not_gathered():
 
 
 def test_a_text_of_ever_new_words_does_not_fill_the_memory(monkeypatch):
-    """The cache of words is bounded, in words and in characters, and what it forgets is encoded again to
-    the same ids."""
+    """The cache of words is limited, in words and in characters, and a word that it has dropped is encoded
+    to the same ids again."""
     monkeypatch.setattr(from_scratch, "CACHED_WORDS", 300)
     bpe, dice = BPE.train([CORPUS], 400), random.Random(3)
     lines = [
@@ -275,7 +275,7 @@ def test_a_text_of_ever_new_words_does_not_fill_the_memory(monkeypatch):
     assert forgetful.encode(text) == ids and not forgetful.cache
 
 
-def test_bytes_that_are_no_text_become_the_replacement_character():
+def test_bytes_that_are_not_text_become_the_replacement_character():
     bpe = BPE([])
     ids = [bpe.id_of_byte[byte] for byte in b"a\xff\xe6\x9db"]
     assert bpe.decode(ids) == b"a\xff\xe6\x9db".decode("utf-8", errors="replace") == "a\ufffd\ufffdb"
@@ -307,7 +307,7 @@ def test_files_are_read_and_wrong_ones_refused(tmp_path):
 
 
 def test_training_touches_only_the_words_that_hold_a_pair(monkeypatch):
-    """A naive trainer rewrites every word for every merge; this one a small share of that."""
+    """A naive trainer rewrites every word for every merge; this one rewrites a small share of them."""
     rewritten = 0
 
     def counted(*args):
@@ -324,7 +324,7 @@ def test_training_touches_only_the_words_that_hold_a_pair(monkeypatch):
 # ---- AdamW in training ---------------------------------------------------------------------------
 
 
-def test_training_with_the_adamw_written_out_gives_the_curve_of_pytorchs(tmp_path):
+def test_a_run_with_the_adamw_written_out_gives_the_losses_of_pytorch_s(tmp_path):
     runs = {}
     for optimizer in ("adamw", "adamw_from_scratch"):
         runs[optimizer] = train_tiny(tmp_path / optimizer, f"training.optimizer={optimizer}")
@@ -336,7 +336,7 @@ def test_training_with_the_adamw_written_out_gives_the_curve_of_pytorchs(tmp_pat
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a, b)
 
 
-def test_a_run_with_it_resumes_exactly(tmp_path):
+def test_a_run_with_the_adamw_written_out_resumes_exactly(tmp_path):
     ours = ("training.optimizer=adamw_from_scratch", "training.schedule_steps=12")
     whole = train_tiny(tmp_path / "whole", *ours)
     train_tiny(tmp_path / "parts", *ours, "training.max_steps=8")
@@ -344,7 +344,7 @@ def test_a_run_with_it_resumes_exactly(tmp_path):
     assert resumed.sha256 == whole.sha256
 
 
-def test_closure_and_missing_gradients():
+def test_adamw_takes_a_closure_and_leaves_a_weight_without_gradient_alone():
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW([used, unused], lr=0.1)
 

@@ -161,50 +161,6 @@ def test_dropout_is_drawn_anew_at_each_step_from_the_seed(run, tmp_path, monkeyp
     assert dropped.sha256 != run(tmp_path / "plain", *SHORT).sha256
 
 
-def test_three_steps_equal_a_plain_training_loop(run, tmp_path):
-    """The witness: torch's AdamW, the step's micro-batches as one batch, the mean loss, a clip that always
-    bites, the learning rate set by hand. Only the model, the data and the first weights are shared."""
-    words = (
-        *SHORT,
-        *ADAMW,
-        "training.schedule=constant",
-        "training.weight_decay=0.3",
-        "training.grad_clip=0.1",
-    )
-    trained = run(tmp_path / "trained", *words)
-    start = run(tmp_path / "start", *words, "training.max_steps=0", "training.warmup_steps=0")
-    net, tokenizer, _ = load_model(start.folder / "final.ckpt")
-    config = load_config(trained.folder / "run_config.yaml")
-    loader, _ = make_dataloaders(config, pack_corpus(load_corpus(config), tokenizer, config), tokenizer, 3)
-    matrices, vectors = (
-        [p for p in net.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False)
-    )
-    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    losses, norms = [], []
-    for step, rate in zip(loader, (0.0015, 0.003, 0.003), strict=True):
-        ids, labels = (
-            torch.cat([batch[name] for batch in step.micro_batches]) for name in ("input_ids", "labels")
-        )
-        loss = F.cross_entropy(net(ids).flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
-        for p in net.parameters():
-            p.grad *= min(1.0, 0.1 / norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        losses.append(loss.item())
-        norms.append(norm.item())
-    assert min(norms) > 0.2
-    assert [row["loss"] for row in trained.train_rows] == pytest.approx(losses, rel=1e-5)
-    assert [row["grad_norm"] for row in trained.train_rows] == pytest.approx(norms, rel=1e-4)
-    assert [row["lr"] for row in trained.train_rows] == pytest.approx([0.0015, 0.003, 0.003])
-    for name, tensor in net.state_dict().items():
-        torch.testing.assert_close(weights(trained)[f"net.{name}"], tensor, rtol=0, atol=2e-5)
-
-
 def test_no_clip_is_a_clip_that_never_bites(run, tmp_path):
     shas = [
         run(tmp_path / clip, *SHORT, *ADAMW, f"training.grad_clip={clip}").sha256
