@@ -14,8 +14,7 @@ from support.messages import UserError, warn
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` at the end: complete, or as it was before if anything goes
-    wrong."""
+    """A file to write to that becomes `path` at the end. If anything goes wrong, `path` stays as it was."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -40,7 +39,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Let `target` be another name of `source`'s content (a hard link; a copy where links fail), atomically."""
+    """Make `target` another name of `source`: a hard link, or a copy where links fail. Atomic, as above."""
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
@@ -51,39 +50,28 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.replace(temporary, target)
         sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)  # rename leaves it where both names already were one file
+        temporary.unlink(missing_ok=True)  # a rename leaves it if both names were one file already
 
 
 def temporary_folder() -> Path:
-    """A new folder where temporary files go, as open to others as the umask says (tempfile's would be for
-    its owner alone)."""
+    """A new folder for temporary files, as open to others as the umask says; one made by `tempfile` would be
+    for its owner alone."""
     folder = Path(tempfile.gettempdir()) / f"tiny-transformer-{secrets.token_hex(4)}"
     folder.mkdir()
     return folder
 
 
 def claim_folder(folder: Path, flag: str = "--override checkpoint.dir="):
-    """Make the folder and hold it for this process; returns the lock to keep. Where the file system has no
-    locks, a warning says so. Raises UserError if another run holds it, or if it cannot be written; `flag`
-    is the one that names another folder."""
-    import filelock
+    """Make the folder and lock it for this process; returns the lock, which must be kept. Where the file
+    system has no locks, a warning says so.
 
+    Raises UserError if another run holds the folder, or if it cannot be written; `flag` is how the user names
+    another folder.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", blocking=False)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"another run is writing to {folder}; wait for it, or write elsewhere by {flag}{folder}-2"
-            ) from None
-        except OSError as error:
-            open(folder / ".lock", "ab").close()  # not the folder is at fault, or this would fail too
-            warn(
-                f"{folder} cannot be locked ({error.strerror}): its file system has no locks, so do not "
-                "start a second run there"
-            )
+        lock = _lock(folder, flag)
     except OSError as error:
         with contextlib.suppress(OSError):
             if made:
@@ -91,15 +79,36 @@ def claim_folder(folder: Path, flag: str = "--override checkpoint.dir="):
             for path in made:
                 path.rmdir()
         raise UserError(
-            f"{folder} cannot be written ({error.strerror}); name another folder by {flag}PATH"
+            f"{folder} cannot be written ({error.strerror}); name another folder with {flag}PATH"
         ) from None
     for leftover in folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
         leftover.unlink()
     return lock
 
 
+def _lock(folder: Path, flag: str):
+    """The lock on this folder, held, or with a warning not held where locks fail. Raises OSError if nothing
+    can be written to the folder."""
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another run is writing to {folder}; wait for it, or write elsewhere with {flag}{folder}-2"
+        ) from None
+    except OSError as error:
+        open(folder / ".lock", "ab").close()  # if the folder were at fault, this would fail too
+        warn(
+            f"{folder} cannot be locked ({error.strerror}): its file system has no locks, so do not start a "
+            "second run there"
+        )
+    return lock
+
+
 def why_no_lock(folder: Path) -> str | None:
-    """Why files in this folder cannot be locked, None if they can. Leaves nothing behind."""
+    """Why files in this folder cannot be locked; None if they can be. Leaves no file."""
     try:
         import fcntl
     except ImportError:  # Windows, where every file system has locks

@@ -1,5 +1,5 @@
-"""What may be in a checkpoint file: checks made before and after it is opened, so that none runs code or
-fills the memory."""
+"""What may a checkpoint file hold? Checks before and after it is opened, so that no file runs code or fills
+the memory."""
 
 import pickletools
 import zipfile
@@ -11,8 +11,8 @@ import torch
 
 from support.messages import printable
 
-# What a file that torch.save wrote of our checkpoints names. torch.load(weights_only=True) lets more pass,
-# and some of that can be made to fill the memory: bytearray(10**11), a tensor out of nested lists.
+# All names in the pickles of our checkpoints. torch.load(weights_only=True) allows more, and some of that can
+# be made to fill the memory: bytearray(10**11), a tensor made from nested lists.
 SAFE_NAMES = {
     "collections OrderedDict",
     "torch Size",
@@ -22,23 +22,14 @@ SAFE_NAMES = {
     f"torch {kind}Storage"
     for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 }
-GROWS = {
-    "APPEND",
-    "APPENDS",
-    "SETITEM",
-    "SETITEMS",
-    "BUILD",
-}  # pickle's instructions that change the value they find
-UNDER_MARK = {
-    "TUPLE": 0,
-    "APPENDS": 1,
-    "SETITEMS": 1,
-}  # those that take all values back to a mark, and how many under it
-MAX_SIZE = (
-    10**8
-)  # of a description, in characters and values, everything that stands in it twice counted twice
+# Instructions of pickle that change the value they find on the stack.
+GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+# Instructions that take all values back to a mark, and how many values below the mark.
+UNDER_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}
+# Of a description, in characters and values; everything that is in it twice counts twice.
+MAX_SIZE = 10**8
 MAX_DEPTH = 100
-LEGACY_VERSION = 1001  # a number in each file from before 1.6, however short
+LEGACY_VERSION = 1001  # a number in each file from before PyTorch 1.6, however short
 
 
 class Damage(ValueError):
@@ -46,11 +37,11 @@ class Damage(ValueError):
 
 
 def check_archive(path: Path) -> None:
-    """Raise Damage, in words, for a file that asks for more than it holds, or would call what no checkpoint
+    """Raise Damage for a file that asks for more memory than it holds, or would call what no checkpoint
     needs.
 
     torch.load believes what an archive says of itself: a few kilobytes can unfold into gigabytes. What
-    torch.save writes is plain: entries as they are, one behind the other. Nothing is unpickled here.
+    torch.save writes is simple: uncompressed entries, one after the other. Nothing is unpickled here.
     """
     with zipfile.ZipFile(path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -59,30 +50,30 @@ def check_archive(path: Path) -> None:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise Damage("an entry of it is compressed")
             if entry.header_offset + entry.file_size > end:
-                raise Damage("its entries lie over each other")
-        pickles = [
-            entry for entry in entries if entry.filename.lower().endswith("data.pkl")
-        ]  # torch ignores case
+                raise Damage("its entries overlap")
+        # PyTorch ignores case, so we do.
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(pickles) != 1 or entries[0].header_offset or pickles[0].file_size > MAX_SIZE:
             raise Damage("truncated or damaged")
         check_pickle(archive.read(pickles[0]))
 
 
 def check_legacy(path: Path) -> None:
-    """Raise Damage for a file as torch.save wrote it before version 1.6, by the same rules: five pickles, one
-    behind the other (a magic number, a version, the machine, the content, the order of the storages), and
-    then the numbers.
+    """Raise Damage, by the same rules, for a file as torch.save wrote it before version 1.6: five pickles one
+    after the other (a magic number, a version, the machine, the content, the order of the storages), then the
+    numbers.
 
-    What the content says of a storage's length is believed before the storage is read, so none may be longer
-    than the file.
+    torch.load believes the length that the content gives for a storage before it reads the storage, so no
+    number may be larger than the file.
     """
+    largest_number = max(path.stat().st_size, LEGACY_VERSION)
     with open(path, "rb") as file:
         for _ in range(5):
             start = file.tell()
+            is_magic_number = start == 0
             for _, value, _ in pickletools.genops(file):
-                if file.tell() - start > MAX_SIZE or (
-                    type(value) is int and start and value > max(path.stat().st_size, LEGACY_VERSION)
-                ):
+                too_large = type(value) is int and not is_magic_number and value > largest_number
+                if too_large or file.tell() - start > MAX_SIZE:
                     raise Damage("truncated or damaged")
             end = file.tell()
             file.seek(start)
@@ -90,10 +81,11 @@ def check_legacy(path: Path) -> None:
 
 
 def check_pickle(data: bytes) -> None:
-    """Raise Damage for a pickle that names anything but SAFE_NAMES, or of which more than MAX_SIZE comes.
+    """Raise Damage for a pickle that names anything but SAFE_NAMES, or that unfolds to more than MAX_SIZE.
 
-    A tuple of ten times a tuple of ten times ... is a few bytes to write, and hours to hash. So each value's
-    size is kept on a stack in place of the value: one cell, which grows as its list or dict does.
+    A tuple of ten times a tuple of ten times ... takes a few bytes to write, and hours to hash. So this walks
+    through the instructions as the unpickler would, with the size of each value on the stack in place of the
+    value: a list of one number, which grows when the value does.
     """
     stack, marks, memo = [], [], {}
     for opcode, value, _ in pickletools.genops(data):
@@ -109,22 +101,21 @@ def check_pickle(data: bytes) -> None:
         elif not opcode.stack_before:
             stack.append([len(value) + 1 if type(value) is str else 1])
         else:
-            start = (
-                marks.pop() - UNDER_MARK[name]
-                if name in UNDER_MARK
-                else len(stack) - len(opcode.stack_before)
-            )
+            if name in UNDER_MARK:
+                start = marks.pop() - UNDER_MARK[name]
+            else:
+                start = len(stack) - len(opcode.stack_before)
             taken = stack[start:]
             del stack[start:]
-            cell = taken.pop(0) if name in GROWS else [1]
-            cell[0] += sum([inner[0] for inner in taken])
-            if cell[0] > MAX_SIZE:
+            size = taken.pop(0) if name in GROWS else [1]
+            size[0] += sum([inner[0] for inner in taken])
+            if size[0] > MAX_SIZE:
                 raise Damage("a few bytes of it unfold without end")
-            stack.append(cell)
+            stack.append(size)
 
 
 def check_plain(tree: Any) -> None:
-    """Raise Damage unless `tree` is plain dicts, lists, text and numbers, that end: no list that holds
+    """Raise Damage unless `tree` is made of plain dicts, lists, texts and numbers, and ends: no list holds
     itself."""
     todo, size = [(tree, 0)], 0
     while todo:
@@ -133,18 +124,14 @@ def check_plain(tree: Any) -> None:
         if size > MAX_SIZE or depth > MAX_DEPTH:
             raise Damage("its description of itself is nested without end")
         if type(value) in (dict, list, tuple):
-            todo += (
-                [(inner, depth + 1) for inner in (*value, *value.values())]
-                if type(value) is dict
-                else [(inner, depth + 1) for inner in value]
-            )
+            parts = (*value, *value.values()) if type(value) is dict else value
+            todo += [(part, depth + 1) for part in parts]
         elif value is not None and type(value) not in (str, int, float, bool):
             raise Damage(f"its description of itself holds a {type(value).__name__}")
 
 
 def check_tensors(tree: Any) -> None:
-    """Raise Damage for a tensor of more elements than the file holds of it: one number can pose as a
-    terabyte."""
+    """Raise Damage for a tensor with more elements than the file holds: one number can pose as a terabyte."""
     for name, tensor in named_tensors(tree):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise Damage(f"{printable(name)[:100]} claims more elements than the file holds")
@@ -152,15 +139,14 @@ def check_tensors(tree: Any) -> None:
 
 def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in nested dicts and lists, in order, with its path: `state_dict.net.norm.weight`."""
+    # A loop and not a recursion, so that a tree of any depth, or one that holds itself, comes to an end.
     todo, seen = [(name, tree)], set()
-    while todo:  # a loop, with the names still to visit: a tree of any depth, or one that holds itself, ends
+    while todo:
         name, value = todo.pop()
         if isinstance(value, torch.Tensor):
             yield name, value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             inner = dict.items(value) if isinstance(value, dict) else enumerate(value)
-            above = (
-                f"{name[:300]}." if name else ""
-            )  # a million lists in each other have no name of a million parts
+            above = f"{name[:300]}." if name else ""  # a million nested lists get no name of a million parts
             todo += [(f"{above}{key}", item) for key, item in reversed(list(inner))]

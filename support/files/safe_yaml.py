@@ -1,5 +1,5 @@
-"""YAML and JSON of users: read safely, with bounds on what a file may unfold to. Configs and case files
-come through here."""
+"""How a YAML or JSON file of a user is read safely: with bounds on its size, and every odd value refused.
+Configs and case files come through here."""
 
 import json
 import re
@@ -10,11 +10,9 @@ import yaml
 
 from support.messages import UserError
 
-MAX_BYTES, MAX_VALUES, MAX_DIGITS = (
-    2**20,
-    50_000,
-    100,
-)  # of a file, values with aliases written out, digits of a number
+MAX_BYTES = 2**20  # of a file
+MAX_VALUES = 50_000  # with aliases written out
+MAX_DIGITS = 100  # of a number
 TOO_MANY = f"more than {MAX_VALUES} values, each alias counted in full"
 TOO_LONG = f"a number of more than {MAX_DIGITS} digits"
 HALF_OF_A_PAIR = "half of a surrogate pair, which is not a character"
@@ -24,29 +22,36 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Plain(str):
-    """A value as it is written, without quotes around it: `007`, `on`, `3e-4`. Whether that is a text, a
-    number or a switch depends on its key, see `support.config.values`; plain YAML would guess."""
+    """A value as it was written, without quotes around it: `007`, `on`, `3e-4`. Whether that is a text, a
+    number or a switch depends on its key, see `support.config.values`; YAML by itself would guess."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, less two surprises: what is written without quotes stays as written, and a key given
-    twice is an error, as are ten aliases of ten of ten of ten ..."""
+    """Safe YAML without its surprises: a value without quotes stays as written (`Plain`), a key given twice
+    is an error, and so are aliases that unfold to too much (ten of ten of ten ...)."""
 
     def resolve(self, kind: type, value: str | None, implicit: Any) -> str:
+        """The tag of a value; "!plain" for one without quotes."""
         tag = super().resolve(kind, value, implicit)
-        merge = tag == "tag:yaml.org,2002:merge"  # `<<` takes in the keys of another mapping
-        return "!plain" if kind is yaml.ScalarNode and implicit[0] and not merge else tag
+        is_merge = tag == "tag:yaml.org,2002:merge"  # `<<` takes in the keys of another mapping
+        is_unquoted = kind is yaml.ScalarNode and implicit[0]
+        return "!plain" if is_unquoted and not is_merge else tag
 
     def get_single_node(self) -> yaml.Node | None:
+        """The document as nodes, before values are made of them. Raises ComposerError for what is out of
+        bounds."""
         root = super().get_single_node()
-        todo, count = [root] if root else [], 0
+        todo = [root] if root else []
+        count = 0
         while todo:
-            node, count = todo.pop(), count + 1
+            node = todo.pop()
+            count += 1
             problem = TOO_MANY if count > MAX_VALUES else None
-            if isinstance(node, yaml.CollectionNode):
-                todo += [
-                    part for item in node.value for part in (item if isinstance(item, tuple) else (item,))
-                ]
+            if isinstance(node, yaml.MappingNode):
+                for key_node, value_node in node.value:
+                    todo += [key_node, value_node]
+            elif isinstance(node, yaml.SequenceNode):
+                todo += node.value
             elif len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float")):
                 problem = TOO_LONG
             elif SURROGATE.search(node.value):
@@ -56,6 +61,7 @@ class _Loader(yaml.SafeLoader):
         return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping. Raises ConstructorError for a key that is given twice."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -71,35 +77,29 @@ _Loader.add_constructor("!plain", lambda loader, node: Plain(node.value))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` holds, with all that has no quotes as `Plain`; `source` names it in the error."""
+    """The value that `text` holds, everything without quotes as `Plain`. Raises UserError that names
+    `source`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+        raise UserError(f"{where}: {problem}; fix the YAML there") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        # An impossible tag, a list as a key, nesting without end, ...
         raise UserError(
-            f"{where}: {' '.join(str(getattr(error, 'problem', None) or error).split())[:200]}; fix the "
-            "YAML there"
-        ) from None
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # an impossible tag, a list as key, ...
-        raise UserError(
-            f"{source}: no value of a config can be made of this ({error}); fix the YAML there"
+            f"{source}: this cannot be read as the value of a config ({error}); fix the YAML there"
         ) from None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each text that any reader of YAML could take for something else, such as 8e42519 or 007."""
+    """Puts quotes around each text that some reader of YAML could take for something else, such as
+    8e42519."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        """Line ends of all kinds are written as escapes: PyYAML writes some, such as U+0085, so that it
-        reads a blank."""
+        """A text as YAML. Line ends of all kinds are written as escapes: PyYAML would write some of them,
+        such as U+0085, in a way that it reads back as a blank."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -110,7 +110,7 @@ _Dumper.add_implicit_resolver(
 
 
 def dump_yaml(tree: dict) -> str:
-    """Text that is read back as it was."""
+    """The tree as YAML that every reader reads back as it was."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -118,7 +118,8 @@ def dump_yaml(tree: dict) -> str:
 
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 COLON = re.compile(r"\s*:")
-JSON_HINTS = (  # what is found where JSON expects something else, and the rule
+# What is found where JSON expects something else, and the rule.
+JSON_HINTS = (
     (re.compile(r"#|/[/*]"), "JSON has no comments"),
     (re.compile(r"'"), 'JSON writes texts and keys in double quotes: "text"'),
     (re.compile(r"True|False|None"), "JSON writes true, false and null"),
@@ -131,8 +132,8 @@ JSON_HINTS = (  # what is found where JSON expects something else, and the rule
 
 def parse_json(text: str, source: str) -> Any:
     """The value of a JSON text. Raises UserError with line and column, within the same bounds as YAML."""
-    if found := odd_json(text):
-        at, problem = found
+    if odd := find_odd_json(text):
+        at, problem = odd
         raise UserError(f"{source}, {_place(text, at)}: {problem}; fix the JSON there")
     try:
         return json.loads(text)
@@ -145,26 +146,33 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def _place(text: str, at: int) -> str:
+    """`line 3, column 14` of a position in the text."""
     return f"line {text.count(chr(10), 0, at) + 1}, column {at - text.rfind(chr(10), 0, at)}"
 
 
-def odd_json(text: str) -> tuple[int, str] | None:
-    """Where the text has something that Python's reader of JSON lets pass and no config can hold, and
-    what; else None."""
-    count, keys_of = 0, []  # for each object around the token its keys so far, for each list an empty set
+def find_odd_json(text: str) -> tuple[int, str] | None:
+    """(position, what is wrong) of the first thing in the text that Python's reader of JSON accepts and no
+    config can hold; None if there is none."""
+    count = 0
+    open_keys: list[
+        set[str]
+    ] = []  # for each object around the token its keys so far; for a list an empty set
     for token in JSON_TOKEN.finditer(text):
         word, problem = token[0], None
-        count += word not in ",:}]"
-        if word in "{[":
-            keys_of.append(set())
-        elif word in "}]":
-            keys_of = keys_of[:-1]
+        if word not in (",", ":", "}", "]"):
+            count += 1
+        if word in ("{", "["):
+            open_keys.append(set())
+        elif word in ("}", "]"):
+            open_keys = open_keys[:-1]
         elif word[0] == '"':
             value = _json_text(word)
-            problem = HALF_OF_A_PAIR if SURROGATE.search(value) else None
-            if keys_of and COLON.match(text, token.end()):
-                problem = f"key {value!r} is given twice" if value in keys_of[-1] else problem
-                keys_of[-1].add(value)
+            if SURROGATE.search(value):
+                problem = HALF_OF_A_PAIR
+            if open_keys and COLON.match(text, token.end()):
+                if value in open_keys[-1]:
+                    problem = f"key {value!r} is given twice"
+                open_keys[-1].add(value)
         elif word.strip("-") in ("NaN", "Infinity"):
             problem = f"{word} is not a number that a config can hold"
         elif re.fullmatch(r"[-+.eE0-9]+", word) and len(word) > MAX_DIGITS:
@@ -175,8 +183,8 @@ def odd_json(text: str) -> tuple[int, str] | None:
 
 
 def _json_text(word: str) -> str:
-    """The text that a quoted word of JSON means; the word itself where it is not valid, which `json.loads`
-    then says."""
+    """The text that a quoted word of JSON stands for; an invalid word as it is, since `json.loads` then says
+    what is wrong with it."""
     try:
         return json.loads(word)
     except json.JSONDecodeError:
@@ -187,18 +195,21 @@ def _json_text(word: str) -> str:
 
 
 def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> dict:
-    """The mapping in a file: JSON where its name ends in .json, else YAML. Raises UserError where there is
-    none: `what` names the kind of file, `instead` says what to try where it is missing, `expected` where
-    to read about its keys."""
+    """The mapping in a file: JSON where its name ends in .json, else YAML.
+
+    Raises UserError where there is none: `what` is the kind of file, `instead` what to try where it is
+    missing, `expected` where to read about its keys.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist; {instead}")
-    if (size := path.stat().st_size) > MAX_BYTES:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
         raise UserError(
             f"{what} {path} has {size:,} bytes, and {MAX_BYTES:,} at most are read; is it another file?"
         )
     try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # the mark that Windows puts first
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # a mark that Windows puts first
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not text (byte {error.start})") from None
     if path.suffix.lower() == ".json":
@@ -206,7 +217,6 @@ def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> di
     else:
         tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{what} {path} {'is empty' if tree in (None, '') else 'is not a mapping of keys'}; {expected}"
-        )
+        problem = "is empty" if tree in (None, "") else "is not a mapping of keys"
+        raise UserError(f"{what} {path} {problem}; {expected}")
     return tree

@@ -209,12 +209,12 @@ def test_a_directory_that_lies_about_a_size_is_refused(saved):
         assert "cannot be opened" in line
 
 
-def test_entries_that_lie_over_each_other_are_refused(saved):
+def test_entries_that_overlap_are_refused(saved):
     """A hundred names for one stretch of the file would be read a hundred times."""
     path = saved(checkpoint_of())
     with zipfile.ZipFile(path) as archive:
         first = archive.infolist()[4]
-    assert "over each other" in refusal(
+    assert "entries overlap" in refusal(
         changed(path, directory_record(path, 6) + 42, "<I", first.header_offset)
     )
 

@@ -573,7 +573,7 @@ def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, mo
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(
         UserError,
-        match=rf"a/b/run cannot be written \({os.strerror(number)}\); name another folder by --output PATH",
+        match=rf"a/b/run cannot be written \({os.strerror(number)}\); name another folder with --output PATH",
     ):
         claim_folder(tmp_path / "a" / "b" / "run", "--output ")
     monkeypatch.undo()
