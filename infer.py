@@ -146,7 +146,7 @@ def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     back until it is known not to be.
 
     >>> list(until(["Yes", ".#", "## ", "User: and"], ["### User"]))
-    ['Yes', '.', '']
+    ['Yes', '.', '', '']
     """
     waiting = ""
     for piece in pieces:

@@ -57,6 +57,7 @@ def context_of(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
 class TextStream:
     """Ids in one by one, text out as soon as it is whole: half a character is never shown.
 
+    >>> from tokenizer import ByteTokenizer
     >>> stream = TextStream(ByteTokenizer())
     >>> [stream.push(i) for i in "né".encode()]
     ['n', '', 'é']
