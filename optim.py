@@ -1,4 +1,4 @@
-"""How the weights move: parameter groups, the Muon optimizer, and the learning rate of each step."""
+"""How the weights move: parameter groups, the optimizers, and the learning rate of each step."""
 
 import math
 
@@ -9,51 +9,61 @@ from support.config.schema import TrainingConfig
 
 
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two AdamW groups. Matrices and embedding tables decay; vectors (norm gains, biases) do not:
-    shrinking a gain towards zero would shrink the signal, not the complexity."""
+    """Two AdamW groups. Matrices and embedding tables decay; vectors (norm gains, biases) do not: shrinking a
+    gain towards zero would shrink the signal, not the complexity."""
     return [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix inside a block. Muon leaves embeddings and head, which are lookup tables, to
+    AdamW."""
+    return parameter.dim() == 2 and ".layers." in f".{name}"
+
+
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
-    """The groups of the configured optimizer. `peak_lr` is what the schedule multiplies; empty groups are
-    left out."""
+    """The groups of the optimizer that the config names, without empty ones. The schedule multiplies
+    `peak_lr`; `muon` says how the group steps."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = []
-    if (
-        config.optimizer == "muon"
-    ):  # matrices inside the blocks; embeddings and head are lookup tables, left to AdamW
-        hidden = [p for name, p in named if p.dim() == 2 and ".layers." in f".{name}"]
-        in_hidden = {id(p) for p in hidden}
-        named = [(name, p) for name, p in named if id(p) not in in_hidden]
-    groups = [
-        {**group, "muon": False, "peak_lr": config.lr} for group in decay_groups(named, config.weight_decay)
-    ]
-    groups.append(
-        {"params": hidden, "weight_decay": config.weight_decay, "muon": True, "peak_lr": config.muon_lr}
-    )
+    for_muon = []
+    if config.optimizer == "muon":
+        for_muon = [p for name, p in named if is_hidden_matrix(name, p)]
+        named = [(name, p) for name, p in named if not is_hidden_matrix(name, p)]
+    groups = []
+    for group in decay_groups(named, config.weight_decay):
+        groups.append({**group, "muon": False, "peak_lr": config.lr})
+    muon_group = {"params": for_muon, "weight_decay": config.weight_decay}
+    groups.append({**muon_group, "muon": True, "peak_lr": config.muon_lr})
     return [{**group, "lr": group["peak_lr"]} for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), PyTorch's or the one written out; or Muon for the hidden
-    matrices with AdamW for the rest."""
+    """The optimizer that the config names: AdamW (Loshchilov and Hutter, 2019), PyTorch's or the one written
+    out in from_scratch.py; or Muon for the hidden matrices and AdamW for the rest."""
     groups = parameter_groups(model, config)
+    options = {"betas": tuple(config.betas), "eps": config.eps}
+    on_gpu = groups[0]["params"][0].device.type == "cuda"
+    fused = True if on_gpu else None  # one kernel for all tensors
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=fused)
+    if config.optimizer == "muon":
+        return Muon(groups, **options, fused=fused)
     if config.optimizer == "adamw_from_scratch":
         from from_scratch import AdamW
 
-        return AdamW(groups, betas=tuple(config.betas), eps=config.eps)
-    kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
-    fused = groups[0]["params"][0].device.type == "cuda" or None  # one kernel for all tensors
-    return kind(groups, betas=tuple(config.betas), eps=config.eps, fused=fused)
+        return AdamW(groups, **options)
+    raise ValueError(
+        f"optimizer={config.optimizer!r} is not one of adamw, muon, adamw_from_scratch; build_optimizer in "
+        "optim.py needs a branch for it"
+    )
 
 
 class Muon(torch.optim.AdamW):
-    """Momentum, orthogonalized: groups with `muon=True` step along the nearest (semi-)orthogonal matrix to
-    their momentum, so that every direction of a weight matrix moves, not only the few large ones; the others
-    are AdamW's.
+    """Momentum, orthogonalized: groups with `muon=True` step along the (semi-)orthogonal matrix nearest to
+    their momentum, so that every direction of a weight matrix moves, not only the few large ones. The other
+    groups are AdamW's.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). Matrices of one shape are
     orthogonalized together, which on a CPU is several times faster than one by one (docs/EXPERIMENTS.md).
@@ -64,15 +74,22 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            if not group["muon"]:
-                continue
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                self._step_same_shape(params, group["lr"], group["weight_decay"])
-        return super().step(closure)  # skips Muon's parameters: their gradient is None by now
+            if group["muon"]:
+                self._step_group(group)
+        all_groups = self.param_groups
+        self.param_groups = [group for group in all_groups if not group["muon"]]
+        try:
+            return super().step(closure)  # AdamW, for the groups that are not Muon's
+        finally:
+            self.param_groups = all_groups
+
+    def _step_group(self, group: dict) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape.setdefault(p.shape, []).append(p)
+        for params in by_shape.values():
+            self._step_same_shape(params, group["lr"], group["weight_decay"])
 
     def _step_same_shape(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         directions = []
@@ -84,7 +101,7 @@ class Muon(torch.optim.AdamW):
             state["step"] += 1
             momentum = state["momentum_buffer"].lerp_(p.grad, 1 - self.MOMENTUM)
             directions.append(full(p.grad.lerp(momentum, self.MOMENTUM)))  # Nesterov: look one step ahead
-            p.grad = None
+            p.grad = None  # it has been used; free its memory
         updates = newton_schulz(torch.stack(directions))
         rows, columns = params[0].shape
         for p, update in zip(params, updates, strict=True):
@@ -93,11 +110,11 @@ class Muon(torch.optim.AdamW):
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
-    """Approximately U V^T for each G = U S V^T of a batch (n, rows, columns): all singular values pushed
+    """Approximately U V^T for each G = U S V^T of a batch (n, rows, columns): all singular values are pushed
     towards 1.
 
     Each step applies the odd polynomial a x + b x^3 + c x^5 to the singular values; these coefficients lift
-    small ones fast and leave all between about 0.7 and 1.2. bf16 where the hardware has it, float32 on a CPU.
+    small ones fast and leave all of them between about 0.7 and 1.2. In bf16 on a GPU, in float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
@@ -112,12 +129,12 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, also where FSDP keeps only a shard of it here."""
+    """The whole tensor, also if FSDP keeps only a shard of it in this process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(tensor: Tensor, p: Tensor) -> Tensor:
-    """`tensor`, cut as `p` is."""
+    """`tensor`, divided among processes as `p` is."""
     if not hasattr(p, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -125,32 +142,62 @@ def shard_like(tensor: Tensor, p: Tensor) -> Tensor:
     return distribute_tensor(tensor, p.device_mesh, p.placements)
 
 
+# ---- schedules -----------------------------------------------------------------------------------
+#
+# Each is a function of progress, which goes from 0 after the warmup to 1 at the end of the schedule, and
+# returns a share of the peak learning rate. A new one needs a row in SCHEDULES, and its name in
+# support/config/schema.py.
+
+
+def constant(progress: float) -> float:
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    return 1 - progress
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_stable_decay(progress: float) -> float:
+    """Hu et al., "MiniCPM" (2024): the last fifth of the schedule falls to zero."""
+    return min(1.0, 5 * (1 - progress))
+
+
+def two_steps_down(progress: float) -> float:
+    """DeepSeek LLM (2024): 31.6% of the peak after 80% of the schedule, 10% after 90%."""
+    if progress < 0.8:
+        return 1.0
+    return 0.316 if progress < 0.9 else 0.1
+
+
+SCHEDULES = {
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": warmup_stable_decay,
+    "step": two_steps_down,
+    "constant": constant,
+}
+
+
 def lr_factor(step: int, schedule: str, warmup_steps: int, schedule_steps: int, floor: float = 0.0) -> float:
     """The share of the peak learning rate in step 0, 1, ... (which are printed as 1, 2, ...).
 
     Warmup does not start from zero: of W steps the first has 1/W of the peak and the last all of it. The step
-    after the warmup has the peak too. A decay by `cosine`, `linear` or `wsd` gets as low as `floor` in the
-    step after the schedule, so its last step still has a little more, and all later steps have `floor`.
+    after the warmup has the peak too. `cosine`, `linear` and `wsd` reach `floor` in the step after the
+    schedule, so its last step still has a little more, and all later steps have `floor`.
 
     >>> [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, schedule_steps - warmup_steps))
-    if schedule == "constant":
-        shape = 1.0
-    elif schedule == "linear":
-        shape = 1 - progress
-    elif schedule == "cosine":
-        shape = 0.5 * (1 + math.cos(math.pi * progress))
-    elif schedule == "wsd":  # warmup, stable, decay (Hu et al., "MiniCPM", 2024)
-        shape = min(1.0, 5 * (1 - progress))
-    elif schedule == "step":  # DeepSeek LLM (2024): 31.6% of the peak from 80% on, 10% from 90% on
-        shape = 1.0 if progress < 0.8 else 0.316 if progress < 0.9 else 0.1
-    else:
-        raise ValueError(f"schedule={schedule!r} is none of cosine, linear, wsd, step, constant")
-    return floor + (1 - floor) * shape
+    return floor + (1 - floor) * SCHEDULES[schedule](progress)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,8 +1,7 @@
-"""A run's folder on disk: which files are a run's, whether a new run may write there, and moving an
-earlier run aside."""
+"""A run's folder on disk: which files belong to a run, whether a new run may write there, moving an earlier
+run aside, and the record that is kept with a run."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shlex
@@ -28,11 +27,10 @@ RUN_FILES = (
     "loss.png",
     "tensorboard",
     "wandb",
+    "wandb_id.txt",
+    "run_config.yaml",
+    "final.ckpt",  # last: a run with this file is finished
 )
-RUN_FILES += ("wandb_id.txt", "run_config.yaml", "final.ckpt")
-
-
-# ---- the folder ----------------------------------------------------------------------------------
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -40,14 +38,18 @@ def run_files(folder: Path) -> list[Path]:
     return [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
 
 
+def has_checkpoint(files: list[Path]) -> bool:
+    return any(path.suffix == ".ckpt" for path in files)
+
+
 def refuse_unwritable(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists; UserError if no run could write there."""
-    nearest = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    """The folder, or the nearest one above it that exists. Raises UserError if no run can write there."""
+    nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"checkpoint.dir={folder}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(
-            f"checkpoint.dir={folder}: {nearest} cannot be written; choose another by --override "
+            f"checkpoint.dir={folder}: {nearest} cannot be written; choose another with --override "
             "checkpoint.dir=PATH"
         )
     return nearest
@@ -55,19 +57,27 @@ def refuse_unwritable(folder: Path) -> Path:
 
 def refuse_unfinished(folder: Path) -> None:
     """Raise UserError if `folder` holds a run that did not reach its end: it is never overwritten."""
-    if (folder / "final.ckpt").exists() or not any(path.suffix == ".ckpt" for path in run_files(folder)):
-        return
-    raise UserError(
-        f"{folder} holds an unfinished run; go on with it by --resume, move it aside by --fresh,\n"
-        f"       or write elsewhere by --override checkpoint.dir={folder}-2"
-    )
+    if has_checkpoint(run_files(folder)) and not (folder / "final.ckpt").exists():
+        raise UserError(
+            f"{folder} holds an unfinished run; resume it with --resume, move it aside with --fresh,\n"
+            f"       or write elsewhere with --override checkpoint.dir={folder}-2"
+        )
+
+
+def refuse_base_in_folder(base_ckpt: str, folder: Path) -> None:
+    """Raise UserError if the new run would move its own base aside, with the earlier run in `folder`."""
+    if Path(base_ckpt).resolve() in [file.resolve() for file in run_files(folder)]:
+        raise UserError(
+            f"base_ckpt={base_ckpt} is in checkpoint.dir, whose run this one would move aside; write "
+            f"elsewhere with --override checkpoint.dir={folder}-2"
+        )
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Move an earlier run's files to the first free `old-<n>` in the same folder; returns that, or None if
-    there are none."""
+    """Move the files of an earlier run to the first free `old-<n>` in the same folder. Returns that folder,
+    or None if there was no run."""
     files = run_files(folder)
-    if not any(path.suffix == ".ckpt" for path in files):
+    if not has_checkpoint(files):
         return None
     number = 1
     while (folder / f"old-{number}").exists():
@@ -81,33 +91,34 @@ def move_aside(folder: Path) -> Path | None:
 
 def run_record() -> dict[str, Any]:
     """What is needed to repeat a run besides its config: versions, git commit, command line."""
-    names = ("torch", "lightning", "numpy", "tokenizers", "tiktoken", "datasets")
     versions = {"python": platform.python_version()}
-    for name in names:
+    for name in ("torch", "lightning", "numpy", "tokenizers", "tiktoken", "datasets"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    here = Path(__file__).resolve().parents[2]
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5)
-        commit = answer.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
     return {
         "versions": versions,
-        "git_commit": commit,
+        "git_commit": git_commit(),
         "command": shlex.join(sys.argv),
         "threads": torch.get_num_threads(),
     }
 
 
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` after it if files have been changed; None without git."""
+    here = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
 def write_run_config(folder: Path, config: Config, record: dict[str, Any]) -> None:
     """run_config.yaml: the whole config as it was understood, with the run's record as comments on top."""
-    header = [
-        f"# {key}: {value}".replace("\n", " ")
-        for key, value in (record["versions"] | {k: record[k] for k in ("git_commit", "command")}).items()
-    ]
+    comments = {**record["versions"], "git_commit": record["git_commit"], "command": record["command"]}
+    header = [f"# {key}: {value}".replace("\n", " ") for key, value in comments.items()]
     with atomic_write(folder / "run_config.yaml") as file:
         file.write(("\n".join(header) + "\n" + dump_yaml(config.to_dict())).encode())

@@ -1,7 +1,7 @@
-"""What a run needs before its first step: config, tokenizer, data, device, folder and, to resume, the
+"""What a run needs before its first step: config, tokenizer, data, device, folder and, for a resume, the
 checkpoint.
 
-No Lightning here. `plan_run` finds every mistake a user can make before the slow import of it begins.
+No Lightning here: `plan_run` finds every mistake a user can make before that slow import begins.
 """
 
 import importlib.metadata
@@ -19,6 +19,7 @@ import torch
 from data import PackedData, load_corpus, pack_corpus, pack_token_files, step_shape, tokenizer_documents
 from instruct import load_instructions
 from model import GPTConfig
+from optim import lr_factor
 from support.checkpoint import read_metadata
 from support.cli import end_with_parent
 from support.config.read import config_tree, flag_overrides, validate_config
@@ -27,16 +28,16 @@ from support.device import resolve_device, resolve_precision
 from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError, is_main_process, warn
 from support.run.compiling import try_compiler
-from support.run.folder import refuse_unfinished, refuse_unwritable, run_files, run_record
+from support.run.folder import refuse_base_in_folder, refuse_unfinished, refuse_unwritable, run_record
 from support.run.resuming import compare_configs, compare_data, in_folder, read_run
 from support.run.starting_weights import net_on_meta, with_base, with_own_tokenizer
 from support.text.token_files import open_token_files
 from tokenizer import KINDS, Tokenizer, build_tokenizer, tokenizer_from_dict
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plan:
-    """A run that can start: everything checked, nothing written yet."""
+    """A run that can start: everything is checked, nothing is written yet."""
 
     config: Config
     tokenizer: Tokenizer
@@ -47,7 +48,7 @@ class Plan:
     precision: str
     resume_from: Path | None
     record: dict[str, Any]
-    command: str  # how this run was started, for the line that says how to go on
+    command: str  # how this run was started, for the message that says how to resume
 
     @property
     def folder(self) -> Path:
@@ -60,6 +61,7 @@ class Plan:
 
     @property
     def world(self) -> int:
+        """The number of processes."""
         return self.config.hardware.world
 
     @property
@@ -68,15 +70,15 @@ class Plan:
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of every training row, where they differ (instructions that are not packed); else the one
-        length of all."""
+        """The tokens of each training row if they differ (instructions that are not packed); otherwise the
+        one length that all rows have."""
         if self.config.data.source == "instructions" and not self.config.data.packing:
             return [len(example) for example in self.data.train.examples]
         return [self.config.seq_len]
 
     @property
     def tokens_per_step(self) -> int:
-        """At most."""
+        """The most tokens that a step can have."""
         return self.sequences_per_step * max(self.row_lengths)
 
 
@@ -89,72 +91,71 @@ def plan_run(args: Any, *, finetuning: bool, only_looks: bool) -> Plan:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         end_with_parent()
-    metadata, resume_from = None, None
+    resume_from, saved = None, None
     if args.resume not in (None, "auto"):
         resume_from = Path(args.resume)
-        metadata = read_run(resume_from)
-    if args.config is None and metadata is None:
-        example = "config_finetune.yaml" if finetuning else "config_smoke.yaml"
-        raise UserError(
-            f"no config given; try --config {example}, or --resume CHECKPOINT to go on with a run's own"
-        )
-    tree = config_tree(args.config, flag_overrides(args), base=metadata and metadata["config"])
-    check_task(tree, finetuning)
-    if args.config:  # a checkpoint's own config has everything, so its base may be gone
-        tree = with_base(tree) if finetuning else with_own_tokenizer(tree)
-    config = validate_config(tree, str(args.config or "config"))
-    check_samples(tree, config)
+        saved = read_run(resume_from)
+    config = read_run_config(args, saved, finetuning)
     device = resolve_device(config.hardware.accelerator)
     check_loggers(config)
     check_strategy(config)
     check_processes(config, device)
     folder = Path(config.checkpoint.dir)
     if args.resume == "auto":
-        resume_from = find_latest_checkpoint(folder)
-        metadata = read_run(resume_from) if resume_from else None
-        if resume_from is None and not (folder / "run_config.yaml").exists():
-            raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
+        resume_from, saved = find_run(folder)
     if is_main_process() and not only_looks:
         refuse_unwritable(folder)
-        if not args.fresh and not in_folder(resume_from, folder) and args.resume != "auto":
+        if args.resume != "auto" and not args.fresh and not in_folder(resume_from, folder):
             refuse_unfinished(folder)
-    if metadata:
-        compare_configs(metadata["config"], config, resume_from)
-    elif config.base_ckpt and Path(config.base_ckpt).resolve() in [
-        file.resolve() for file in run_files(folder)
-    ]:
-        raise UserError(
-            f"base_ckpt={config.base_ckpt} lies in checkpoint.dir, whose run this one would move aside; "
-            "write elsewhere by "
-            f"--override checkpoint.dir={folder}-2"
-        )
-
-    origin = metadata or (read_metadata(config.base_ckpt) if config.base_ckpt else None)
-    tokenizer, data = load_data(config, tokenizer_from_dict(origin["tokenizer"]) if origin else None)
+    if saved:
+        compare_configs(saved["config"], config, resume_from)
+    elif config.base_ckpt:
+        refuse_base_in_folder(config.base_ckpt, folder)
+    tokenizer, data = load_data(config, saved_tokenizer(config, saved))
     check_sample_prompts(config, tokenizer)
-    n_steps = resolve_steps(config, data, metadata)
+    config.training.schedule_steps, n_steps = resolve_steps(config, data, saved)
     plan = Plan(
-        config,
-        tokenizer,
-        data,
-        config.model.model_copy(update={"vocab_size": tokenizer.vocab_size}),
-        n_steps,
-        device,
-        resolve_precision(config.hardware.precision, device),
-        resume_from,
-        run_record(),
-        f"python3 {shlex.join(sys.argv)}",
+        config=config,
+        tokenizer=tokenizer,
+        data=data,
+        model_config=config.model.model_copy(update={"vocab_size": tokenizer.vocab_size}),
+        n_steps=n_steps,
+        device=device,
+        precision=resolve_precision(config.hardware.precision, device),
+        resume_from=resume_from,
+        record=run_record(),
+        command=f"python3 {shlex.join(sys.argv)}",
     )
-    net_on_meta(plan.model_config, config)  # for mistakes in lora.targets and training.freeze
-    if metadata:
-        compare_data(metadata, plan.sequences_per_step, plan.data.fingerprint)
+    net_on_meta(plan.model_config, config)  # finds mistakes in lora.targets and training.freeze
+    if saved:
+        compare_data(saved, plan.sequences_per_step, plan.data.fingerprint)
     if config.training.compile and not only_looks:
         try_compiler(device)
     return plan
 
 
-def check_samples(tree: dict[str, Any], config: Config) -> None:
-    """Say that prompts alone sample nothing; who writes `sample_every: null` knows."""
+# ---- the config ----------------------------------------------------------------------------------
+
+
+def read_run_config(args: Any, saved: dict[str, Any] | None, finetuning: bool) -> Config:
+    """The config of a run from its file and overrides. `saved` is the metadata of the checkpoint that
+    --resume names: without --config, its config is used. Raises UserError."""
+    if args.config is None and saved is None:
+        example = "config_finetune.yaml" if finetuning else "config_smoke.yaml"
+        raise UserError(
+            f"no config given; try --config {example}, or --resume CHECKPOINT to use the config of that run"
+        )
+    tree = config_tree(args.config, flag_overrides(args), base=saved["config"] if saved else None)
+    check_task(tree, finetuning)
+    if args.config:  # the config in a checkpoint is complete, and its base may be gone
+        tree = with_base(tree) if finetuning else with_own_tokenizer(tree)
+    config = validate_config(tree, str(args.config or "config"))
+    warn_of_unused_prompts(tree, config)
+    return config
+
+
+def warn_of_unused_prompts(tree: dict[str, Any], config: Config) -> None:
+    """Prompts alone sample nothing. A user who writes `sample_every: null` knows that and gets no warning."""
     if config.training.sample_prompts and "sample_every" not in tree["training"]:
         every = config.training.val_every
         warn(
@@ -165,29 +166,56 @@ def check_samples(tree: dict[str, Any], config: Config) -> None:
 
 def check_task(tree: dict[str, Any], finetuning: bool) -> None:
     """Raise UserError for a config of the other script."""
+    if finetuning:
+        if not tree.get("base_ckpt"):
+            raise UserError(
+                "no checkpoint to start from; set base_ckpt, e.g. --override "
+                "base_ckpt=checkpoints/final.ckpt (train.py makes one)"
+            )
+        return
     data = tree.get("data")
-    if not finetuning and (
-        tree.get("base_ckpt") or (isinstance(data, dict) and data.get("source") == "instructions")
-    ):
+    has_instructions = isinstance(data, dict) and data.get("source") == "instructions"
+    if tree.get("base_ckpt") or has_instructions:
         raise UserError(
-            "this config (base_ckpt, data.source=instructions) is for fine-tuning; run it by python3 "
+            "this config (base_ckpt, data.source=instructions) is for fine-tuning; run it with python3 "
             "finetune.py"
         )
     for key in ("lora", "template"):
-        if not finetuning and tree.get(key):
+        if tree.get(key):
             raise UserError(
                 f"{key} belongs to fine-tuning, where there is a model to adapt; leave it out, or run "
                 "python3 finetune.py with a base_ckpt"
             )
-    if finetuning and not tree.get("base_ckpt"):
-        raise UserError(
-            "no checkpoint to start from; set base_ckpt, e.g. --override base_ckpt=checkpoints/final.ckpt "
-            "(train.py makes one)"
-        )
+
+
+# ---- tokenizer and data --------------------------------------------------------------------------
+
+
+def find_run(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """(newest checkpoint of the run in `folder`, its metadata); both None if the run has saved nothing yet.
+    Raises UserError if there is no run."""
+    newest = find_latest_checkpoint(folder)
+    if newest:
+        return newest, read_run(newest)
+    if not (folder / "run_config.yaml").exists():
+        raise UserError(f"nothing to resume: no run in {folder}; start one without --resume")
+    return None, None
+
+
+def saved_tokenizer(config: Config, saved: dict[str, Any] | None) -> Tokenizer | None:
+    """The tokenizer of the checkpoint that is resumed, or of the base; None if there is neither."""
+    if saved:
+        return tokenizer_from_dict(saved["tokenizer"])
+    if config.base_ckpt:
+        return tokenizer_from_dict(read_metadata(config.base_ckpt)["tokenizer"])
+    return None
 
 
 def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
-    """The data the config names, and the tokenizer: the one given, or else one built on it. Raises UserError."""
+    """The data that the config names, and the tokenizer: the one given, or one built from that data.
+
+    Raises UserError.
+    """
     if config.data.source == "instructions":
         return tokenizer, load_instructions(config, tokenizer)
     if config.data.source == "tokens":
@@ -201,23 +229,23 @@ def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, P
 
 
 def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
-    """Token files, with the tokenizer given, or else their own, or else (where no meta.json names it) the
-    config's. Raises UserError."""
+    """Token files, and the tokenizer: the one given, or else their own, or else (if they have no meta.json)
+    the config's. Raises UserError."""
     data, spec = config.data, config.tokenizer
     files = open_token_files(data.path, data.val_path, data.dtype, data.val_fraction)
     tokenizer = tokenizer or files.tokenizer
     if tokenizer is None and KINDS[spec.kind].is_trained:
         raise UserError(
-            f"data.path={data.path} has no meta.json that tells its tokenizer, and {spec.kind} would have "
-            "to be trained on a text; set "
-            "tokenizer.kind=gpt2, or kind=file with tokenizer.path, whichever made it"
+            f"data.path={data.path} has no meta.json that names its tokenizer, and {spec.kind} would have to "
+            "be trained on a text; set tokenizer.kind=gpt2, or kind=file with tokenizer.path, whichever made "
+            "these files"
         )
     tokenizer = tokenizer or build_tokenizer(spec.kind, [], path=spec.path)
     return tokenizer, pack_token_files(files, tokenizer, config)
 
 
 def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """A prompt that cannot be encoded would end the run hours later, at the first sample."""
+    """Raise UserError for a prompt that cannot be encoded: it would fail hours later, at the first sample."""
     for prompt in config.training.sample_prompts:
         try:
             if not tokenizer.encode(prompt):
@@ -226,8 +254,11 @@ def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
             raise UserError(f"training.sample_prompts: {prompt!r} cannot be continued: {error}") from None
 
 
+# ---- the machine ---------------------------------------------------------------------------------
+
+
 def check_strategy(config: Config) -> None:
-    """Raise UserError where the installed PyTorch cannot shard."""
+    """Raise UserError if the installed PyTorch cannot shard weights."""
     if config.hardware.strategy == "fsdp":
         from torch.distributed import fsdp
 
@@ -239,9 +270,10 @@ def check_strategy(config: Config) -> None:
 
 
 def check_processes(config: Config, device: str) -> None:
-    """Raise UserError if the machine lacks the devices, or a launcher (torchrun) has started another
+    """Raise UserError if the machine lacks the devices, or if a launcher (torchrun) has started another
     number of processes."""
-    hardware, started = config.hardware, os.environ.get("WORLD_SIZE", "")
+    hardware = config.hardware
+    started = os.environ.get("WORLD_SIZE", "")
     present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, hardware.devices)
     if hardware.devices > present:
         raise UserError(
@@ -251,45 +283,47 @@ def check_processes(config: Config, device: str) -> None:
     if "LOCAL_RANK" in os.environ and started.isdecimal() and int(started) != hardware.world:
         raise UserError(
             f"{started} processes have been started, and the config asks for {hardware.world} "
-            f"(hardware.devices={hardware.devices} x "
-            f"hardware.num_nodes={hardware.num_nodes});\n       torchrun's --nproc-per-node is "
-            "hardware.devices, its --nnodes hardware.num_nodes"
+            f"(hardware.devices={hardware.devices} x hardware.num_nodes={hardware.num_nodes});\n"
+            "       torchrun's --nproc-per-node is hardware.devices, its --nnodes hardware.num_nodes"
         )
 
 
 def check_loggers(config: Config) -> None:
-    """Raise UserError for a logger that is asked for and not installed."""
+    """Raise UserError for a logger that the config names and that is not installed."""
     for name in ("tensorboard", "wandb"):
         if getattr(config.logging, name) and importlib.util.find_spec(name) is None:
             raise UserError(f"logging.{name}=true needs a package that is not installed; pip install {name}")
 
 
-def resolve_steps(config: Config, data: PackedData, metadata: dict | None) -> int:
-    """The number of steps of the run; also fixes the schedule's length in the config, at first to the
-    run's, on resume to what it was."""
+# ---- the length of the run -----------------------------------------------------------------------
+
+
+def resolve_steps(config: Config, data: PackedData, saved: dict[str, Any] | None) -> tuple[int, int]:
+    """(steps of the schedule, steps of the run). A schedule is as long as the run that it began with; a run
+    that is extended keeps it. Raises UserError."""
     training = config.training
     n_steps = training.max_steps
     if n_steps is None:
-        n_steps = math.ceil(
-            training.epochs * len(data.train) / step_shape(config, world=config.hardware.world).blocks
-        )
-    if training.schedule_steps is None:
-        training.schedule_steps = (
-            metadata["config"]["training"]["schedule_steps"] if metadata else max(1, n_steps)
-        )
-    if n_steps and training.warmup_steps > training.schedule_steps:
+        blocks_per_step = step_shape(config, world=config.hardware.world).blocks
+        n_steps = math.ceil(training.epochs * len(data.train) / blocks_per_step)
+    schedule_steps = training.schedule_steps
+    if schedule_steps is None:
+        schedule_steps = saved["config"]["training"]["schedule_steps"] if saved else max(1, n_steps)
+    if n_steps and training.warmup_steps > schedule_steps:
         raise UserError(
-            f"training.warmup_steps={training.warmup_steps} is longer than the schedule of "
-            f"{training.schedule_steps} steps; lower it"
+            f"training.warmup_steps={training.warmup_steps} is longer than the schedule of {schedule_steps} "
+            "steps; lower it"
         )
-    if (
-        training.schedule in ("cosine", "linear", "wsd")
-        and training.min_lr == 0
-        and training.schedule_steps < n_steps
-    ):
+    factor_after_the_end = lr_factor(
+        schedule_steps + 1,
+        schedule=training.schedule,
+        warmup_steps=training.warmup_steps,
+        schedule_steps=schedule_steps,
+        floor=training.min_lr / training.lr,
+    )
+    if factor_after_the_end == 0 and schedule_steps < n_steps:
         raise UserError(
-            f"the schedule ends at step {training.schedule_steps} with min_lr=0, so the steps after it, up "
-            f"to {n_steps}, would change nothing; "
-            f"set training.schedule_steps={n_steps}, or a training.min_lr"
+            f"the schedule ends at step {schedule_steps} with min_lr=0, so the steps after it, up to "
+            f"{n_steps}, would change nothing; set training.schedule_steps={n_steps}, or a training.min_lr"
         )
-    return n_steps
+    return schedule_steps, n_steps

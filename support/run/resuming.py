@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be resumed under this config and this data."""
+"""Whether a run can be resumed from a checkpoint with this config and this data."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from support.config.schema import Config
 from support.config.values import flat_keys
 from support.messages import UserError
 
-# What may differ between a run and its resumption: how long it goes on, what it shows, and where it runs. The
-# size of the whole step is compared besides, and so is the text.
-RESUMABLE = (
+# Keys, and beginnings of keys, that may differ when a run is resumed: how long it is, what it shows, and
+# where it runs. The size of the whole step and the text are compared separately.
+MAY_CHANGE = (
     "training.max_steps",
     "training.epochs",
     "training.schedule_steps",
@@ -33,31 +33,30 @@ RESUMABLE = (
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Our fields of a checkpoint that a run can go on from. Raises UserError if it does not hold the run's
-    config."""
+    """Our fields of a checkpoint that a run can resume from. Raises UserError if it holds no run."""
     metadata = read_metadata(path)
     missing = {"config", "sequences_per_step", "data_fingerprint", "run"} - metadata.keys()
     if missing or not isinstance(metadata["config"], dict):
         what = ", ".join(sorted(missing)) or "config"
         raise UserError(
-            f"checkpoint {path} holds a model but no run to go on with ({what} missing); it can be the "
-            "base of a new one: python3 finetune.py "
-            f"--config config_finetune.yaml --override base_ckpt={path}"
+            f"checkpoint {path} holds a model but no run to resume ({what} missing); it can be the base of a "
+            f"new one: python3 finetune.py --config config_finetune.yaml --override base_ckpt={path}"
         )
     return metadata
 
 
 def in_folder(checkpoint: Path | None, folder: Path) -> bool:
-    """Whether a run that resumes from `checkpoint` and writes to `folder` goes on with the run that is there."""
+    """Whether a run that resumes from `checkpoint` and writes to `folder` continues the run that is there."""
     return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
 def compare_configs(saved: dict, config: Config, source: Path) -> None:
-    """Refuse to resume under a config that would have made another run; names the key and both values."""
-    before, now = flat_keys(validate_config(saved, str(source)).to_dict()), flat_keys(config.to_dict())
-    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(RESUMABLE)]
+    """Raise UserError, with each key and both values, for a config that would have made another run."""
+    old = flat_keys(validate_config(saved, str(source)).to_dict())
+    new = flat_keys(config.to_dict())
+    changed = [key for key in new if new[key] != old.get(key) and not key.startswith(MAY_CHANGE)]
     if changed:
-        listed = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed[:5])
+        listed = "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed[:5])
         raise UserError(
             f"cannot resume {source} under another config: {listed}; change it back, or start a new run "
             "with --fresh"
@@ -65,12 +64,12 @@ def compare_configs(saved: dict, config: Config, source: Path) -> None:
 
 
 def compare_data(metadata: dict, sequences_per_step: int, fingerprint: str | None) -> None:
-    """Refuse to resume with another text, or with steps of another size."""
+    """Raise UserError for another text, or for steps of another size."""
     if metadata["sequences_per_step"] != sequences_per_step:
         raise UserError(
             f"cannot resume: a step had {metadata['sequences_per_step']} sequences and would now have "
-            f"{sequences_per_step} "
-            "(micro_batch_size x grad_accum_steps x devices x num_nodes); keep the product"
+            f"{sequences_per_step} (micro_batch_size x grad_accum_steps x devices x num_nodes); keep the "
+            "product"
         )
     if metadata["data_fingerprint"] != fingerprint:
         raise UserError(

@@ -1,5 +1,5 @@
-"""Where a run's weights begin: drawn anew, or those of another checkpoint; which of them are trained, and
-through what.
+"""Which weights a run starts from (drawn at random, or those of another checkpoint), and which of them are
+trained, directly or through adapters.
 
 Fine-tuning takes architecture and tokenizer from its base, since the weights mean nothing without them;
 training on token files takes their tokenizer.
@@ -22,109 +22,126 @@ from support.text.token_files import described, read_meta
 from support.weights import load_weights
 from tokenizer import tokenizer_from_dict
 
-FREE = (
-    "dropout",
-    "gradient_checkpointing",
-)  # keys of the model that change how it is trained, and not what it is
+# Keys of the model that change how it is trained, but not what it is.
+MAY_DIFFER_FROM_BASE = ("dropout", "gradient_checkpointing")
 
 
 def with_base(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree as read, with model, tokenizer and (where it names none) template of the checkpoint
-    `base_ckpt`.
+    """A config tree as it was read, with the model and tokenizer of the checkpoint `base_ckpt`, and with its
+    template if the tree names none.
 
     Raises UserError if there is no such checkpoint, or if the tree asks for another model or tokenizer.
     """
     path = tree["base_ckpt"]
     if not isinstance(path, str):
-        return tree  # the schema will say so
-    try:
-        metadata = read_metadata(path)
-    except UserError as error:
-        makes_one = (
-            "\n       fine-tuning starts from a trained model; python3 train.py --config config_smoke.yaml "
-            "makes one"
-        )
-        raise UserError(f"base_ckpt: {error}{'' if Path(path).exists() else makes_one}") from None
+        return tree  # the schema will refuse it
+    metadata = read_base(path)
     model = {key: value for key, value in metadata["model"].items() if key != "vocab_size"}
-    own = {"model": model, "tokenizer": tokenizer_section(metadata, path)}
+    of_base = {"model": model, "tokenizer": tokenizer_section(metadata, path)}
     merged = dict(tree)
-    for section, theirs in own.items():
+    for section, base_values in of_base.items():
         asked = tree.get(section) or {}
         if not isinstance(asked, dict):
-            return tree
-        for key, value in asked.items():
-            if key in theirs and key not in FREE and value not in (None, theirs[key]):
-                raise UserError(
-                    f"{section}.{key}={value}, and {path} has {theirs[key]}: architecture and tokenizer "
-                    "are the base checkpoint's; "
-                    f"leave {section}.{key} out"
-                )
-        merged[section] = theirs | {key: value for key, value in asked.items() if value is not None}
-    on_text = not isinstance(tree.get("data"), dict) or tree["data"].get("source") != "instructions"
-    if (
-        on_text or tree.get("template") is None
-    ):  # more text does not make a model answer, nor forget that it does
+            return tree  # the schema will refuse it
+        refuse_other_values(section, asked, base_values, path)
+        given = {key: value for key, value in asked.items() if value is not None}
+        merged[section] = {**base_values, **given}
+    data = tree.get("data")
+    has_instructions = isinstance(data, dict) and data.get("source") == "instructions"
+    if not has_instructions or tree.get("template") is None:
+        # More text teaches no conversation, and does not make the model forget the one it knows.
         merged["template"] = metadata.get("template")
     return merged
 
 
+def read_base(path: str) -> dict[str, Any]:
+    """Our fields of the checkpoint that fine-tuning starts from. Raises UserError."""
+    try:
+        return read_metadata(path)
+    except UserError as error:
+        advice = ""
+        if not Path(path).exists():
+            advice = (
+                "\n       fine-tuning starts from a trained model; python3 train.py --config "
+                "config_smoke.yaml makes one"
+            )
+        raise UserError(f"base_ckpt: {error}{advice}") from None
+
+
+def refuse_other_values(section: str, asked: dict, base_values: dict, path: str) -> None:
+    """Raise UserError if a config asks for another architecture or tokenizer than its base has."""
+    for key, value in asked.items():
+        if key not in base_values or key in MAY_DIFFER_FROM_BASE:
+            continue
+        if value not in (None, base_values[key]):
+            raise UserError(
+                f"{section}.{key}={value}, and {path} has {base_values[key]}: architecture and tokenizer are "
+                f"the base checkpoint's; leave {section}.{key} out"
+            )
+
+
 def tokenizer_section(metadata: dict[str, Any], path: str) -> dict[str, Any]:
-    """What a config would say of the tokenizer in a checkpoint; one that was imported has no config to ask."""
-    if isinstance(config := metadata.get("config"), dict):
+    """The tokenizer of a checkpoint as a section of a config. An imported checkpoint has no config to copy it
+    from."""
+    config = metadata.get("config")
+    if isinstance(config, dict):
         return config.get("tokenizer", {})
     return section_of(metadata["tokenizer"], path)
 
 
 def section_of(state: dict[str, Any], path: str) -> dict[str, Any]:
-    """What a config would say of a tokenizer that a file at `path` holds."""
-    return {"kind": "file", "path": path} if state.get("kind") == "file" else {"kind": state.get("kind")}
+    """The tokenizer that the file at `path` holds, as a section of a config."""
+    if state.get("kind") == "file":
+        return {"kind": "file", "path": path}
+    return {"kind": state.get("kind")}
 
 
 def with_own_tokenizer(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree as read, with the tokenizer of the token files it names: their ids mean nothing under
-    another. Raises UserError."""
+    """A config tree as it was read, with the tokenizer of the token files it names: their ids mean nothing in
+    another vocabulary. Raises UserError."""
     data = tree.get("data")
     if not isinstance(data, dict) or data.get("source") != "tokens" or not isinstance(data.get("path"), str):
         return tree
     meta = read_meta(Path(data["path"]))
     if meta is None:
         return tree
-    own, asked = tokenizer_from_dict(meta["tokenizer"]), tree.get("tokenizer") or {}
+    own = tokenizer_from_dict(meta["tokenizer"])
     section = section_of(meta["tokenizer"], str(Path(data["path"]) / "meta.json"))
     if own.kind == "bpe":
         section["vocab_size"] = own.vocab_size
+    asked = tree.get("tokenizer") or {}
     if isinstance(asked, dict) and asked.get("kind", own.kind) != own.kind:
         warn(
-            f"tokenizer.kind={asked['kind']}, and {data['path']} was made by {described(own)}, which is used"
+            f"tokenizer.kind={asked['kind']}, but {data['path']} was made with {described(own)}, which is "
+            "used"
         )
     return {**tree, "tokenizer": section}
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Leave the parameters that `patterns` name untrained: whole names, their beginnings, or with * and ?.
+    """Do not train the parameters that `patterns` name: whole names, their beginnings, or with * and ?.
 
-    A tied head is the embedding table, so freezing the one freezes the other. Raises UserError for a pattern
-    that names nothing, and if nothing is left to train.
+    A tied head is the embedding table, so freezing one freezes the other. Raises UserError for a pattern that
+    names nothing, and if nothing is left to train.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        hit = [name for name in parameters if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
-        if not hit:
-            near = difflib.get_close_matches(
-                pattern, [*parameters, *(name for name, _ in model.named_modules())], n=1, cutoff=0.3
-            )
-            raise UserError(
-                f"training.freeze: {pattern} names no parameter"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-        for name in hit:
+        hits = [
+            name for name in parameters if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+        ]
+        if not hits:
+            known = [*parameters, *(name for name, _ in model.named_modules())]
+            near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"training.freeze: {pattern} names no parameter{hint}")
+        for name in hits:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError(f"training.freeze={patterns} leaves nothing to train; freeze less")
 
 
 def shape_net(net: GPTMini, config: Config) -> GPTMini:
-    """The network with its adapters, and with what is frozen frozen. Raises UserError."""
+    """The network with the adapters and the frozen parameters that the config names. Raises UserError."""
     if config.lora:
         add_adapters(net, config.lora.rank, config.lora.alpha, config.lora.targets)
     freeze(net, config.training.freeze)
@@ -132,15 +149,18 @@ def shape_net(net: GPTMini, config: Config) -> GPTMini:
 
 
 def net_on_meta(model_config: GPTConfig, config: Config) -> GPTMini:
-    """The same without memory for its weights: to count them, or to find mistakes early. Raises UserError."""
+    """The same network without memory for its weights, to count them or to find mistakes early. Raises
+    UserError."""
     with torch.device("meta"):
         return shape_net(GPTMini(model_config), config)
 
 
 def starting_net(model_config: GPTConfig, config: Config, from_base: bool = True) -> GPTMini:
-    """The network before its first step, in float32: weights drawn by `config.seed`, or those of
-    `base_ckpt` (its adapters, if it has some, merged). A resume, which brings all weights, needs no base.
-    Raises UserError."""
+    """The network before its first step, in float32: with weights drawn from `config.seed`, or with those of
+    `base_ckpt` (if that has adapters, they are merged). A resume brings all weights and needs no base.
+
+    Raises UserError.
+    """
     torch.manual_seed(config.seed)
     net = GPTMini(model_config)
     if config.base_ckpt and from_base:

@@ -1016,10 +1016,10 @@ def test_a_json_example_trains(tmp_path, capsys, path):
     ("training", "warned"), [({}, True), ({"sample_every": None}, False), ({"sample_every": 5}, False)]
 )
 def test_prompts_that_nothing_samples_are_said_to_be_so(capsys, training, warned):
-    from support.run.plan import check_samples
+    from support.run.plan import warn_of_unused_prompts
 
     sections = tree(training={"sample_prompts": ["a"], **training})
-    check_samples(sections, validate_config(sections))
+    warn_of_unused_prompts(sections, validate_config(sections))
     assert ("--override training.sample_every=100" in capsys.readouterr().err) == warned
 
 

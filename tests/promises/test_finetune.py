@@ -582,7 +582,7 @@ def test_a_base_that_would_be_moved_aside_is_refused(sft, tmp_path):
     for name in ("final", "step-0000001"):
         with pytest.raises(
             UserError,
-            match=r"lies in checkpoint.dir, whose run this one would move aside; write elsewhere by .*sft-2",
+            match=r"is in checkpoint.dir, whose run this one would move aside; write elsewhere by .*sft-2",
         ):
             sft(tmp_path / "sft", f"base_ckpt={first.folder / name}.ckpt")
     assert sorted(path.name for path in first.folder.iterdir()) == files
@@ -610,7 +610,7 @@ def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypat
 
 def test_the_merged_file_is_no_place_to_go_on_from(sft, tmp_path):
     sft(tmp_path, *LORA)
-    with pytest.raises(UserError, match="holds a model but no run to go on with"):
+    with pytest.raises(UserError, match="holds a model but no run to resume"):
         sft(tmp_path, *LORA, "training.max_steps=9", f"--resume={tmp_path / 'final.ckpt'}")
     assert "nothing left to do" in sft(tmp_path, *LORA, "--resume").out
 
