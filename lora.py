@@ -1,6 +1,6 @@
 """Low-rank adapters: fine-tune a small correction to each matrix, and leave the matrix alone.
 
-    W x   becomes   W x + (alpha / rank) B A x      W (out, in) stays; A (rank, in) and B (out, rank) are trained
+W x   becomes   W x + (alpha / rank) B A x     W (out, in) stays; A (rank, in), B (out, rank) are trained
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). Only A and B need gradients and
 optimizer states: with rank 8 these are about a hundredth of a matrix of 2,048 x 2,048. B starts at zero, so

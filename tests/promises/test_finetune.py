@@ -193,7 +193,7 @@ def test_dropout_is_no_contradiction_and_nulls_and_equal_values_are_none(sft, tm
 
 
 def test_each_script_refuses_the_config_of_the_other(tmp_path):
-    with pytest.raises(UserError, match="run it by python3 finetune"):
+    with pytest.raises(UserError, match="run it with python3 finetune"):
         train.main(["--config", "config_finetune.yaml"])
     with pytest.raises(UserError, match="no checkpoint to start from"):
         finetune.main(["--config", "config_smoke.yaml", "--override", f"checkpoint.dir={tmp_path}"])
@@ -582,7 +582,7 @@ def test_a_base_that_would_be_moved_aside_is_refused(sft, tmp_path):
     for name in ("final", "step-0000001"):
         with pytest.raises(
             UserError,
-            match=r"is in checkpoint.dir, whose run this one would move aside; write elsewhere by .*sft-2",
+            match=r"is in checkpoint.dir, whose run this one would move aside; write elsewhere with .*sft-2",
         ):
             sft(tmp_path / "sft", f"base_ckpt={first.folder / name}.ckpt")
     assert sorted(path.name for path in first.folder.iterdir()) == files
