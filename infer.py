@@ -1,10 +1,11 @@
 """Continue a prompt with a trained checkpoint; the text appears token by token.
 
 python3 infer.py --ckpt checkpoints/final.ckpt --prompt "Attention is"
-python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --temperature 0.7 --top-k 40 --num-samples 3
+python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --temperature 0.7 --top-k 40
+python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --num-samples 3
 echo "The loss is" | python3 infer.py --ckpt checkpoints/final.ckpt
 python3 infer.py --ckpt checkpoints/final.ckpt --interactive
-python3 infer.py --ckpt checkpoints_sft/final.ckpt --chat                # a fine-tuned one answers; /reset, /quit
+python3 infer.py --ckpt checkpoints_sft/final.ckpt --chat     # a fine-tuned model answers; /reset, /quit
 """
 
 import argparse
@@ -16,26 +17,35 @@ from support.cli import add_model_flags, file_path, guarded, make_parser, unix_t
 from support.messages import UserError, printable_lines, warn
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_model_flags(parser)
+    add_prompt_flags(parser)
+    add_sampling_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue; without it, standard input is read")
     source.add_argument("--prompt-file", type=file_path, metavar="FILE", help="a file that holds the prompt")
     source.add_argument(
-        "--interactive", action="store_true", help="ask for prompts until end of input (Ctrl-D)"
+        "--interactive", action="store_true", help="ask for prompts until the end of input (Ctrl-D)"
     )
     source.add_argument(
         "--chat",
         action="store_true",
         help="talk to a fine-tuned checkpoint, with its own template; /reset forgets, /quit ends",
     )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         default=200,
         metavar="N",
-        help="stop after this many tokens, or at end of document (default 200)",
+        help="stop after this many tokens, or at the end of the document (default 200)",
     )
     parser.add_argument(
         "--temperature",
@@ -49,27 +59,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.95,
         metavar="P",
-        help="draw among the fewest tokens that hold this probability (default 0.95; 1 is off)",
+        help="draw among the fewest tokens that together have this probability (default 0.95; 1 is off)",
     )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1: tokens already there become less likely",
+        help="above 1: tokens that are already in the text become less likely",
     )
     parser.add_argument(
         "--num-samples",
         type=int,
         default=1,
         metavar="N",
-        help="continuations of the prompt; sample i is drawn with seed + i",
+        help="how many continuations of the prompt; sample i is drawn with seed + i",
     )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    guarded(parse_args, sys.argv[1:])  # --help and wrong flags answer before torch is imported
+    guarded(parse_args)  # --help and wrong flags are answered before the slow imports below
+    from infer import main  # this file again, as a module
+
+    if sys.stdin is not None and sys.stdin.isatty():
+        import readline  # noqa: F401 (gives the interactive prompt line editing and history)
+    sys.exit(guarded(main))
 
 import torch
 from pydantic import ValidationError
@@ -82,31 +96,11 @@ from support.text.chat_template import Template, conversation_ids, prompt_ids
 from support.text.mid_document import TextStream
 from tokenizer import Tokenizer
 
-
-def make_sampling(args: argparse.Namespace) -> SamplingConfig:
-    """Raises UserError for values that make no sense."""
-    if args.max_new_tokens < 1 or args.num_samples < 1:
-        raise UserError(
-            f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1"
-        )
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
-    try:
-        return SamplingConfig(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UserError(
-            f"{flag} {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}; see --help"
-        ) from None
+# ---- from a prompt to pieces of text -------------------------------------------------------------
 
 
 def prompt_to_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt. Raises UserError if it is empty, or has characters the tokenizer does not know."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -125,15 +119,14 @@ def stream_text(
     sampling: SamplingConfig | None = None,
     seed: int = 42,
 ) -> Iterator[str]:
-    """The continuation of `prompt` (a text, or ids), piece by piece; whole characters only; ends before
-    EOS. Raises UserError if the prompt is empty or has characters the tokenizer does not know. A prompt
-    beyond the context is read from its end."""
+    """The continuation of `prompt` (a text, or ids), piece by piece. Pieces are whole characters, and the
+    last comes before EOS. Of a prompt longer than the context only the end is read. Raises UserError for a
+    bad prompt."""
+    prompt_row = prompt_to_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
     device = next(model.parameters()).device
-    ids = torch.tensor(
-        [prompt_to_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt], device=device
-    )
+    ids = torch.tensor([prompt_row], device=device)  # (1, T)
     generator = torch.Generator(device).manual_seed(seed)
-    text = TextStream(tokenizer, ids[0].tolist())
+    text = TextStream(tokenizer, prompt_row)
     for token in generate_tokens(model, ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
         if token.item() == tokenizer.eos_id:
             break
@@ -141,26 +134,35 @@ def stream_text(
     yield text.flush()
 
 
-def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The pieces up to the first of the `stops` that is complete. What may be the beginning of one is held
-    back until it is known not to be.
+def pieces_before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """The pieces up to the first complete stop text. An end that may be the beginning of a stop is held back
+    until the next pieces show whether it is one.
 
-    >>> list(until(["Yes", ".#", "## ", "User: and"], ["### User"]))
+    >>> list(pieces_before_stop(["Yes", ".#", "## ", "User: and"], ["### User"]))
     ['Yes', '.', '', '']
     """
-    waiting = ""
+    held = ""
     for piece in pieces:
-        waiting += piece
-        found = [(waiting.index(stop) + len(stop), waiting.index(stop)) for stop in stops if stop in waiting]
-        if found:  # several: the one that is complete first
-            yield waiting[: min(found)[1]]
+        held += piece
+        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
+        if found:
+            _, start = min(found)  # of several stops, the one that is complete first
+            yield held[:start]
             return
-        held = max(
-            (n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])), default=0
-        )
-        yield waiting[: len(waiting) - held]
-        waiting = waiting[len(waiting) - held :]
-    yield waiting
+        n_safe = len(held) - longest_beginning_at_end(held, stops)
+        yield held[:n_safe]
+        held = held[n_safe:]
+    yield held
+
+
+def longest_beginning_at_end(text: str, stops: list[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop.
+
+    >>> longest_beginning_at_end("a##", ["###", "#b"])
+    2
+    """
+    lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(lengths, default=0)
 
 
 def generate_text(
@@ -175,8 +177,8 @@ def generate_text(
     seed: int = 42,
     eos_token: str | None = None,
 ) -> str:
-    """The prompt's continuation as one string. It ends before the tokenizer's EOS, and before the text
-    `eos_token` if given.
+    """The continuation of the prompt as one string. It ends before the tokenizer's EOS, and before the text
+    `eos_token` if one is given.
 
     >>> model, tokenizer, _ = load_model("checkpoints/final.ckpt")            # doctest: +SKIP
     >>> generate_text(model, tokenizer, "Attention is", max_new_tokens=20)    # doctest: +SKIP
@@ -189,16 +191,38 @@ def generate_text(
             "eos_token is empty, which would end every text at once; give a text, or None for the "
             "tokenizer's own EOS"
         )
-    return "".join(
-        until(
-            stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed),
-            [eos_token] if eos_token else [],
+    stops = [eos_token] if eos_token else []
+    pieces = stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed)
+    return "".join(pieces_before_stop(pieces, stops))
+
+
+# ---- what the flags ask for ----------------------------------------------------------------------
+
+
+def make_sampling(args: argparse.Namespace) -> SamplingConfig:
+    """The sampling that the flags describe. Raises UserError for values out of range."""
+    if args.max_new_tokens < 1 or args.num_samples < 1:
+        raise UserError(
+            f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1"
         )
-    )
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
+    try:
+        return SamplingConfig(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        rule = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{flag} {first['input']}: {rule}; see --help") from None
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt from --prompt, --prompt-file or standard input, in this order."""
+    """The prompt from --prompt, --prompt-file or standard input, in this order. Raises UserError."""
     if args.prompt is not None:
         return unix_text(args.prompt)
     if args.prompt_file is not None:
@@ -219,9 +243,12 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise UserError(f"the prompt is not UTF-8 text (byte {error.start}); convert it first") from None
 
 
-def shown(text: str) -> str:
-    """On a terminal, what it would obey rather than show (a model can have learned `\\x1b[2J`) as an
-    escape; else as it is."""
+# ---- one prompt, or one after another ------------------------------------------------------------
+
+
+def safe_to_show(text: str) -> str:
+    """On a terminal, the text with control characters written as escapes: a model can have learned
+    `\\x1b[2J`, which clears the screen. Into a file or a pipe, the text as it is."""
     return printable_lines(text) if sys.stdout.isatty() else text
 
 
@@ -229,38 +256,43 @@ def print_continuation(
     model: GPTMini,
     tokenizer: Tokenizer,
     prompt: str,
-    args: argparse.Namespace,
+    max_new_tokens: int,
     sampling: SamplingConfig,
     seed: int,
 ) -> None:
-    pieces = stream_text(model, tokenizer, prompt, args.max_new_tokens, sampling, seed)
-    first = next(pieces)  # so that a bad prompt is an error before anything is printed
-    print(prompt, end=shown(first), flush=True)
+    pieces = stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed)
+    first = next(pieces)  # a bad prompt raises here, before anything is printed
+    print(prompt, end=safe_to_show(first), flush=True)
     for piece in pieces:
-        print(shown(piece), end="", flush=True)
+        print(safe_to_show(piece), end="", flush=True)
     print(flush=True)
 
 
-def interact(
-    model: GPTMini, tokenizer: Tokenizer, args: argparse.Namespace, sampling: SamplingConfig
+def continue_prompts(
+    model: GPTMini, tokenizer: Tokenizer, max_new_tokens: int, sampling: SamplingConfig, seed: int
 ) -> None:
-    """Prompt by prompt, until end of input. A bad prompt is answered, not fatal."""
-    seed = args.seed
+    """Ask for a prompt and continue it, again and again until the end of input. A bad prompt is answered with
+    a message and does not end the program. Each prompt has another seed."""
     while True:
         try:
-            prompt = unix_text(input("prompt> " if sys.stdin.isatty() else "") + "\n").removesuffix("\n")
+            line = input("prompt> " if sys.stdin.isatty() else "")
         except EOFError:
             print()
             return
+        prompt = unix_text(line + "\n").removesuffix("\n")  # a \r at the end is part of a Windows line end
         try:
-            print_continuation(model, tokenizer, prompt, args, sampling, seed)
+            print_continuation(model, tokenizer, prompt, max_new_tokens, sampling, seed)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         seed += 1
 
 
+# ---- chat ----------------------------------------------------------------------------------------
+
+
 class Chat:
-    """A conversation: what has been said, within the context of the model and by the rules of its template."""
+    """A conversation with a fine-tuned model. It remembers the turns, and its template decides how they are
+    laid out for the model; what does not fit into the context is forgotten, oldest first."""
 
     def __init__(
         self,
@@ -270,38 +302,54 @@ class Chat:
         max_new_tokens: int,
         sampling: SamplingConfig,
     ):
-        self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
-        window = model.config.max_seq_len
-        self.max_new_tokens = min(max_new_tokens, window // 2)
-        self.room = window - self.max_new_tokens  # for the question and what was said before
+        self.model, self.tokenizer = model, tokenizer
+        self.template, self.sampling = template, sampling
+        context = model.config.max_seq_len
+        self.max_new_tokens = min(max_new_tokens, context // 2)  # an answer may take half of the context
+        self.room = context - self.max_new_tokens  # the rest is for the question and the turns before it
         self.turns: list[tuple[str, str]] = []  # (question, answer)
 
     def answer(self, question: str, seed: int) -> Iterator[str]:
-        """The answer, piece by piece; remembered when it has ended, also if it is cut short by Ctrl-C.
-        Raises UserError."""
-        prompt_to_ids(self.tokenizer, question)  # refuses what is no text
+        """The answer, piece by piece. The turn is remembered when the answer ends, also when Ctrl-C ends it.
+        Raises UserError for a question that is not text."""
+        prompt_to_ids(self.tokenizer, question)  # only for its errors
         ids = conversation_ids(self.template, self.tokenizer, self.turns, question, self.room)
-        if (n := len(prompt_ids(self.template, self.tokenizer, question))) > self.room:
-            warn(f"the question has {n} tokens with its template, and {self.room} fit: only its end is read")
+        n_question = len(prompt_ids(self.template, self.tokenizer, question))
+        if n_question > self.room:
+            warn(
+                f"the question has {n_question} tokens with its template, and {self.room} fit: only its end "
+                "is read"
+            )
+        pieces = stream_text(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, seed)
         said = ""
         try:
-            for piece in until(
-                stream_text(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, seed),
-                self.template.stop,
-            ):
+            for piece in pieces_before_stop(pieces, self.template.stop):
                 said += piece
                 yield piece
         finally:
             self.turns.append((question, said.strip()))
 
 
-def talk(chat: Chat, seed: int) -> None:
-    """Question by question, until /quit or end of input. Ctrl-C ends an answer, and at a question the
-    program."""
+def print_answer(chat: Chat, question: str, seed: int) -> None:
+    """Print the answer as it comes. On a terminal Ctrl-C ends the answer, elsewhere the program."""
+    try:
+        for piece in chat.answer(question, seed):
+            print(safe_to_show(piece), end="", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    print(flush=True)
+
+
+def answer_questions(chat: Chat, seed: int) -> None:
+    """Ask for a question and print the answer, again and again until /quit or the end of input. Each question
+    has another seed."""
     if sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed")
-    terminal = sys.stdin.isatty()
-    if terminal:
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
         memory = "remembers what was said" if chat.template.multi_turn else "answers each question by itself"
         print(
             f"This model {memory}, within {chat.model.config.max_seq_len} tokens. /reset forgets, /quit "
@@ -309,7 +357,7 @@ def talk(chat: Chat, seed: int) -> None:
         )
     while True:
         try:
-            question = unix_text(input("you> " if terminal else "")).strip()
+            question = unix_text(input("you> " if on_terminal else "")).strip()
         except EOFError:
             print()
             return
@@ -319,53 +367,46 @@ def talk(chat: Chat, seed: int) -> None:
             chat.turns.clear()
             print("(forgotten)")
         elif question.startswith("/"):
-            print(f"{question.split()[0]} is no command; there are /reset and /quit", file=sys.stderr)
+            print(f"{question.split()[0]} is not a command; there are /reset and /quit", file=sys.stderr)
         elif question:
-            try:
-                for piece in chat.answer(question, seed):
-                    print(shown(piece), end="", flush=True)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-            except KeyboardInterrupt:
-                if not terminal:
-                    raise
-            print(flush=True)
+            print_answer(chat, question, seed)
             seed += 1
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def chat_template(metadata: dict, ckpt: str) -> Template:
+    """The template of an instruction model. Raises UserError for a model that only continues texts."""
+    template = saved_template(metadata, ckpt)
+    if template is None:
+        raise UserError(
+            f"{ckpt} is not an instruction model: it continues texts (--interactive) and does not answer. "
+            "Make it one:\n       python3 finetune.py --config config_finetune.yaml --override "
+            f"base_ckpt={ckpt}"
+        )
+    return template
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    sampling, device = make_sampling(args), resolve_device(args.device)
+    sampling = make_sampling(args)
+    device = resolve_device(args.device)
     prompt = None if args.interactive or args.chat else read_prompt(args)
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
     if args.chat:
-        if (template := saved_template(metadata, args.ckpt)) is None:
-            raise UserError(
-                f"{args.ckpt} is no instruction model: it continues texts (--interactive) and does not "
-                "answer. "
-                "Make it one:\n       python3 finetune.py --config config_finetune.yaml --override "
-                f"base_ckpt={args.ckpt}"
-            )
-        talk(Chat(model, tokenizer, template, args.max_new_tokens, sampling), args.seed)
+        template = chat_template(metadata, args.ckpt)
+        answer_questions(Chat(model, tokenizer, template, args.max_new_tokens, sampling), args.seed)
         return 0
-    if prompt is None:
-        interact(model, tokenizer, args, sampling)
+    if args.interactive:
+        continue_prompts(model, tokenizer, args.max_new_tokens, sampling, args.seed)
         return 0
-    n_prompt = len(prompt_to_ids(tokenizer, prompt))
-    if n_prompt > model.config.max_seq_len:
-        warn(
-            f"the prompt has {n_prompt} tokens, the model sees {model.config.max_seq_len}: it reads the "
-            f"last {model.config.max_seq_len}"
-        )
-    for i in range(args.num_samples):
+    n_prompt, context = len(prompt_to_ids(tokenizer, prompt)), model.config.max_seq_len
+    if n_prompt > context:
+        warn(f"the prompt has {n_prompt} tokens, the model sees {context}: it reads the last {context}")
+    for seed in range(args.seed, args.seed + args.num_samples):
         if args.num_samples > 1:
-            print(f"--- sample {i + 1} (seed {args.seed + i}) ---")
-        print_continuation(model, tokenizer, prompt, args, sampling, args.seed + i)
+            print(f"--- sample {seed - args.seed + 1} (seed {seed}) ---")
+        print_continuation(model, tokenizer, prompt, args.max_new_tokens, sampling, seed)
     return 0
-
-
-if __name__ == "__main__":
-    if sys.stdin is not None and sys.stdin.isatty():
-        import readline  # noqa: F401 (gives the interactive prompt line editing and history)
-    sys.exit(guarded(main))

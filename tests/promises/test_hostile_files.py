@@ -570,10 +570,10 @@ def test_what_a_model_says_cannot_command_the_terminal(monkeypatch):
     import infer
 
     text = "a\x1b[2J\nb\té\r\u202e"
-    assert infer.shown(text) == text  # a pipe or a file gets what the model said
+    assert infer.safe_to_show(text) == text  # a pipe or a file gets what the model said
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert infer.shown(text) == "a\\x1b[2J\nb\té\\r\\u202e"
+    assert infer.safe_to_show(text) == "a\\x1b[2J\nb\té\\r\\u202e"
 
 
 # ---- the newest checkpoint -----------------------------------------------------------------------

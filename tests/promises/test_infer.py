@@ -14,7 +14,7 @@ import torch
 from foreign_tokenizers import tokenizer_like
 
 import infer
-from infer import Chat, until
+from infer import Chat, pieces_before_stop
 from model import GPTConfig, GPTMini
 from sampling import SamplingConfig
 from support.checkpoint import KEY, load_model
@@ -323,7 +323,7 @@ def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_piec
     for pieces, text, stops in texts_and_stops(1, 4000):
         if any(one in other[1:-1] for one in stops for other in stops):
             continue  # which of the two comes first is then a matter of taste
-        found = "".join(until(pieces, stops))
+        found = "".join(pieces_before_stop(pieces, stops))
         assert found == up_to(text, stops), (pieces, stops)
         n_stopped, n_whole = n_stopped + (found != text), n_whole + (found == text != "" and bool(stops))
     assert n_stopped > 500 and n_whole > 500
@@ -340,7 +340,7 @@ def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
                 asked.append(piece)
                 yield piece
 
-        for given in until(asking(), stops):
+        for given in pieces_before_stop(asking(), stops):
             shown += given
             assert text.startswith(shown)
             assert not any(stop in shown for stop in stops)
@@ -352,18 +352,18 @@ def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
 def test_after_a_stop_nothing_more_is_asked_for():
     """The model need not write what nobody will see."""
     pieces = iter(["one", "#", "#two", "three", "four"])
-    assert "".join(until(pieces, ["##"])) == "one"
+    assert "".join(pieces_before_stop(pieces, ["##"])) == "one"
     assert list(pieces) == ["three", "four"]
 
 
 def test_what_only_looked_like_a_stop_is_given_at_the_end():
-    assert "".join(until(["a#", "#"], ["###"])) == "a##"
-    assert "".join(until(["a##", "##b"], ["####"])) == "a"
-    assert "".join(until(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", "a beginning inside a beginning"
-    assert "".join(until(["a", "", "b"], [])) == "ab"
-    assert "".join(until([], ["#"])) == ""
+    assert "".join(pieces_before_stop(["a#", "#"], ["###"])) == "a##"
+    assert "".join(pieces_before_stop(["a##", "##b"], ["####"])) == "a"
+    assert "".join(pieces_before_stop(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", "a beginning inside a beginning"
+    assert "".join(pieces_before_stop(["a", "", "b"], [])) == "ab"
+    assert "".join(pieces_before_stop([], ["#"])) == ""
     for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
-        assert "".join(until(pieces, ["abcd", "c"])) == "ab", (
+        assert "".join(pieces_before_stop(pieces, ["abcd", "c"])) == "ab", (
             "the one that is complete first, however it arrives"
         )
 
@@ -438,7 +438,7 @@ def test_a_model_that_only_continues_texts_refuses_to_chat(ckpt, capsys, monkeyp
     with pytest.raises(UserError) as error:
         infer.main(["--ckpt", ckpt, "--chat", "--device", "cpu"])
     message = str(error.value)
-    assert f"{ckpt} is no instruction model" in message and "--interactive" in message
+    assert f"{ckpt} is not an instruction model" in message and "--interactive" in message
     assert f"python3 finetune.py --config config_finetune.yaml --override base_ckpt={ckpt}" in message
     assert len(message.splitlines()) <= 3 and capsys.readouterr().out == ""
 
@@ -488,8 +488,8 @@ def test_commands_and_empty_lines_are_no_questions(chat, chatty):
     out, err = chat(ckpt, "", "   ", "who", "/help me", "/", "", "why", "/quit", "who")
     assert out == f"{who}\n{why}\n", "and what stands behind /quit is not read"
     assert err.splitlines() == [
-        "/help is no command; there are /reset and /quit",
-        "/ is no command; there are /reset and /quit",
+        "/help is not a command; there are /reset and /quit",
+        "/ is not a command; there are /reset and /quit",
     ]
 
 
@@ -622,11 +622,11 @@ def test_ctrl_c_ends_an_answer_on_a_terminal_and_else_the_program(chatty, monkey
     monkeypatch.setattr(infer, "stream_text", interrupted)
     monkeypatch.setattr(sys, "stdin", (Terminal if terminal else io.StringIO)("who\n/quit\n"))
     if terminal:
-        infer.talk(chat, 1)
+        infer.answer_questions(chat, 1)
         assert capsys.readouterr().out.endswith("you> so far\nyou> ")
     else:
         with pytest.raises(KeyboardInterrupt):
-            infer.talk(chat, 1)
+            infer.answer_questions(chat, 1)
     assert chat.turns == [("who", "so far")]
 
 
