@@ -55,36 +55,20 @@ def craft(path: Path, model: GPTMini, tokenizer) -> str:
         "tokenizer": tokenizer.to_dict(),
         "metrics": {"step": 0},
     }
-    torch.save(
-        {
-            "state_dict": {f"net.{name}": tensor for name, tensor in model.state_dict().items()},
-            "tiny_transformer": ours,
-        },
-        path,
-    )
+    weights = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": weights, KEY: ours}, path)
     return str(path)
 
 
 def tiny_model(vocab_size: int, **changes) -> GPTMini:
     torch.manual_seed(0)
-    return GPTMini(
-        GPTConfig(
-            **{
-                "vocab_size": vocab_size,
-                "d_model": 24,
-                "n_layers": 2,
-                "n_heads": 4,
-                "n_kv_heads": 2,
-                "max_seq_len": 16,
-            }
-            | changes
-        )
-    )
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 16}
+    return GPTMini(GPTConfig(vocab_size=vocab_size, **(sizes | changes)))
 
 
 def always(path: Path, token: int, tokenizer: Tokenizer | None = None) -> str:
-    """A model (of bytes) that gives `token` whatever it reads: the last norm puts out its bias, the head
-    has one row."""
+    """A checkpoint (of bytes) whose model says `token` whatever it reads: the last norm gives only its bias,
+    and the head is zero but for the row of that token."""
     tokenizer = tokenizer or ByteTokenizer()
     model = tiny_model(tokenizer.vocab_size, norm="layernorm", bias=True, tie_embeddings=False)
     with torch.no_grad():
@@ -117,12 +101,9 @@ def test_greedy_text_is_that_of_generate_whatever_the_seed(say, ckpt, length):
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     whole = model.generate(ids, length, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()
     expected = tokenizer.decode([i for i in whole if i != tokenizer.eos_id])
+    flags = ["--temperature", "0", "--top-p", "1", "--max-new-tokens", str(length)]
     for seed in ("1", "2"):
-        out, _ = say(
-            *short(
-                ckpt, "--temperature", "0", "--top-p", "1", "--max-new-tokens", str(length), "--seed", seed
-            )
-        )
+        out, _ = say(*short(ckpt, *flags, "--seed", seed))
         assert out == expected + "\n"
 
 
@@ -130,24 +111,12 @@ def test_sampled_text_is_that_of_generate_with_the_same_generator(say, ckpt):
     model, tokenizer, _ = load_model(ckpt)
     sampling = SamplingConfig(temperature=0.7, top_k=30, top_p=0.9, repetition_penalty=1.3)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
-    whole = model.generate(
-        ids, 12, sampling, eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(5)
-    )[0].tolist()
-    flags = (
-        "--temperature",
-        "0.7",
-        "--top-k",
-        "30",
-        "--top-p",
-        "0.9",
-        "--repetition-penalty",
-        "1.3",
-        "--seed",
-        "5",
-    )
-    assert (
-        say(*short(ckpt, *flags))[0] == tokenizer.decode([i for i in whole if i != tokenizer.eos_id]) + "\n"
-    )
+    generator = torch.Generator().manual_seed(5)
+    whole = model.generate(ids, 12, sampling, eos_id=tokenizer.eos_id, generator=generator)[0].tolist()
+    expected = tokenizer.decode([i for i in whole if i != tokenizer.eos_id])
+    flags = ["--temperature", "0.7", "--top-k", "30", "--top-p", "0.9", "--repetition-penalty", "1.3"]
+    flags += ["--seed", "5"]
+    assert say(*short(ckpt, *flags))[0] == expected + "\n"
 
 
 @pytest.mark.parametrize("flags", [("--top-k", "1"), ("--top-p", "0.0001")], ids=" ".join)
@@ -155,7 +124,7 @@ def test_one_candidate_is_greedy(say, ckpt, flags):
     assert say(*short(ckpt, *flags)) == say(*short(ckpt, "--temperature", "0"))
 
 
-def test_samples_are_numbered_and_each_is_its_seeds_text(say, ckpt):
+def test_samples_are_numbered_and_each_is_the_text_of_its_seed(say, ckpt):
     out, _ = say(*short(ckpt, "--num-samples", "3", "--seed", "7"))
     texts = [say(*short(ckpt, "--seed", str(seed)))[0] for seed in (7, 8, 9)]
     assert out == "".join(f"--- sample {i + 1} (seed {7 + i}) ---\n{text}" for i, text in enumerate(texts))
@@ -172,7 +141,7 @@ def test_generate_text_is_the_continuation_alone(say, ckpt):
 def test_pieces_come_token_by_token_and_make_up_the_text(ckpt):
     model, tokenizer, _ = load_model(ckpt)
     pieces = list(infer.stream_text(model, tokenizer, PROMPT, 12, seed=3))
-    assert len(pieces) == 13  # a piece a token, and what is left
+    assert len(pieces) == 13  # one for each token, and what is left at the end
     assert "".join(pieces) == infer.generate_text(model, tokenizer, PROMPT, 12, temperature=1.0, seed=3)
 
 
@@ -192,35 +161,25 @@ def test_half_a_character_is_never_shown(say, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama + bos", "space first"])
-def test_the_space_after_the_prompt_is_kept_where_a_decoder_takes_off_that_of_a_text(say, tmp_path, name):
+def test_the_space_after_the_prompt_is_kept_where_a_decoder_drops_the_first_space_of_a_text(
+    say, tmp_path, name
+):
     tokenizer = tokenizer_like(name)
     [tock] = ids_after(tokenizer, ["tick"], " tock")
-    out, _ = say(
-        "--ckpt",
-        always(tmp_path / "always.ckpt", tock, tokenizer),
-        "--prompt",
-        "tick",
-        "--max-new-tokens",
-        "3",
-        "--temperature",
-        "0",
-    )
+    ckpt = always(tmp_path / "always.ckpt", tock, tokenizer)
+    out, _ = say("--ckpt", ckpt, "--prompt", "tick", "--max-new-tokens", "3", "--temperature", "0")
     assert out == "tick tock tock tock\n"
 
 
 def test_a_text_may_end_the_generation(ckpt):
     model, tokenizer, _ = load_model(ckpt)
-    plain = infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0)
+    greedy = {"max_new_tokens": 12, "temperature": 0}
+    plain = infer.generate_text(model, tokenizer, PROMPT, **greedy)
     for stop in (plain[3:5], plain[:2], plain[-1]):
-        ended = infer.generate_text(
-            model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop
-        )
+        ended = infer.generate_text(model, tokenizer, PROMPT, **greedy, eos_token=stop)
         assert ended == plain[: plain.index(stop)]
     for stop in (None, "not in it"):
-        assert (
-            infer.generate_text(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, eos_token=stop)
-            == plain
-        )
+        assert infer.generate_text(model, tokenizer, PROMPT, **greedy, eos_token=stop) == plain
     with pytest.raises(UserError, match="eos_token is empty"):
         infer.generate_text(model, tokenizer, PROMPT, eos_token="")
 
@@ -243,8 +202,10 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(say, ckpt, tmp_path, 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
 @pytest.mark.parametrize("source", ["file", "pipe", "flag", "interactive", "chat"])
-def test_a_prompt_of_windows_is_that_of_any_other_file(say, monkeypatch, tmp_path, source, mark):
-    """Texts for training have lost a byte order mark and \\r\\n, too; this tokenizer knows neither."""
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(
+    say, monkeypatch, tmp_path, source, mark
+):
+    """Nor are they of texts for training. This tokenizer knows neither of them."""
     tokenizer = CharTokenizer.train(["abc\n"])
     path = craft(tmp_path / "char.ckpt", tiny_model(tokenizer.vocab_size, max_seq_len=64), tokenizer)
     checkpoint = torch.load(path, weights_only=True)
@@ -269,7 +230,7 @@ def test_interactive_answers_prompt_by_prompt_until_the_end_of_input(say, ckpt, 
         for prompt in ("Attention is", "A token")
     ]
     assert out == "".join(texts) + "\n"
-    assert "the prompt is empty" in err  # the empty line is answered, and the talk goes on
+    assert "the prompt is empty" in err  # the empty line is answered, and the next prompt is read
 
 
 def test_a_prompt_longer_than_the_context_is_read_from_its_end_with_a_warning(say, ckpt):
@@ -309,8 +270,8 @@ def cut_anywhere(rng: np.random.Generator, text: str) -> list[str]:
 
 
 def texts_and_stops(seed: int, n: int):
-    """(pieces, their text, stops), of few letters, so that stops, beginnings of stops and stops side by
-    side are common."""
+    """Yield (pieces, their text, stops). The letters are few, so that stops, beginnings of stops and stops
+    next to each other are common."""
     rng = np.random.default_rng(seed)
     for _ in range(n):
         text = "".join(rng.choice(["#", "a", "\n", "é"], rng.integers(0, 25)))
@@ -322,7 +283,7 @@ def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_piec
     n_stopped = n_whole = 0
     for pieces, text, stops in texts_and_stops(1, 4000):
         if any(one in other[1:-1] for one in stops for other in stops):
-            continue  # which of the two comes first is then a matter of taste
+            continue  # a stop inside a stop: which of the two comes first is a matter of definition
         found = "".join(pieces_before_stop(pieces, stops))
         assert found == up_to(text, stops), (pieces, stops)
         n_stopped, n_whole = n_stopped + (found != text), n_whole + (found == text != "" and bool(stops))
@@ -330,8 +291,8 @@ def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_piec
 
 
 def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
-    """At each moment what has been given is a beginning of the answer, and lacks at most a stop less its
-    last character."""
+    """At each moment the pieces so far are a beginning of the answer. What is missing is shorter than the
+    longest stop."""
     for pieces, text, stops in texts_and_stops(2, 2000):
         asked, shown = [], ""
 
@@ -356,10 +317,12 @@ def test_after_a_stop_nothing_more_is_asked_for():
     assert list(pieces) == ["three", "four"]
 
 
-def test_what_only_looked_like_a_stop_is_given_at_the_end():
+def test_text_that_only_looked_like_a_stop_is_given_at_the_end():
     assert "".join(pieces_before_stop(["a#", "#"], ["###"])) == "a##"
     assert "".join(pieces_before_stop(["a##", "##b"], ["####"])) == "a"
-    assert "".join(pieces_before_stop(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", "a beginning inside a beginning"
+    assert "".join(pieces_before_stop(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", (
+        "a beginning inside a beginning"
+    )
     assert "".join(pieces_before_stop(["a", "", "b"], [])) == "ab"
     assert "".join(pieces_before_stop([], ["#"])) == ""
     for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
@@ -382,9 +345,8 @@ GREEDY = ("--temperature", "0", "--top-p", "1", "--max-new-tokens", "5")
 
 @pytest.fixture
 def chatty(tiny_run, tmp_path) -> Callable[..., str]:
-    """chatty(stop=["x"]): the tiny run with a template. Its weights are drawn anew, and large: after 12
-    steps a model writes blanks whatever it reads, and here each answer should depend on all that stands
-    before it."""
+    """chatty(stop=["x"]): the tiny run with a template, and with large random weights. After 12 steps of
+    training a model writes blanks whatever it reads; here each answer has to depend on all text before it."""
 
     def make(**changes: object) -> str:
         checkpoint, generator = tiny_run.checkpoint(), torch.Generator().manual_seed(4)
@@ -403,22 +365,27 @@ def chatty(tiny_run, tmp_path) -> Callable[..., str]:
 
 
 def answer_to(ckpt: str, *questions: str, n: int = 5, system: str = "") -> str:
-    """What `model.generate` says to the last question when the others have been asked before it, the ids
-    put together by hand."""
+    """The answer of `model.generate` to the last question after the others, the ids put together by hand."""
     model, tokenizer, _ = load_model(ckpt)
-    ids, answer = tokenizer.encode(system) if system else [], ""
-    for i, question in enumerate(questions):
-        ids = [
-            *ids,
-            *([*tokenizer.encode(answer.strip()), tokenizer.eos_id] if i else []),
-            *tokenizer.encode(f"Ask {question} Say "),
-        ]
-        assert len(ids) + n <= model.config.max_seq_len
-        new = model.generate(torch.tensor([ids]), n, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[
-            0
-        ].tolist()[len(ids) :]
-        answer = tokenizer.decode([i for i in new if i != tokenizer.eos_id])
+    ids = tokenizer.encode(system) if system else []
+    for question in questions:
+        ids += tokenizer.encode(f"Ask {question} Say ")
+        answer = greedy_answer(model, tokenizer, ids, n)
+        ids += [*tokenizer.encode(answer.strip()), tokenizer.eos_id]
     return answer
+
+
+def greedy_answer(model: GPTMini, tokenizer: Tokenizer, ids: list[int], n: int) -> str:
+    """The text of the n likeliest tokens after `ids`, which fit into the context with them."""
+    assert len(ids) + n <= model.config.max_seq_len
+    whole = model.generate(torch.tensor([ids]), n, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)
+    return tokenizer.decode([i for i in whole[0, len(ids) :].tolist() if i != tokenizer.eos_id])
+
+
+def greedy_chat(model: GPTMini, tokenizer: Tokenizer, metadata: dict, max_new_tokens: int) -> Chat:
+    """A conversation with a loaded checkpoint, always with the likeliest token."""
+    template = Template.model_validate(metadata["template"])
+    return Chat(model, tokenizer, template, max_new_tokens, SamplingConfig(temperature=0))
 
 
 @pytest.fixture
@@ -443,18 +410,18 @@ def test_a_model_that_only_continues_texts_refuses_to_chat(ckpt, capsys, monkeyp
     assert len(message.splitlines()) <= 3 and capsys.readouterr().out == ""
 
 
-def test_each_question_is_answered_and_the_end_of_input_ends_the_talk(chat, chatty):
+def test_each_question_is_answered_and_the_end_of_input_ends_the_chat(chat, chatty):
     ckpt = chatty()
     first, second = answer_to(ckpt, "who"), answer_to(ckpt, "who", "why")
     assert first != second and len(first) > 1
     assert chat(ckpt, "who") == (first + "\n\n", "")
     assert chat(ckpt, "  who ", "why") == (f"{first}\n{second}\n\n", ""), (
-        "blanks around a question are no part of it"
+        "blanks around a question do not belong to it"
     )
     assert chat(ckpt) == ("\n", "")
 
 
-def test_a_question_that_is_no_text_is_answered_by_an_error_and_forgotten(chat, chatty):
+def test_a_question_that_is_not_text_is_answered_by_an_error_and_forgotten(chat, chatty):
     """Bytes that are not UTF-8 arrive as halves of characters."""
     ckpt = chatty()
     out, err = chat(ckpt, "a\udcffb", "who")
@@ -470,10 +437,10 @@ def test_chat_without_standard_input_says_so(chatty, monkeypatch):
 def test_an_answer_depends_on_what_was_said_unless_it_is_forgotten(chat, chatty):
     ckpt = chatty()
     who, how, alone = (answer_to(ckpt, question) for question in ("who", "how", "why"))
-    behind_who, behind_how = answer_to(ckpt, "who", "why"), answer_to(ckpt, "how", "why")
-    assert len({alone, behind_who, behind_how}) == 3, "the model hears the first question"
-    assert chat(ckpt, "who", "why", "/quit")[0] == f"{who}\n{behind_who}\n"
-    assert chat(ckpt, "how", "why", "/quit")[0] == f"{how}\n{behind_how}\n"
+    after_who, after_how = answer_to(ckpt, "who", "why"), answer_to(ckpt, "how", "why")
+    assert len({alone, after_who, after_how}) == 3, "the answer should depend on the first question"
+    assert chat(ckpt, "who", "why", "/quit")[0] == f"{who}\n{after_who}\n"
+    assert chat(ckpt, "how", "why", "/quit")[0] == f"{how}\n{after_how}\n"
     assert chat(ckpt, "who", "/reset", "why", "/quit") == (f"{who}\n(forgotten)\n{alone}\n", "")
 
 
@@ -482,18 +449,18 @@ def test_a_single_turn_template_answers_each_question_by_itself(chat, chatty):
     assert chat(ckpt, "who", "why", "/quit")[0] == f"{answer_to(ckpt, 'who')}\n{answer_to(ckpt, 'why')}\n"
 
 
-def test_commands_and_empty_lines_are_no_questions(chat, chatty):
+def test_commands_and_empty_lines_are_not_questions(chat, chatty):
     ckpt = chatty()
     who, why = answer_to(ckpt, "who"), answer_to(ckpt, "who", "why")
     out, err = chat(ckpt, "", "   ", "who", "/help me", "/", "", "why", "/quit", "who")
-    assert out == f"{who}\n{why}\n", "and what stands behind /quit is not read"
+    assert out == f"{who}\n{why}\n", "what comes after /quit is not read"
     assert err.splitlines() == [
         "/help is not a command; there are /reset and /quit",
         "/ is not a command; there are /reset and /quit",
     ]
 
 
-def test_the_system_text_stands_before_the_first_question_only(chat, chatty):
+def test_the_system_text_comes_before_the_first_question_only(chat, chatty):
     ckpt = chatty(system="Be.\n")
     who, why = answer_to(ckpt, "who", n=2, system="Be.\n"), answer_to(ckpt, "who", "why", n=2, system="Be.\n")
     assert who != answer_to(ckpt, "who", n=2)
@@ -508,11 +475,9 @@ def test_a_stop_ends_an_answer_and_is_neither_shown_nor_remembered(chat, chatty)
     ckpt = chatty(stop=["never said by it", plain[place : place + 2]])
     assert chat(ckpt, "who", "/quit", flags=(*GREEDY[:-1], "9")) == (plain[:place] + "\n", "")
     model, tokenizer, metadata = load_model(ckpt)
-    talk = Chat(
-        model, tokenizer, Template.model_validate(metadata["template"]), 9, SamplingConfig(temperature=0)
-    )
-    assert "".join(talk.answer("who", 1)) == plain[:place]
-    assert talk.turns == [("who", plain[:place].strip())]
+    conversation = greedy_chat(model, tokenizer, metadata, max_new_tokens=9)
+    assert "".join(conversation.answer("who", seed=1)) == plain[:place]
+    assert conversation.turns == [("who", plain[:place].strip())]
 
 
 def test_samples_follow_the_seed_and_each_question_has_another(chat, chatty):
@@ -532,15 +497,11 @@ def test_a_question_that_is_too_long_is_read_from_its_end_with_a_warning(chat, c
     long = "what do we know of the loss of a model that reads " * 3
     ids = tokenizer.encode(f"Ask {long.strip()} Say ")
     assert len(ids) > 32
-    new = model.generate(
-        torch.tensor([ids[-27:]]), 5, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id
-    )[0].tolist()[27:]
+    expected = greedy_answer(model, tokenizer, ids[-27:], n=5)
     out, err = chat(ckpt, "who", long, "/quit")
-    assert out == f"{answer_to(ckpt, 'who')}\n{tokenizer.decode([i for i in new if i != tokenizer.eos_id])}\n"
-    assert (
-        err == f"warning: the question has {len(ids)} tokens with its template, and 27 fit: only its end is "
-        "read\n"
-    )
+    assert out == f"{answer_to(ckpt, 'who')}\n{expected}\n"
+    rule = f"the question has {len(ids)} tokens with its template, and 27 fit"
+    assert err == f"warning: {rule}: only its end is read\n"
 
 
 @pytest.mark.parametrize(("wanted", "n"), [(3, 3), (15, 15), (16, 16), (17, 16), (1000, 16)])
@@ -556,12 +517,10 @@ def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(
         return stream(model, tokenizer, ids, max_new_tokens, *rest)
 
     monkeypatch.setattr(infer, "stream_text", watched)
-    talk = Chat(
-        model, tokenizer, Template.model_validate(metadata["template"]), wanted, SamplingConfig(temperature=0)
-    )
+    conversation = greedy_chat(model, tokenizer, metadata, max_new_tokens=wanted)
     said, kept = [], []
     for question in ["a", "bb", "c", "d e", "f", "gg g", "h", "i"]:
-        answer = "".join(talk.answer(question, 1))
+        answer = "".join(conversation.answer(question, seed=1))
         asked = tokenizer.encode(f"Ask {question} Say ")
         fitting = []
         for start in range(len(said), -1, -1):
@@ -575,7 +534,7 @@ def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(
     assert max(kept) < 7
 
 
-def test_characters_that_the_tokenizer_lacks_are_answered_and_the_talk_goes_on(say, monkeypatch, tmp_path):
+def test_characters_that_the_tokenizer_lacks_are_answered_and_the_chat_continues(say, monkeypatch, tmp_path):
     tokenizer = CharTokenizer.train(["Ask abc Say ."])
     path = craft(tmp_path / "char.ckpt", tiny_model(tokenizer.vocab_size, max_seq_len=64), tokenizer)
     checkpoint = torch.load(path, weights_only=True)
@@ -586,7 +545,7 @@ def test_characters_that_the_tokenizer_lacks_are_answered_and_the_talk_goes_on(s
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         outs.append(say("--ckpt", path, "--chat", *GREEDY))
     assert outs[0][1].startswith("error: unknown characters '∑'") and outs[1][1] == ""
-    assert outs[0][0] == "\n" + outs[1][0], "what could not be read is not remembered"
+    assert outs[0][0] == "\n" + outs[1][0], "a question that cannot be read is not remembered"
 
 
 class Terminal(io.StringIO):
@@ -597,7 +556,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("multi_turn", "said"), [(True, "remembers what was said"), (False, "answers each question by itself")]
 )
-def test_on_a_terminal_the_rules_are_told_first(say, chatty, monkeypatch, multi_turn, said):
+def test_on_a_terminal_the_rules_are_printed_first(say, chatty, monkeypatch, multi_turn, said):
     ckpt = chatty(multi_turn=multi_turn)
     monkeypatch.setattr(sys, "stdin", Terminal("who\n/quit\n"))
     out, _ = say("--ckpt", ckpt, "--chat", *GREEDY)
@@ -607,12 +566,10 @@ def test_on_a_terminal_the_rules_are_told_first(say, chatty, monkeypatch, multi_
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_ctrl_c_ends_an_answer_on_a_terminal_and_else_the_program(chatty, monkeypatch, capsys, terminal):
-    """What had been said by then is remembered."""
+def test_ctrl_c_ends_an_answer_on_a_terminal_and_elsewhere_the_program(chatty, monkeypatch, capsys, terminal):
+    """The part of the answer that was given is remembered."""
     model, tokenizer, metadata = load_model(chatty())
-    chat = Chat(
-        model, tokenizer, Template.model_validate(metadata["template"]), 5, SamplingConfig(temperature=0)
-    )
+    conversation = greedy_chat(model, tokenizer, metadata, max_new_tokens=5)
 
     def interrupted(*_):
         yield "so "
@@ -622,12 +579,12 @@ def test_ctrl_c_ends_an_answer_on_a_terminal_and_else_the_program(chatty, monkey
     monkeypatch.setattr(infer, "stream_text", interrupted)
     monkeypatch.setattr(sys, "stdin", (Terminal if terminal else io.StringIO)("who\n/quit\n"))
     if terminal:
-        infer.answer_questions(chat, 1)
+        infer.answer_questions(conversation, seed=1)
         assert capsys.readouterr().out.endswith("you> so far\nyou> ")
     else:
         with pytest.raises(KeyboardInterrupt):
-            infer.answer_questions(chat, 1)
-    assert chat.turns == [("who", "so far")]
+            infer.answer_questions(conversation, seed=1)
+    assert conversation.turns == [("who", "so far")]
 
 
 @pytest.mark.parametrize(
@@ -732,20 +689,12 @@ def test_flags_that_contradict_each_other_exit_2(capsys, flags):
 
 
 def test_ctrl_c_exits_130_without_a_traceback(ckpt):
-    command = [
-        sys.executable,
-        "infer.py",
-        "--ckpt",
-        ckpt,
-        "--prompt",
-        PROMPT,
-        "--max-new-tokens",
-        "100000000",
-        "--device",
-        "cpu",
-    ]
+    flags = ["--ckpt", ckpt, "--prompt", PROMPT, "--max-new-tokens", "100000000", "--device", "cpu"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        [sys.executable, "infer.py", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
     )
     assert process.stdout.read(len(PROMPT)) == PROMPT.encode()  # it has begun
     process.send_signal(signal.SIGINT)
