@@ -113,8 +113,8 @@ def print_end(plan: Plan) -> None:
 
 
 def show_mask(plan: Plan, n: int) -> None:
-    """Print the first `n` training pairs. What is trained on is in colour on a terminal, elsewhere between >>>
-    and <<<. Raises UserError where there are no pairs."""
+    """Print the first `n` training pairs. What is trained on is in colour on a terminal, elsewhere between
+    `>>>` and `<<<`. Raises UserError where there are no pairs."""
     from rich.console import Console
     from rich.text import Text
 

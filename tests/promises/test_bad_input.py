@@ -1,8 +1,8 @@
 """A user's mistake ends in one to three lines on stderr that name the value, and exit status 2, with nothing
 written.
 
-Most of it in this process, through `guarded` as the scripts do; a few as real processes, for the traceback
-that must not be there and for what has been imported by then.
+Most run in this process, through `guarded` as in the scripts; a few as real processes, to see that there is
+no traceback and what has been imported by then.
 """
 
 import os
@@ -39,8 +39,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def refusal(here, capsys, monkeypatch):
-    """refusal(argv) is what train.py says of it; the folder must be as it was, and no run's folder have
-    come into being."""
+    """refusal(argv) is what train.py says of it; it must leave the folder as it was, without a folder of a
+    run."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # `guarded` sets it
 
     def call(argv: list[str], lines: int = 3) -> str:
@@ -66,100 +66,49 @@ def overridden(*overrides: str) -> list[str]:
 # ---- the config ----------------------------------------------------------------------------------
 
 
+# A few of each kind: the rules of the schema are in test_config.py, how values are read in test_values.py.
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, ["bad.yaml", "does not exist"]),
-        ("", ["bad.yaml", "is empty"]),
-        ("# only a comment\n", ["bad.yaml", "is empty"]),
-        ("- a\n- list\n", ["bad.yaml", "not a mapping"]),
-        ("just words", ["bad.yaml", "not a mapping"]),
-        (GOOD + "seed: [1, 2\n", ["bad.yaml, line "]),
-        (GOOD + "seed:\t1: 2\n", ["bad.yaml, line 6"]),
-        (GOOD + "seed: 1\nseed: 2\n", ["bad.yaml, line 7", "'seed' is given twice"]),
-        (GOOD + "seed: !!python/object/apply:os.system [touch owned]\n", ["bad.yaml, line 6"]),
-        (GOOD.replace("d_model", "d_modle"), ["model.d_modle", "model.d_model"]),
-        (GOOD.replace("model:", "modell:"), ["modell"]),
-        (GOOD.replace("d_model", "n_embd"), ["model.n_embd", "model.d_model"]),
-        ("model: 5\n" + GOOD.split("\n", 2)[2], ["model", "5"]),
-        ("model:\n" + GOOD.split("\n", 2)[2] + "data:\n", ["bad.yaml"]),
+        (b"", ["bad.yaml", "is empty"]),
+        (GOOD.encode() + b"seed: [1, 2\n", ["bad.yaml, line "]),
+        (GOOD.replace("d_model", "d_modle").encode(), ["model.d_modle", "model.d_model"]),
         (b"seed: 1 \xff\xfe", ["bad.yaml", "not text"]),
         (b"\x00\x01\x02", ["bad.yaml"]),
     ],
-    ids=lambda value: repr(value)[-40:] if not isinstance(value, list) else "",
+    ids=["missing", "empty", "syntax", "unknown key", "not UTF-8", "binary"],
 )
-def test_a_config_file_that_is_none(refusal, content, words):
+def test_a_file_that_is_not_a_config(refusal, content, words):
     if content is not None:
-        Path("bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refusal(
-        ["--config", "bad.yaml"], lines=5 if "modell" in words else 3
-    )  # each key of an unknown section is listed
+        Path("bad.yaml").write_bytes(content)
+    message = refusal(["--config", "bad.yaml"])
     assert all(word in message for word in words), message
+
+
+def test_each_key_of_an_unknown_section_is_listed(refusal):
+    Path("bad.yaml").write_text(GOOD.replace("model:", "modell:"))
+    message = refusal(["--config", "bad.yaml"], lines=5)
+    assert all(f"modell.{key}" in message for key in ("d_model", "n_layers", "n_heads", "max_seq_len"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        # wrong types
-        (["model.d_model=wide"], ["model.d_model='wide'"]),
-        (["model.d_model=32.5"], ["model.d_model=32.5"]),
-        (["model.n_layers=true"], ["model.n_layers=True"]),
-        (["model.tie_embeddings=maybe"], ["model.tie_embeddings='maybe'"]),
-        (["training.max_steps=many"], ["training.max_steps='many'"]),
-        (["training.max_steps=2.5"], ["training.max_steps=2.5"]),
         (["training.lr=fast"], ["training.lr='fast'"]),
-        (["training.betas=0.9"], ["training.betas=0.9"]),
-        (["training.betas=[0.9, 0.95, 0.99]"], ["training.betas="]),
-        (["seed=null"], ["seed=None"]),
-        (["data.path=5"], ["data.path=5"]),
-        (["training=5"], ["training"]),
-        # out of range
-        (["model.dropout=1.5"], ["model.dropout=1.5"]),
         (["model.n_layers=0"], ["model.n_layers=0"]),
-        (["training.lr=-1"], ["training.lr=-1"]),
-        (["training.lr=.nan"], ["training.lr=nan"]),
-        (["training.lr=.inf"], ["training.lr=inf"]),
-        (["training.min_lr=1.0"], ["min_lr=1.0", "lr="]),
-        (["training.warmup_steps=100"], ["warmup_steps=100", "2 steps"]),
-        (["training.betas=[0.9, 1.0]"], ["betas=[0.9, 1.0]"]),
-        (["training.micro_batch_size=0"], ["training.micro_batch_size=0"]),
-        (["data.val_fraction=1.0"], ["data.val_fraction=1.0"]),
-        (["data.stride=17"], ["data.stride=17", "16"]),
-        (["training.seq_len=17"], ["training.seq_len=17", "max_seq_len=16"]),
-        (["seed=-1"], ["seed=-1"]),
-        (["seed=1180591620717411303424"], ["seed=1180591620717411303424"]),
-        (["hardware.precision=16-mixed"], ["16-mixed", "bf16-mixed"]),
-        (["training.schedule=exponential"], ["training.schedule='exponential'", "cosine"]),
-        # shapes that do not divide
         (["model.d_model=30"], ["d_model=30", "n_heads=4", "d_model=32"]),
-        (["model.n_kv_heads=3"], ["n_heads=4", "n_kv_heads=3", "try n_kv_heads="]),
-        (["model.d_model=12"], ["head_dim=3", "head_dim=4"]),
-        # keys and values that do not go together
-        (
-            ["training.epochs=2", "training.max_steps=3"],
-            ["training.max_steps", "training.epochs", "exclude each other"],
-        ),
-        (["training.max_steps=null"], ["max_steps", "epochs"]),
-        (["training.sample_every=1"], ["sample_every=1", "sample_prompts"]),
-        (["model.vocab_size=100"], ["model.vocab_size", "tokenizer"]),
-        (["data.dataset=wikimedia/wikipedia"], ["dataset", "source"]),
-        (["data.source=hf"], ["data"]),
-        (["tokenizer.kind=file"], ["tokenizer", "path"]),
-        (["tokenizer.kind=file", "tokenizer.path=nowhere.json"], ["nowhere.json"]),
-        (["tokenizer.kind=bpe", "tokenizer.vocab_size=100"], ["tokenizer.vocab_size=100"]),
-        # unknown keys, and what is no override
+        (["training.epochs=2", "training.max_steps=3"], ["training.max_steps", "exclude each other"]),
         (["training.learning_rate=0.1"], ["training.learning_rate", "training.lr"]),
-        (["optim.lr=0.1"], ["optim.lr", "training.lr"]),
-        (["batch_size=4"], ["batch_size", "training.micro_batch_size"]),
-        (["nonsense=1"], ["nonsense"]),
         (["training.max_steps"], ["training.max_steps", "KEY=VALUE"]),
-        (["=5"], ["=5", "KEY=VALUE"]),
-        (["seed.deep=5"], ["seed="]),
+        (["tokenizer.kind=file", "tokenizer.path=nowhere.json"], ["nowhere.json"]),
         (["data.path=[unclosed"], ["data.path=[unclosed"]),
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_a_config_that_cannot_be(refusal, overrides, words):
+def test_a_wrong_override(refusal, overrides, words):
     message = refusal(overridden(*overrides))
     assert all(word in message for word in words), message
 
@@ -196,7 +145,7 @@ def test_no_config_is_an_error_that_names_one(refusal):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_text_that_is_none(refusal, name, content, words):
+def test_a_file_that_is_not_a_text(refusal, name, content, words):
     if content is not None:
         Path(name).write_bytes(content)
     message = refusal(overridden(f"data.path={name}"))
@@ -209,7 +158,7 @@ def test_a_folder_without_texts(refusal):
     assert "data.path=folder" in refusal(overridden("data.path=folder"))
 
 
-def test_a_validation_text_that_is_none(refusal):
+def test_a_missing_validation_text(refusal):
     assert "data.val_path=nowhere.txt" in refusal(overridden("data.val_path=nowhere.txt"))
 
 
@@ -220,7 +169,7 @@ def test_a_corpus_of_one_character_leaves_no_validation_text(refusal):
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_a_hub_dataset_without_network(refusal, monkeypatch, streaming):
-    """The hub is a port of this machine at which nobody answers."""
+    """The hub is a port of this machine where nothing answers."""
     if streaming == "true":
         monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -236,7 +185,7 @@ def test_a_hub_dataset_without_network(refusal, monkeypatch, streaming):
 
 
 @pytest.mark.parametrize("name", ["json", "parquet", "text"])
-def test_local_data_files_that_are_not_there(refusal, name):
+def test_missing_local_data_files(refusal, name):
     overrides = ("data.path=nowhere.*", "data.source=hf", f"data.dataset={name}")
     message = refusal(overridden(*overrides))
     assert "data.path=nowhere.*" in message
@@ -247,7 +196,7 @@ def test_local_data_files_that_are_not_there(refusal, name):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda", "gpu", ""])
 @pytest.mark.parametrize("flag", ["--device", "--override"])
-def test_a_device_that_is_not_there(refusal, monkeypatch, name, flag):
+def test_a_missing_device(refusal, monkeypatch, name, flag):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     value = name if flag == "--device" else f"hardware.accelerator={name}"
     message = refusal(["--config", "good.yaml", flag, value])
@@ -256,7 +205,7 @@ def test_a_device_that_is_not_there(refusal, monkeypatch, name, flag):
 
 
 @pytest.mark.parametrize("folder", ["text.txt", "text.txt/run"])
-def test_a_checkpoint_folder_that_cannot_be(refusal, folder):
+def test_a_checkpoint_folder_that_is_a_file(refusal, folder):
     assert folder in refusal(overridden(f"checkpoint.dir={folder}"))
 
 
@@ -273,7 +222,7 @@ def test_a_checkpoint_folder_that_cannot_be(refusal, folder):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_flags_that_name_nothing(refusal, argv, words):
+def test_flags_that_name_something_missing(refusal, argv, words):
     message = refusal(argv)
     assert all(word in message for word in words), message
 

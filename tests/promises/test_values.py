@@ -1,11 +1,12 @@
-"""A value is what its key's type says: texts as written, numbers in decimal, JSON as JSON; and what is
-written is read back."""
+"""The type of a key decides what its value is: texts as written, numbers in decimal, JSON as JSON; and what
+we write is read back the same."""
 
 import json
 import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,12 +18,15 @@ from support.files.safe_yaml import dump_yaml, parse_json, parse_yaml
 from support.messages import UserError
 
 BASE = {"data": {"path": "x.txt"}, "training": {"max_steps": 5}}
+# fmt: off
 TEXTS = [
-    "runs/exp #3", "notes #2.txt", "*.txt", "@x.txt", "[2024] a.txt", "book: 1.txt", "2024-05-01", "007", "on", "yes", "No", "1e3", "1:30", "0x1F",
-    "C:\\Users\\me\\new.txt", "a: b: c", "&anchor", "!tag", "%percent", "|", ">", "`tick`", "- item", "-x", "{a: 1}", "{", "]", "a, b", "? key", ":",
-    "two\nlines", " blank at both ends ", "tab\there", '"a" and "b"', "'a' and 'b'", '"open', "it's", "é 🎉", "a\u0085b", "<<", "=", "#", "true",
-    "~x", ".inf", "1_000", "+5", "3.10", "Answer #1: ", "\\n", "a=b", "null and void",
-]  # fmt: skip
+    "runs/exp #3", "notes #2.txt", "*.txt", "@x.txt", "[2024] a.txt", "book: 1.txt", "2024-05-01", "007",
+    "on", "yes", "No", "1e3", "1:30", "0x1F", "C:\\Users\\me\\new.txt", "a: b: c", "&anchor", "!tag",
+    "%percent", "|", ">", "`tick`", "- item", "-x", "{a: 1}", "{", "]", "a, b", "? key", ":", "two\nlines",
+    " blank at both ends ", "tab\there", '"a" and "b"', "'a' and 'b'", '"open', "it's", "é 🎉", "a\u0085b",
+    "<<", "=", "#", "true", "~x", ".inf", "1_000", "+5", "3.10", "Answer #1: ", "\\n", "a=b", "null and void",
+]
+# fmt: on
 
 
 def given(text: str, key: str = "data.text_field") -> object:
@@ -48,8 +52,13 @@ def test_a_text_deep_in_a_section_too(text):
         "training": {"max_steps": 5},
         "template": None,
     }
-    config = load_config(None, [f"data.fields.output={text}", f"template.system={text}", "template.prompt={instruction}:",
-                                "template.prompt_with_input=- {instruction} # {input}"], rows)  # fmt: skip
+    overrides = [
+        f"data.fields.output={text}",
+        f"template.system={text}",
+        "template.prompt={instruction}:",
+        "template.prompt_with_input=- {instruction} # {input}",
+    ]
+    config = load_config(None, overrides, rows)
     assert config.data.fields == {"output": text}
     assert config.template.system == text
     assert (config.template.prompt, config.template.prompt_with_input) == (
@@ -62,15 +71,13 @@ def test_a_text_deep_in_a_section_too(text):
 def test_quotes_around_all_of_a_text_are_taken_off(text):
     """Single quotes as in YAML, with '' for ', and double quotes with escapes, of which JSON's are a part."""
     assert given("'" + text.replace("'", "''") + "'") == text
-    assert (
-        given(json.dumps(text)) == text
-        if text.isascii() or len(text.encode("utf-16-le")) == 2 * len(text)
-        else True
-    )
+    json_escapes_whole_characters = text.isascii() or len(text.encode("utf-16-le")) == 2 * len(text)
+    if json_escapes_whole_characters:
+        assert given(json.dumps(text)) == text
     assert given(f" {json.dumps(text, ensure_ascii=False)} ") == text
 
 
-def test_null_is_none_where_a_text_may_be_left_out():
+def test_null_is_no_value_where_a_text_may_be_left_out():
     base = {"data": {"path": "x.txt", "val_path": "v.txt"}, "training": {"max_steps": 5}}
     for text in ("null", "Null", "NULL", " null ", ""):
         assert load_config(None, [f"data.val_path={text}"], base).data.val_path is None
@@ -79,7 +86,7 @@ def test_null_is_none_where_a_text_may_be_left_out():
     assert load_config(None, ["data.val_path='null'"], base).data.val_path == "null"
 
 
-def test_an_escape_that_is_none_says_what_to_do():
+def test_an_unknown_escape_says_what_to_do():
     with pytest.raises(UserError, match=r"leave the double quotes out, and \\ is itself"):
         given('"C:\\Users\\me"')
     assert given("C:\\Users\\me") == "C:\\Users\\me"
@@ -200,7 +207,7 @@ def test_whole_numbers_are_decimal(tmp_path, text, value):
         "2024-05-01",
     ],
 )
-def test_what_is_no_whole_decimal_number_is_refused(text):
+def test_what_is_not_a_whole_decimal_number_is_refused(text):
     with pytest.raises(UserError, match=r"training\.max_steps="):
         given(text, "training.max_steps")
 
@@ -248,7 +255,7 @@ def test_numbers_are_decimal(tmp_path, text, value):
         "5%",
     ],
 )
-def test_what_is_no_finite_number_is_refused(text):
+def test_what_is_not_a_finite_number_is_refused(text):
     with pytest.raises(UserError, match=r"training\.lr="):
         given(text, "training.lr")
 
@@ -270,13 +277,13 @@ def test_a_switch(text, value):
 
 
 @pytest.mark.parametrize("text", ["1", "0", "y", "maybe", "null", "", "'true'"])
-def test_what_is_no_switch_is_refused(text):
+def test_what_is_not_a_switch_is_refused(text):
     with pytest.raises(UserError, match=r"training\.compile=.*; write true or false"):
         given(text, "training.compile")
 
 
 @pytest.mark.parametrize("key", ["training.grad_clip", "model.d_ff", "data.stride", "lora"])
-def test_null_is_none_where_a_key_may_be_left_out(key):
+def test_null_is_no_value_where_a_key_may_be_left_out(key):
     for text in ("null", "~", ""):
         assert load_config(None, [f"{key}={text}"], BASE) is not None
 
@@ -463,11 +470,9 @@ def test_an_override_gives_the_random_text_that_is_quoted():
     for _ in range(300):
         text = random_text(draw)
         assert given("'" + text.replace("'", "''") + "'") == text
-        if (
-            text.strip()
-            and text.strip() not in ("null", "Null", "NULL")
-            and not (text.strip()[0] == text.strip()[-1] and text.strip()[0] in "'\"")
-        ):
+        bare = text.strip()
+        is_quoted = bare[:1] in ("'", '"') and bare[0] == bare[-1]
+        if bare and bare not in ("null", "Null", "NULL") and not is_quoted:
             assert given(text) == text
 
 
@@ -475,7 +480,7 @@ def test_every_key_has_a_type_of_its_own():
     """The table of types is the schema itself: no key falls through to guessing."""
     from support.foreign.config_keys import OUR_KEYS
 
-    assert [key for key in OUR_KEYS if key_type(Config, key) is __import__("typing").Any] == []
+    assert [key for key in OUR_KEYS if key_type(Config, key) is Any] == []
     assert takes_text(key_type(Config, "data.fields.anything"))
     assert not takes_text(key_type(Config, "training.lr"))
     assert math.isclose(typed(parse_yaml("3e-4", "x"), float), 3e-4)
