@@ -1,4 +1,4 @@
-"""Case files: what is read, and what is said about mistakes in them."""
+"""Case files: what is read, and the messages about mistakes."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ cases:
         ("[a, b]", "case 1: ['a', 'b'] is not a mapping"),
     ],
 )
-def test_a_mistake_in_a_case_is_named_with_its_place(tmp_path, case, said):
+def test_a_mistake_in_a_case_is_named_with_the_file_and_the_case(tmp_path, case, said):
     assert said in refusal(write(tmp_path, f"cases:\n  - {case}\n"))
 
 
@@ -107,7 +107,7 @@ def test_a_mistake_in_a_file_is_named(tmp_path, text, said):
     assert said in refusal(write(tmp_path, text))
 
 
-def test_all_mistakes_are_told_at_once_and_not_hundreds(tmp_path):
+def test_all_mistakes_are_reported_at_once_but_at_most_ten(tmp_path):
     message = refusal(write(tmp_path, "cases:\n" + "  - {prompt: a}\n" * 3))
     assert len(message.splitlines()) == 3
     message = refusal(write(tmp_path, "cases:\n" + "  - {prompt: a}\n" * 300))
@@ -126,7 +126,7 @@ def test_paths_that_hold_no_cases_are_refused(tmp_path):
     assert "is not text (byte 7)" in refusal(tmp_path / "bytes.yaml")
 
 
-def test_a_folder_is_all_its_files_and_a_file_named_twice_counts_once(tmp_path):
+def test_a_folder_means_all_its_files_and_a_file_named_twice_counts_once(tmp_path):
     for name in ("b.yaml", "a.yml", "c.json"):
         write(tmp_path, '{"cases": [{"prompt": "x", "target": "y"}]}', name)
     write(tmp_path, "not read", "notes.txt")
@@ -179,7 +179,7 @@ def test_a_text_without_quotes_is_the_text_as_written(tmp_path, text):
     assert (choices.choices, choices.contains, choices.target) == ([text, "other"], [text], text)
 
 
-def test_numbers_and_switches_of_a_case_are_decimal_and_as_people_write_them(tmp_path):
+def test_numbers_and_switches_are_read_as_people_write_them(tmp_path):
     case = read_case_file(
         write(
             tmp_path,
@@ -218,7 +218,7 @@ def test_three_thousand_cases_fit_into_a_file(tmp_path):
 # ---- instructions --------------------------------------------------------------------------------
 
 
-def test_a_file_of_windows_has_the_texts_of_any_other(tmp_path):
+def test_a_file_with_windows_line_ends_gives_the_same_texts(tmp_path):
     cases = [
         {
             "prompt": "\ufeffone\r\ntwo",
@@ -243,7 +243,7 @@ def test_a_file_of_windows_has_the_texts_of_any_other(tmp_path):
     assert read_case_file(written)[0].prompt == "one\ntwo\n"
 
 
-def test_a_file_of_instructions_has_inputs_and_may_hold_plain_prompts_too(tmp_path):
+def test_a_file_of_instructions_can_have_inputs_and_plain_prompts(tmp_path):
     path = write(
         tmp_path,
         """
@@ -265,7 +265,7 @@ cases:
 
 
 @pytest.mark.parametrize("head", ["", "instructions: false\n"])
-def test_prompts_are_no_instructions_unless_it_is_said(tmp_path, head):
+def test_prompts_are_instructions_only_if_the_file_or_case_says_so(tmp_path, head):
     path = write(
         tmp_path,
         head
@@ -319,7 +319,7 @@ def test_prompts_are_no_instructions_unless_it_is_said(tmp_path, head):
         ("instructions: true", "{prompt: a, target: c, inptu: b}", "unknown key inptu; did you mean input?"),
     ],
 )
-def test_a_mistake_in_an_instruction_is_named_with_its_place(tmp_path, head, case, said):
+def test_a_mistake_in_an_instruction_is_named_with_the_file_and_the_case(tmp_path, head, case, said):
     assert said in refusal(write(tmp_path, f"{head}\ncases:\n  - {case}\n"))
 
 
@@ -327,7 +327,7 @@ def test_a_mistake_in_an_instruction_is_named_with_its_place(tmp_path, head, cas
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
-def test_our_files_are_sound(path):
+def test_our_case_files_are_valid(path):
     cases = read_case_file(path)
     assert len(cases) >= 40
     assert all(case.category != "other" for case in cases)
@@ -341,7 +341,7 @@ def test_our_files_are_sound(path):
     assert min(counts) >= 0.3 * max(counts), "the right choice is not always the first"
 
 
-def test_our_files_are_those_that_the_readme_promises():
+def test_our_case_files_are_those_the_readme_promises():
     assert [path.stem for path in OURS] == [
         "grammar",
         "instructions",
@@ -358,8 +358,8 @@ def test_our_files_are_those_that_the_readme_promises():
     )
 
 
-def test_verbatim_cases_of_the_bundled_corpus_stand_in_it():
-    """Those whose comment says so: a case that no text bears out would measure nothing."""
+def test_verbatim_cases_are_in_the_bundled_corpus():
+    """The comment above them says so; a case that is in no training text would measure nothing."""
     text = (REPO / "data" / "tiny_corpus.txt").read_text(encoding="utf-8")
     source = (REPO / "cases" / "tiny_corpus.yaml").read_text(encoding="utf-8")
     verbatim = {
@@ -376,8 +376,8 @@ def test_verbatim_cases_of_the_bundled_corpus_stand_in_it():
     assert [case.id for case in cases if case.prompt + case.target not in text] == []
 
 
-def test_our_instructions_are_none_that_the_bundled_rows_teach():
-    """What was learned by heart would measure nothing."""
+def test_our_instructions_are_not_among_the_bundled_training_rows():
+    """An answer learned by heart would measure nothing."""
     rows = json.loads((REPO / "data" / "tiny_instructions.json").read_text(encoding="utf-8"))
     cases = read_case_file(REPO / "cases" / "instructions.yaml")
     assert all(case.instruction for case in cases)

@@ -1,5 +1,4 @@
-"""The proof of a conversion can fail where it matters: a vocabulary, a way to cut words, a decoder that
-are not the model's are noticed."""
+"""The checks of a conversion notice a vocabulary, a word splitter or a decoder that are not the model's."""
 
 import contextlib
 import importlib.util
@@ -75,7 +74,7 @@ def bpe() -> BPETokenizer:
 
 
 def swapped(text: str) -> str:
-    """Two tokens of the vocabulary change places: neither letters nor anything that comes early."""
+    """The last two tokens of the vocabulary exchanged, which no text with letters alone would show."""
     tree = json.loads(text)
     vocabulary = tree["model"]["vocab"]
     one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
@@ -141,7 +140,7 @@ def test_an_exported_tokenizer_that_is_not_ours_fails_and_leaves_nothing(
 
 
 @CHANGES
-def test_an_imported_tokenizer_that_is_not_the_folder_s_fails(saved, tmp_path, monkeypatch, change, said):
+def test_an_imported_tokenizer_that_is_not_the_one_in_the_folder_fails(saved, tmp_path, monkeypatch, change, said):
     call("--ckpt", saved(bpe()), "--to", "hf", "--output", tmp_path / "hf")
     right = read_tokenizer
 
@@ -179,15 +178,15 @@ def test_a_gguf_whose_tokenizer_is_not_ours_fails(saved, tmp_path, monkeypatch, 
 
 
 def hide_llama_cpp(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Let it be found only where it is the program to compare with."""
+    """Let llama_cpp be found only if it is the program to compare with."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "llama_cpp" != program else found(name)
     )
 
 
-def test_every_pair_of_tokens_in_the_wrong_place_is_noticed():
-    """Texts alone would miss a rare token: every id is written out, too."""
+def test_exchanged_tokens_are_noticed_anywhere_in_the_vocabulary():
+    """Texts alone would miss a rare token, so every id is decoded too."""
     tokenizer = bpe()
     n = tokenizer.vocab_size
     for one, other in [(0, n - 2), (n - 3, n - 2), (70, 80), (75, 300)]:
@@ -205,7 +204,7 @@ def test_every_pair_of_tokens_in_the_wrong_place_is_noticed():
     )
 
 
-def test_the_texts_tell_and_a_vocabulary_of_characters_has_texts_of_its_own():
+def test_the_compared_texts_cover_many_scripts_or_the_characters_of_a_char_tokenizer():
     assert len(texts_to_compare(ByteTokenizer())) > len(TEXTS)
     assert (
         len(texts_to_compare(GPT2Tokenizer())) > VOCABULARY_SAMPLES
@@ -225,7 +224,7 @@ def test_the_texts_tell_and_a_vocabulary_of_characters_has_texts_of_its_own():
     [ByteTokenizer(), CharTokenizer.train(["abc \n"]), GPT2Tokenizer()],
     ids=["byte", "char", "gpt2"],
 )
-def test_each_kind_is_proven_in_text_both_ways(saved, tmp_path, tokenizer):
+def test_each_kind_of_tokenizer_is_verified_out_and_in(saved, tmp_path, tokenizer):
     said = call("--ckpt", saved(tokenizer), "--to", "hf", "--output", tmp_path / "hf")
     assert f"all {tokenizer.vocab_size:,} ids read the same in transformers" in said
     assert "read the same" in call("--from", tmp_path / "hf", "--output", tmp_path / "back.ckpt")
@@ -260,7 +259,7 @@ def as_published() -> Backend:
 
 
 def of_another_language() -> Backend:
-    """As many tokens as OpenAI's, and none where that has it."""
+    """As many tokens as OpenAI's, but all under other ids."""
     words = [*byte_characters()[::-1], *(f"word{i}" for i in range(50_000))]
     backend = Backend(models.BPE(vocab={word: id for id, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = (
@@ -327,7 +326,7 @@ def test_a_gpt2_folder_keeps_its_own_tokenizer(tmp_path, make):
     assert tokenizer.kind == "file" and tokenizer.encode(text) == own.encode(text).ids
 
 
-def test_openai_s_tokenizer_is_known_whatever_files_hold_it(tmp_path):
+def test_openais_tokenizer_is_recognized_in_any_of_its_files(tmp_path):
     assert kind_of(gpt2_folder(tmp_path / "json", as_published())) == "gpt2"
     folder = gpt2_folder(tmp_path / "files", None)
     vocabulary, merges = gpt2_merges()
@@ -340,8 +339,8 @@ def test_openai_s_tokenizer_is_known_whatever_files_hold_it(tmp_path):
     assert "has none, so OpenAI's of GPT-2 is taken" in said[0]
 
 
-def test_vocab_json_and_merges_of_another_vocabulary_are_that(tmp_path):
-    """As folders had them before tokenizer.json; the ids are those of transformers' own reader."""
+def test_vocab_json_and_merges_txt_of_another_vocabulary_are_read(tmp_path):
+    """Older folders have these instead of tokenizer.json; the ids are those of transformers' own reader."""
     import transformers
 
     folder, own = gpt2_folder(tmp_path / "hf", None), json.loads(bpe().backend.to_str())["model"]
@@ -367,8 +366,8 @@ def test_no_tokenizer_is_guessed(tmp_path, name, model_type, rows):
         read_tokenizer(tmp_path, {"model_type": model_type, "vocab_size": rows}, print)
 
 
-def test_a_class_that_reads_the_folder_otherwise_is_named_and_the_file_followed(saved, tmp_path):
-    """transformers lets tokenizer_config.json change what GPT-2's class makes of tokenizer.json."""
+def test_a_class_that_reads_the_folder_differently_is_named_and_the_file_is_followed(saved, tmp_path):
+    """In transformers, tokenizer_config.json can change how GPT-2's class reads tokenizer.json."""
     call("--ckpt", saved(bpe()), "--to", "hf", "--output", tmp_path / "hf")
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True, "eos_token": EOS_TEXT}
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))

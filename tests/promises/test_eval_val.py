@@ -1,4 +1,4 @@
-"""eval_val.py: the same number as training logged, whatever the batch, and comparable across tokenizers."""
+"""eval_val.py: the loss that training logged, for any batch size, in numbers that compare across tokenizers."""
 
 import json
 import math
@@ -52,13 +52,11 @@ def test_the_loss_is_what_training_logged_at_that_step(run, tmp_path, score, wor
         assert (found["step"], found["logged_val_loss"]) == (row["step"], row["val_loss"])
 
 
-def test_the_whole_set_is_scored_where_training_looked_at_a_part(run, tmp_path, score, tiny_run):
+def test_the_whole_set_is_scored_if_training_validated_on_a_part(run, tmp_path, score, tiny_run):
     """The weights are the same: validation has no part in training."""
     part = run(tmp_path / "run", "training.val_batches=1")
-    found, whole = (
-        score("--ckpt", part.folder / "final.ckpt"),
-        score("--ckpt", tiny_run.folder / "final.ckpt"),
-    )
+    found = score("--ckpt", part.folder / "final.ckpt")
+    whole = score("--ckpt", tiny_run.folder / "final.ckpt")
     assert found["loss"] == whole["loss"]
     assert found["logged_val_loss"] != pytest.approx(whole["loss"], rel=1e-5)
 
@@ -74,10 +72,8 @@ def test_the_loss_is_that_of_a_naive_loop(run, tmp_path, score):
     made = run(tmp_path / "run", *BYTE)
     model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
     documents = load_corpus(load_config(None, [], metadata["config"])).val
-    row, window = (
-        [i for text in documents for i in [*text.encode(), tokenizer.eos_id]],
-        model.config.max_seq_len,
-    )
+    row = [i for text in documents for i in [*text.encode(), tokenizer.eos_id]]
+    window = model.config.max_seq_len
     losses = []
     for start in range(0, len(row) - 1, window):
         ids = torch.tensor(row[start : start + window + 1])
@@ -96,7 +92,7 @@ def test_the_loss_is_that_of_a_naive_loop(run, tmp_path, score):
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, tmp_path, score, kind):
+def test_the_loss_of_an_all_zero_model_is_the_logarithm_of_its_vocabulary(run, tmp_path, score, kind):
     """With all weights zero every token has probability 1 / V: bits per byte follow from counts alone."""
     made = run(tmp_path / "run", "training.max_steps=0", f"tokenizer.kind={kind}")
     checkpoint = made.checkpoint()
@@ -104,10 +100,8 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, t
         name: torch.zeros_like(weight) for name, weight in checkpoint["state_dict"].items()
     }
     torch.save(checkpoint, tmp_path / "zero.ckpt")
-    found, vocab_size = (
-        score("--ckpt", tmp_path / "zero.ckpt"),
-        checkpoint["tiny_transformer"]["model"]["vocab_size"],
-    )
+    found = score("--ckpt", tmp_path / "zero.ckpt")
+    vocab_size = checkpoint["tiny_transformer"]["model"]["vocab_size"]
     assert found["loss"] == pytest.approx(math.log(vocab_size), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(
         found["n_tokens"] * math.log2(vocab_size) / found["n_bytes"], rel=1e-6
@@ -129,9 +123,8 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(run, t
         ("two bos", "tick", 0),
     ],
 )
-def test_the_bytes_are_those_of_all_text_that_is_predicted(name, text, n_unpredicted):
-    """Of a text as of token files. BOS is no text; the first token of a text is not predicted where there
-    is none."""
+def test_bytes_are_counted_for_all_predicted_text(name, text, n_unpredicted):
+    """BOS is not text. Without BOS, the first token of the text is not predicted."""
     tokenizer = tokenizer_like(name)
     _, n_documents, n_bytes = text_blocks(
         [text, "tock"], tokenizer, validate_config({"data": {"path": "x"}, "training": {"max_steps": 1}}), 32
@@ -158,7 +151,7 @@ def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_
     assert "blocks of 32" in said.out
 
 
-def test_what_it_says(tiny_run, capsys):
+def test_the_printed_report(tiny_run, capsys):
     assert (
         eval_val.main(
             ["--ckpt", str(tiny_run.folder / "best.ckpt"), "--tokenizer", "gpt2", "--device", "cpu"]
@@ -242,8 +235,8 @@ def fine_tune(folder: Path, *words: str) -> Path:
     return folder / "final.ckpt"
 
 
-def test_instructions_are_scored_by_the_same_flag_as_a_text(rows, tiny_run, score, capsys):
-    """One flag for all; the number is that of the rows, and is not compared with a loss on others."""
+def test_instructions_are_scored_with_the_same_flag_as_a_text(rows, tiny_run, score, capsys):
+    """The loss is that of the given rows, and is not compared with the loss logged on others."""
     ckpt = fine_tune(rows / "sft", f"base_ckpt={tiny_run.folder}/final.ckpt", f"data.path={rows}/all.json")
     model, tokenizer, metadata = load_model(ckpt)
     config = load_config(None, [], metadata["config"])
@@ -271,8 +264,8 @@ def test_instructions_are_scored_by_the_same_flag_as_a_text(rows, tiny_run, scor
     )
 
 
-def test_a_model_that_was_not_taught_to_answer_is_told_how_to_be(rows, tiny_run, score):
-    """The command that is named works as it is, on three rows too."""
+def test_a_model_not_taught_to_answer_gets_the_command_that_teaches_it(rows, tiny_run, score):
+    """The command in the message works as printed, even on three rows."""
     for name in ("rows.json", "rows.ndjson"):
         with pytest.raises(
             UserError, match="holds instructions, and this model has not been taught to answer any"

@@ -1,4 +1,4 @@
-"""evaluate_checkpoints.py: likelihoods against a naive loop, scores by hand, ranks that follow the training."""
+"""evaluate_checkpoints.py: likelihoods equal a naive loop, scores are checked by hand, ranks follow training."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def write_cases(path: Path, cases: list[dict]) -> Path:
 
 
 def naive(model, context: list[int], following: list[int]) -> tuple[float, bool]:
-    """Token by token, each from a forward pass of its own over all that stands before it."""
+    """Token by token, each from its own forward pass over all tokens before it."""
     total, greedy = 0.0, True
     for n, token in enumerate(following):
         before = (context + following[:n])[-model.config.max_seq_len :]
@@ -69,7 +69,7 @@ def naive(model, context: list[int], following: list[int]) -> tuple[float, bool]
 
 
 @pytest.mark.parametrize("logits", [1, 400 * 50, 2**25], ids=["one by one", "a few", "all at once"])
-def test_likelihoods_equal_a_naive_loop_however_they_are_batched(loaded, monkeypatch, logits):
+def test_likelihoods_equal_a_naive_loop_in_batches_of_any_size(loaded, monkeypatch, logits):
     model, tokenizer = loaded
     monkeypatch.setattr(support.evaluation.likelihoods, "LOGITS_AT_ONCE", logits)
     texts = [
@@ -101,7 +101,7 @@ def test_a_long_context_loses_its_beginning_and_a_long_target_is_refused(loaded)
         log_likelihoods(model, [(ids[:1], ids[1 : 2 + window])])
 
 
-def test_continuations_are_those_of_infer_whatever_their_lengths(loaded, monkeypatch):
+def test_continuations_of_any_length_are_those_of_infer(loaded, monkeypatch):
     """Also beyond the context, where the window slides, and in batches of two."""
     model, tokenizer = loaded
     prompts = ["A", "The loss is", "Attention is a way to", "training a model " * 4, "word " * 30, "x"]
@@ -145,40 +145,40 @@ def test_a_continuation_ends_before_eos(loaded):
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def judged(likelihoods: list[float], text: str | None = None, **fields) -> CaseResult:
+def scored(likelihoods: list[float], text: str | None = None, **fields) -> CaseResult:
     case = Case(prompt="p", **fields)
     return score_case(case, [(value, False) for value in likelihoods], [[1, 2]] * len(likelihoods), text)
 
 
 def test_the_score_of_a_case_is_the_mean_of_its_parts():
-    assert judged([-6.0], target="four").score == pytest.approx(math.exp(-6 / 4))
-    assert judged([-6.0], target="zwölf").score == pytest.approx(math.exp(-6 / 6)), (
+    assert scored([-6.0], target="four").score == pytest.approx(math.exp(-6 / 4))
+    assert scored([-6.0], target="zwölf").score == pytest.approx(math.exp(-6 / 6)), (
         "per byte, not per character"
     )
-    assert judged([-6.0, -5.0], choices=["a", "b"], target="b").parts == {"choices": 1.0}
-    assert judged([-6.0, -5.0], choices=["a", "b"], target="a").parts == {"choices": 0.0}
-    assert judged([-5.0, -5.0, -9.0], choices=["a", "b", "c"], target="b").score == 0.5, (
+    assert scored([-6.0, -5.0], choices=["a", "b"], target="b").parts == {"choices": 1.0}
+    assert scored([-6.0, -5.0], choices=["a", "b"], target="a").parts == {"choices": 0.0}
+    assert scored([-5.0, -5.0, -9.0], choices=["a", "b", "c"], target="b").score == 0.5, (
         "equally likely: its share"
     )
-    assert judged([], "one two", contains=["two", "one"]).score == 1
-    assert judged([], "one two", contains=["two", "three"]).score == 0
-    assert judged([], "one 22", regex=r"\d+$").score == 1
-    assert judged([], "one", regex=r"\d+$").score == 0
-    both = judged([-4.0], "none of it", target="four", contains=["five"])
+    assert scored([], "one two", contains=["two", "one"]).score == 1
+    assert scored([], "one two", contains=["two", "three"]).score == 0
+    assert scored([], "one 22", regex=r"\d+$").score == 1
+    assert scored([], "one", regex=r"\d+$").score == 0
+    both = scored([-4.0], "none of it", target="four", contains=["five"])
     assert both.parts == {"target": pytest.approx(math.exp(-1)), "contains": 0.0}
     assert both.score == pytest.approx(math.exp(-1) / 2)
 
 
-def test_what_a_tokenizer_cannot_say_scores_nothing():
-    nothing = judged([-math.inf], target="four")
+def test_texts_the_tokenizer_cannot_encode_score_zero():
+    nothing = scored([-math.inf], target="four")
     assert (nothing.score, nothing.chosen) == (0.0, None)
-    assert judged([-math.inf, -math.inf], choices=["a", "b"], target="b").parts == {"choices": 0.0}
-    assert judged([-math.inf, -7.0], choices=["a", "b"], target="b").parts == {"choices": 1.0}
-    assert judged([], None, regex=".*").score == 0, "no output at all"
+    assert scored([-math.inf, -math.inf], choices=["a", "b"], target="b").parts == {"choices": 0.0}
+    assert scored([-math.inf, -7.0], choices=["a", "b"], target="b").parts == {"choices": 1.0}
+    assert scored([], None, regex=".*").score == 0, "no output at all"
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_a_model_that_knows_nothing_scores_what_its_vocabulary_gives(run, tmp_path, kind):
+def test_the_score_of_an_all_zero_model_follows_from_its_vocabulary(run, tmp_path, kind):
     made = run(tmp_path / "run", "training.max_steps=0", f"tokenizer.kind={kind}")
     checkpoint = made.checkpoint()
     checkpoint["state_dict"] = {
@@ -207,8 +207,8 @@ def test_an_empty_prompt_is_the_start_of_a_document(loaded):
 
 @pytest.mark.parametrize("name", ["llama", "llama + bos", "space first + bos", "bytes + bos", "bpe"])
 def test_a_target_is_scored_with_the_ids_that_it_has_after_its_prompt(name):
-    """The witness encodes prompt and target as one text: encoded apart, some of these tokenizers put a
-    space of their own before it."""
+    """The expected ids come from prompt and target as one text: encoded apart, some of these tokenizers put
+    an extra space before the target."""
     tokenizer = tokenizer_like(name)
     torch.manual_seed(0)
     model = GPTMini(
@@ -254,7 +254,7 @@ INSTRUCTIONS = [
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None, TEMPLATES["alpaca"]], ids=["given", "none", "alpaca"])
-def test_an_instruction_is_laid_out_by_the_models_template_and_else_by_the_one_named_chat(loaded, template):
+def test_an_instruction_is_laid_out_by_the_models_template_or_by_the_one_named_chat(loaded, template):
     model, tokenizer = loaded
     results = score_cases(model, tokenizer, INSTRUCTIONS, template)
     layout = template or TEMPLATES["chat"]
@@ -272,7 +272,7 @@ def test_an_instruction_is_laid_out_by_the_models_template_and_else_by_the_one_n
         assert result.continuation == continuations(model, tokenizer, [prompt], [case.max_new_tokens])[0]
 
 
-def test_the_layout_matters_to_instructions_and_to_nothing_else(loaded):
+def test_the_layout_changes_only_instructions(loaded):
     model, tokenizer = loaded
     other = TEMPLATE.model_copy(
         update={"prompt": "{instruction}? ", "prompt_with_input": "{instruction}: {input}? "}
@@ -305,7 +305,7 @@ def evaluate_without_val(path: Path) -> CheckpointResult:
     )
 
 
-def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tmp_path):
+def test_a_checkpoints_own_template_is_used_and_a_damaged_one_is_an_error(tiny_run, tmp_path):
     checkpoint = tiny_run.checkpoint()
     model, tokenizer, _ = load_model(tiny_run.folder / "final.ckpt")
     for name, template in (("own", TEMPLATE), ("none", None)):
@@ -319,7 +319,7 @@ def test_a_checkpoints_own_template_is_taken_and_a_damaged_one_told(tiny_run, tm
         evaluate_without_val(tmp_path / "damaged.ckpt")
 
 
-def test_a_layout_that_the_tokenizer_cannot_write_scores_nothing():
+def test_a_layout_the_tokenizer_cannot_encode_scores_zero():
     """The template named chat has characters that this vocabulary lacks; the same words without it are
     readable."""
     tokenizer = CharTokenizer.train(["the loss is high."])
@@ -397,7 +397,7 @@ def test_weights_and_categories():
 
 
 def test_the_interval_is_that_of_the_normal_approximation():
-    """An independent witness: for n draws of 0 or 1 with share p it is p -+ 1.96 sqrt(p (1 - p) / n)."""
+    """For n draws of 0 or 1 with mean p, it is p -+ 1.96 sqrt(p (1 - p) / n)."""
     n, wins = 400, 120
     [found] = rank([checkpoint_of("a", *[1] * wins, *[0] * (n - wins))], cases_of(n), seed=3)
     half = 1.96 * math.sqrt(0.3 * 0.7 / n)
@@ -407,7 +407,7 @@ def test_the_interval_is_that_of_the_normal_approximation():
     )
 
 
-def test_the_first_is_told_from_others_by_differences_case_by_case():
+def test_checkpoints_are_told_apart_by_their_differences_case_by_case():
     """Both differ from the first by 0.1. One is always a little worse, the other sometimes much better,
     sometimes worse."""
     dice = np.random.default_rng(5)
@@ -441,7 +441,7 @@ def test_the_bootstrap_is_a_function_of_the_seed():
     assert (made[0].low, made[0].high) != (made[2].low, made[2].high)
 
 
-def test_what_guessing_wins():
+def test_the_score_of_guessing():
     four = Case(prompt="p", choices=["a", "b", "c", "d"], target="a", category="x")
     two = Case(prompt="p", choices=["a", "b"], target="a", category="x", weight=3)
     assert chance_of(
@@ -458,7 +458,7 @@ def test_what_guessing_wins():
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_a_folder_is_ranked_each_file_once_and_again_the_same(evaluate, tiny_run):
+def test_a_folder_is_ranked_with_each_file_once_and_the_same_each_time(evaluate, tiny_run):
     rows, err = evaluate("--checkpoints", tiny_run.folder, "--cases", CORPUS_CASES)
     assert sorted(row["step"] for row in rows) == [4, 8, 12]
     assert {row["rank"] for row in rows} <= {1, 2, 3}
@@ -477,8 +477,7 @@ def test_validation_losses_are_those_of_the_training(evaluate, tiny_run):
 
 
 def test_without_cases_the_validation_loss_decides_the_rank(evaluate, tiny_run, tmp_path):
-    """In the table, in --json, and in files: no scores anywhere, and no cases.csv of an earlier evaluation
-    remains."""
+    """In the table, in --json, and in files: no scores, and no cases.csv of an earlier evaluation."""
     (tmp_path / "cases.csv").write_text("of an earlier evaluation")
     rows, _ = evaluate("--checkpoints", tiny_run.folder, "--val", "--output-dir", tmp_path)
     logged = sorted((row["val_loss"], row["step"]) for row in tiny_run.val_rows)
@@ -499,11 +498,7 @@ def test_without_cases_the_validation_loss_decides_the_rank(evaluate, tiny_run, 
         row["score"] for row in table
     } == {""}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert (
-        "by their validation loss" in page
-        and "Loss over step" in page
-        and "bits per byte of the validation text" in page
-    )
+    assert "by their validation loss" in page and "Loss over step" in page
     assert "bootstrap" not in page and "Score" not in page and "<script>" not in page
     assert all(f"{row['val_loss']:.4f}" in page for row in rows)
 
@@ -546,7 +541,7 @@ def test_losses_are_ranked_in_bits_per_byte_and_equal_ones_share_a_rank():
     ]
 
 
-def test_results_are_files_that_say_the_same(evaluate, tiny_run, tmp_path):
+def test_result_files_agree_with_the_printed_results(evaluate, tiny_run, tmp_path):
     rows, _ = evaluate(
         "--checkpoints",
         tiny_run.folder,
@@ -616,7 +611,7 @@ def test_damaged_checkpoints_are_left_out_with_a_warning(evaluate, tiny_run, tmp
         evaluate("--checkpoints", tmp_path, "--cases", CORPUS_CASES)
 
 
-def test_tokenizers_compare_and_unknown_characters_are_told(evaluate, run, tmp_path):
+def test_models_with_different_tokenizers_compare_and_unknown_characters_are_reported(evaluate, run, tmp_path):
     short = ("training.max_steps=1", "training.warmup_steps=0")
     for kind in ("byte", "char"):
         run(tmp_path / kind, *short, f"tokenizer.kind={kind}")
@@ -710,7 +705,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 
 @pytest.mark.slow
-def test_the_rank_follows_the_training_and_not_if_targets_are_shuffled(evaluate, run, tmp_path):
+def test_the_rank_follows_the_training_but_not_with_shuffled_targets(evaluate, run, tmp_path):
     words = (
         "model.d_model=64",
         "tokenizer.vocab_size=512",

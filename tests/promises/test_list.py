@@ -1,4 +1,4 @@
-"""list.py: a row for each checkpoint, whatever its state."""
+"""list.py: a row for each checkpoint, also for a damaged one."""
 
 import importlib
 import io
@@ -49,8 +49,8 @@ def test_every_file_is_named_with_its_step_and_losses(show, tiny_run):
     assert "bpe 400" in last
 
 
-def test_further_names_of_a_file_are_marks_of_its_row(show, tiny_run, tmp_path):
-    """Whether they are hard links, or copies, as a plain copy of a run's folder makes them."""
+def test_other_names_of_a_file_are_shown_in_its_row(show, tiny_run, tmp_path):
+    """Both for hard links and for copies, which a plain copy of a run's folder has."""
     best = load_model(tiny_run.folder / "best.ckpt")[2]["metrics"]["step"]
     for row in map(json.loads, show(tiny_run.folder, "--json").splitlines()):
         assert row["names"] == ["last"] * (row["step"] == 12) + ["best"] * (row["step"] == best) + [
@@ -74,7 +74,7 @@ def test_further_names_of_a_file_are_marks_of_its_row(show, tiny_run, tmp_path):
     assert json_rows(show(tmp_path / "copy", "--json"))[-1]["names"] == [*names[-1][1], "mine"]
 
 
-def test_checkpoints_of_one_size_and_different_content_are_rows_of_their_own(show, tiny_run, tmp_path):
+def test_checkpoints_of_equal_size_and_different_content_are_separate_rows(show, tiny_run, tmp_path):
     for name, offset in (("a", 0), ("b", 1)):
         checkpoint = tiny_run.checkpoint()
         checkpoint["state_dict"]["net.norm.weight"][0] += offset
@@ -137,7 +137,7 @@ def test_rows_are_in_order_of_steps(show, tiny_run):
     assert files == ["step-0000004.ckpt", "step-0000008.ckpt", "step-0000012.ckpt"]
 
 
-def test_json_rows_parse_and_say_the_same(show, tiny_run):
+def test_json_rows_agree_with_the_checkpoints(show, tiny_run):
     rows = [json.loads(line) for line in show(tiny_run.folder, "--json").splitlines()]
     assert {row["file"] for row in rows} == {str(path) for path in tiny_run.folder.glob("step-*.ckpt")}
     [final] = [row for row in rows if "final" in row["names"]]
@@ -179,14 +179,14 @@ def test_a_damaged_file_is_a_row_that_says_so(show, tiny_run, tmp_path):
     ],
     ids=str,
 )
-def test_damaged_fields_are_a_row_too(show, tiny_run, tmp_path, damage):
+def test_a_checkpoint_with_damaged_fields_is_a_row_too(show, tiny_run, tmp_path, damage):
     checkpoint = tiny_run.checkpoint()
     checkpoint["tiny_transformer"] |= damage
     torch.save(checkpoint, tmp_path / "odd.ckpt")
     assert "odd.ckpt" in show(tmp_path)
 
 
-def test_nothing_there_is_an_error_that_says_how_to_make_one(tmp_path):
+def test_no_checkpoint_is_an_error_that_says_how_to_make_one(tmp_path):
     with pytest.raises(
         UserError, match=r"no checkpoint \(\.ckpt\) there; python3 train\.py --config config_smoke\.yaml"
     ):

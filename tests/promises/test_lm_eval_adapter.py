@@ -1,5 +1,5 @@
-"""support/evaluation/lm_eval_adapter.py: the EleutherAI harness finds for a checkpoint what we find,
-offline, on tasks of these tests."""
+"""support/evaluation/lm_eval_adapter.py: the EleutherAI harness gets the numbers that we get, offline, on
+tasks made here."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def loaded(tiny_run):
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    """Those with choices, behind a prompt and without one."""
+    """Those with choices, after a prompt and without one."""
     return [case for case in read_cases(["cases/tiny_corpus.yaml", "cases/grammar.yaml"]) if case.choices]
 
 
@@ -108,9 +108,9 @@ def test_the_harness_finds_our_likelihoods_and_our_accuracy(loaded, cases, task,
     )
 
 
-def test_likelihood_behind_nothing_is_that_behind_eos_and_a_merged_token_is_scored_too(lm_eval, loaded):
-    """Where context and continuation together are one token, the harness alone would find the continuation
-    certain."""
+def test_an_empty_context_is_eos_and_a_merged_token_is_scored_too(lm_eval, loaded):
+    """If context and continuation together are one token, the harness alone would give the continuation
+    probability 1."""
     model, tokenizer, _ = loaded
     pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     merged = next(
@@ -134,8 +134,8 @@ def test_likelihood_behind_nothing_is_that_behind_eos_and_a_merged_token_is_scor
 
 @pytest.mark.parametrize("n_tokens", [9, 96])
 def test_rolling_likelihood_is_the_loss_sum_of_eval_val(lm_eval, loaded, n_tokens):
-    """In less than one window, and in three full ones: a last one that is not full is read with more
-    context than eval_val gives. eval_val also predicts the EOS behind a text."""
+    """In less than one window, and in three full ones: a last window that is not full is read with more
+    context than in eval_val. eval_val also predicts the EOS after a text."""
     model, tokenizer, metadata = loaded
     text = next(TEXT[:end] for end in range(len(TEXT)) if len(tokenizer.encode(TEXT[:end])) == n_tokens)
     found = validate(model, tokenizer, ["", text], load_config(None, base=metadata["config"]))
@@ -151,8 +151,7 @@ def test_an_empty_text_is_certain(lm_eval, loaded):
 
 
 def test_generated_text_is_that_of_infer_up_to_the_first_stop(lm_eval, loaded):
-    """One prompt goes beyond the context of 32 tokens, and one is empty: behind an EOS, which infer does
-    not offer."""
+    """One prompt goes beyond the context of 32 tokens. An empty one means EOS, which infer does not offer."""
     model, tokenizer, _ = loaded
     prompts = ["The", "A language model is", TEXT[:200]]
     plain = [generate_text(model, tokenizer, prompt, max_new_tokens=12, temperature=0) for prompt in prompts]
@@ -172,7 +171,7 @@ def test_generated_text_is_that_of_infer_up_to_the_first_stop(lm_eval, loaded):
 
 
 @pytest.mark.parametrize("name", ["bpe", "llama + bos", "llama", "space first + bos", "bytes + bos"])
-def test_the_numbers_are_those_of_the_harness_for_the_same_model_by_transformers(lm_eval, tmp_path, name):
+def test_the_numbers_are_those_of_the_harness_for_the_same_model_in_transformers(lm_eval, tmp_path, name):
     """Requests with and without a context, whole texts, and generated ones, of a model with large random
     weights."""
     from lm_eval.models.huggingface import HFLM
@@ -276,7 +275,7 @@ def test_the_flag_makes_a_table_a_csv_and_json(tiny_run, cases, task, tmp_path, 
 
 
 @pytest.mark.slow
-def test_an_unknown_task_is_answered_with_near_names(task, tmp_path):
+def test_an_unknown_task_is_answered_with_similar_names(task, tmp_path):
     with pytest.raises(
         UserError,
         match=r"^--lm-eval lambada_opnai: the harness has no such task; did you mean lambada_openai, ",
@@ -315,7 +314,7 @@ finally:
 
 @pytest.mark.slow
 def test_the_suite_needs_no_optional_package(tmp_path):
-    """Where none of them can be found, every test file is collected, and what would use them skips, for
+    """If none of them can be found, every test file is collected, and tests that need them skip, for
     reasons that CONTRIBUTING.md lists, or passes."""
     (tmp_path / "without_optional.py").write_text(WITHOUT_OPTIONAL)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -380,7 +379,7 @@ def test_mistakes_are_answered(lm_eval, tiny_run, argv, said):
         evaluate_checkpoints.main(["--checkpoints", str(tiny_run.folder), *argv])
 
 
-def test_something_must_be_asked_for(capsys):
+def test_cases_or_val_or_lm_eval_must_be_given(capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate_checkpoints.main(["--checkpoints", "checkpoints"])
     assert "give --cases, --val, --lm-eval, or several of them" in capsys.readouterr().err

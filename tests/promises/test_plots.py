@@ -1,15 +1,12 @@
-"""Pictures of a run: there after it and after an interruption, the same bytes for the same numbers."""
+"""Pictures of a run and of an evaluation: what they show, and the same bytes for the same numbers."""
 
 import json
-import os
-import signal
 import warnings
 import xml.etree.ElementTree
 
 import pytest
 from synthetic import make_evaluation
 
-import train
 from support.evaluation.pictures import draw_scores
 from support.plots import draw_loss, read_metrics
 
@@ -24,7 +21,7 @@ def write(folder, rows, tail: str = "") -> None:
 
 
 def texts(svg: bytes) -> str:
-    """What a picture says; its text is drawn as outlines, with the words in comments."""
+    """The words in a picture; text is drawn as outlines, with the words in comments."""
     parser = xml.etree.ElementTree.XMLParser(target=xml.etree.ElementTree.TreeBuilder(insert_comments=True))
     root = xml.etree.ElementTree.fromstring(svg, parser)
     return " ".join(
@@ -41,21 +38,7 @@ def test_a_run_ends_with_pictures_and_names_them(tiny_run):
     assert f"curves in {tiny_run.folder / 'loss.svg'}" in tiny_run.out
 
 
-def test_an_interrupted_run_has_pictures_too(run, tmp_path, monkeypatch):
-    step = train.LitCausalLM.training_step
-
-    def stop(self, *args):
-        if self.trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(train.LitCausalLM, "training_step", stop)
-    made = run(tmp_path / "run", "tokenizer.kind=byte", pictures=True)
-    assert made.code == 143
-    assert {"loss.svg", "loss.png"} <= {path.name for path in made.folder.iterdir()}
-
-
-def test_the_svg_is_the_same_bytes_for_the_same_metrics(tmp_path):
+def test_the_same_metrics_give_the_same_svg_bytes(tmp_path):
     pictures = []
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
@@ -73,7 +56,7 @@ def test_a_cut_off_last_line_is_left_out(tmp_path, tail):
 
 
 @pytest.mark.parametrize("rows", [None, [], [{"step": 1, "val_loss": 3.0}]], ids=str)
-def test_nothing_to_draw_gives_none(tmp_path, rows):
+def test_without_training_rows_nothing_is_drawn(tmp_path, rows):
     if rows is not None:
         write(tmp_path, rows)
     assert draw_loss(tmp_path) is None
@@ -89,7 +72,7 @@ def test_a_run_without_validation_is_drawn(tmp_path):
 # ---- scores of checkpoints -----------------------------------------------------------------------
 
 
-def test_scores_are_drawn_over_steps_with_a_line_for_each_run_and_a_panel_for_each_category(tmp_path):
+def test_scores_are_drawn_with_a_line_for_each_run_and_a_panel_for_each_category(tmp_path):
     assert (
         draw_scores(tmp_path / "scores", make_evaluation(runs=("runs/a", "runs/$b$")))
         == tmp_path / "scores.svg"
@@ -126,7 +109,7 @@ def test_without_cases_the_losses_are_drawn(tmp_path, steps):
     assert "bits per byte of the validation text" in words and "score" not in words
 
 
-def test_the_picture_of_scores_is_the_same_bytes_for_the_same_scores(tmp_path):
+def test_the_same_scores_give_the_same_svg_bytes(tmp_path):
     pictures = [
         draw_scores(tmp_path / "scores", make_evaluation(n_cases=n)).read_bytes() for n in (12, 12, 9)
     ]
