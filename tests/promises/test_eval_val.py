@@ -1,4 +1,4 @@
-"""eval_val.py: the loss that training logged, for any batch size, in numbers that compare across tokenizers."""
+"""eval_val.py: the loss that training logged, for any batch size, and comparable across tokenizers."""
 
 import json
 import math
