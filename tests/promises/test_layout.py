@@ -20,7 +20,7 @@ from conftest import REPO
 BY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
 
 LINES_PER_FILE, LINES_PER_FUNCTION = 500, 60
-LESSONS = {"from_scratch.py": 1000}  # one lesson behind another, each of a screen
+LESSONS = {"from_scratch.py": 1000}  # one lesson after another, each a screen long
 
 # Who may import whom: one row for each file of the top level and each folder of support/. A row names what it
 # may import besides what is in its own folder. A new arrow is a decision: argue for it where the change is
@@ -188,6 +188,17 @@ def test_a_function_fits_a_screen(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > LINES_PER_FUNCTION] == []
+
+
+@BY_FILE
+def test_a_script_has_one_entry(path):
+    """`if __name__ == "__main__"` once, so that a reader finds in one place what running the file does."""
+    entries = [
+        node
+        for node in arrows.tree(path).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+    ]
+    assert len(entries) <= 1
 
 
 # ---- arrows --------------------------------------------------------------------------------------
