@@ -344,12 +344,12 @@ def training_loop(
     weight_decay: float = 0.0,
     clip: float = 1.0,
 ) -> list[dict[str, float]]:
-    """Train `net` on each step of `steps`, and return what happened: loss, learning rate and gradient norm.
+    """Train `net` on each step of `steps`, and return a row for each: loss, learning rate, gradient norm.
 
-    `net` takes token ids (B, T) and returns logits (B, T, V). A step is a list of micro-batches, as many as
-    give one gradient together: each is small enough for the memory, and has at least one target. This is what
-    `LitCausalLM` in train.py does with `training.optimizer: adamw` and `training.schedule: cosine`, less all
-    that has to do with several devices, checkpoints and logs.
+    `net` takes token ids (B, T) and returns logits (B, T, V). A step is a list of micro-batches that give one
+    gradient together; each is small enough for the memory, and has at least one target. `LitCausalLM` in
+    train.py does the same (with `training.optimizer: adamw`, `training.schedule: cosine`), and adds what
+    several devices, checkpoints and logs need.
     """
     # Matrices decay. Vectors (gains, biases) do not: a smaller gain would only make the signal weaker.
     matrices = {"params": [w for w in net.parameters() if w.dim() >= 2], "weight_decay": weight_decay}
@@ -357,7 +357,7 @@ def training_loop(
     optimizer = AdamW([matrices, vectors], betas=(0.9, 0.95))
     log = []
     for step, micro_batches in enumerate(steps):
-        # Load: this step's text is `micro_batches`. All its targets count alike, wherever they are.
+        # Load: `micro_batches` is the text of this step. All its targets count alike, so count them first.
         n_targets = sum((batch["labels"] != NOT_SCORED).sum().item() for batch in micro_batches)
         loss = 0.0
         for batch in micro_batches:

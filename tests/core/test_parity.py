@@ -38,8 +38,8 @@ TINY_HF = {
 
 
 def ours(**switches) -> GPTMini:
-    """With large random weights, norm gains and biases: at the initial ones a swapped or forgotten tensor
-    would hardly show."""
+    """A network with large random weights, norm gains and biases. With the initial ones a swapped or
+    forgotten tensor would hardly change the output."""
     net = GPTMini(GPTConfig(**{**TINY, **switches})).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def ours(**switches) -> GPTMini:
 
 
 def rope(theta: float) -> dict:
-    """transformers 5 reads `rope_parameters`, 4 the top-level `rope_theta`."""
+    """The config keys of theta: transformers 5 reads `rope_parameters`, 4 the top-level `rope_theta`."""
     return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
@@ -101,7 +101,7 @@ GPT2_NAMES = {
 
 
 def gpt2_weights(net: GPTMini) -> dict[str, Tensor]:
-    """GPT-2 keeps q, k and v in one matrix, and every matrix of a block as (in, out)."""
+    """Our weights under GPT-2's names: q, k and v in one matrix, and every matrix of a block as (in, out)."""
     state = net.state_dict()
     weights = {
         "transformer.wte.weight": state["embed_tokens.weight"],
@@ -174,7 +174,7 @@ def test_logits_equal_hugging_face_s(switches, counterpart):
 
 @PAIRS
 def test_loss_and_gradients_equal_hugging_face_s(switches, counterpart):
-    """Hugging Face shifts labels inside; ours arrive shifted."""
+    """Hugging Face shifts the labels inside the model; ours are shifted by the data."""
     net = ours(**switches)
     theirs, rows = counterpart(net), torch.randint(61, (B, T + 1), generator=torch.Generator().manual_seed(1))
     loss_sum, n_targets = net(rows[:, :-1], labels=rows[:, 1:])
@@ -188,7 +188,7 @@ def test_loss_and_gradients_equal_hugging_face_s(switches, counterpart):
 
 @PAIRS
 def test_greedy_generation_equals_hugging_face_s(switches, counterpart):
-    """Two caches, two loops, one text."""
+    """Their cache and loop, and ours, give one text."""
     net = ours(**switches)
     theirs, ids = counterpart(net), torch.randint(61, (B, 5), generator=torch.Generator().manual_seed(2))
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
