@@ -1,12 +1,15 @@
 """Instructions in, training rows out: a pair of question and answer -> ids -> input_ids and labels.
 
     ids        ### User : \\n Name a color . \\n\\n ### Assistant : \\n   Red . EOS
-    input_ids  ### User : \\n Name a color . \\n\\n ### Assistant : \\n   Red .           all but the last
-    labels      -    -  -  -   -    -   -   -   -       -     -   Red   .   EOS         the next one; - is not scored
+    input_ids  ### User : \\n Name a color . \\n\\n ### Assistant : \\n   Red .        all but the last
+    labels      -    -  -  -   -    -   -   -   -       -     -   Red   .   EOS      the next; - is not scored
 
-The model is never trained to write the prompt, only to answer it (`mask_prompt`), and EOS is trained like a
-word: a model that has not learned it would never stop. Pairs have unequal lengths, so they are padded on the
-right, which no position before can see, or packed into blocks, in which attention stays inside each pair.
+The model is trained to answer the prompt, not to write it (`mask_prompt`). EOS is trained like a word: a
+model that has not learned it would never stop. Pairs have unequal lengths, so they are padded on the right,
+where no earlier position sees the padding, or packed into blocks in which attention stays inside each pair.
+
+Reading the files is in support/text/instruction_files.py, the layout of a prompt in
+support/text/chat_template.py.
 """
 
 import hashlib
@@ -24,91 +27,121 @@ from support.chunked_loss import IGNORE
 from support.config.schema import ROW_FIELDS, Config
 from support.messages import UserError, warn
 from support.text.chat_template import Template, first_prompt_parts
-from support.text.documents import memory_for_text, row_text
-from support.text.instruction_files import EXAMPLE, read_files, read_hub
+from support.text.instruction_files import ROW_EXAMPLE, read_files, read_hub
 from support.text.mid_document import ids_after
-from support.text.validation_split import check_share, hold_out_rows
+from support.text.read_text import memory_for_text
+from support.text.rows import row_text
+from support.text.validation_split import split_rows, warn_of_share
 from tokenizer import Tokenizer
+
+FIELDS_HINT = "data.fields says what they are called, e.g. {instruction: prompt, output: response}"
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of an instruction file, and where it stands."""
+    """A row of an instruction file, and where it is."""
 
     instruction: str
     input: str
     output: str
     where: str
 
+    def n_chars(self) -> int:
+        return len(self.instruction) + len(self.input) + len(self.output)
+
 
 def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: str) -> list[Pair]:
-    """Rows to pairs. One without an instruction or an output (null or blank) teaches nothing and is left
-    out, with a warning that counts them. Raises UserError for a row that lacks the field or holds
-    something else there, or if no pair remains."""
+    """Rows to pairs. A row without an instruction or an output (null or blank) teaches nothing: it is left
+    out, and counted in a warning. `fields` says what the rows call instruction, input and output. Raises
+    UserError for a row that lacks a field or holds something else there, or if no pair remains."""
     names = {name: fields.get(name, name) for name in ROW_FIELDS}
-    hint = "data.fields says what they are called, e.g. {instruction: prompt, output: response}"
-    pairs, empty, with_input = [], [], 0
+    pairs, left_out, has_input = [], [], False
     for row, where in rows:
-        present = [
-            name for name in ROW_FIELDS if name != "input" or row.get(names["input"]) is not None
-        ]  # that one may be missing
-        with_input += "input" in present
-        null = [name for name in present if name != "input" and row.get(names[name], "") is None]
-        texts = dict.fromkeys(ROW_FIELDS, "") | {
-            name: row_text(row, names[name], where, hint, EXAMPLE) for name in present if name not in null
-        }
-        if texts["instruction"].strip() and texts["output"].strip():
-            pairs.append(Pair(**texts, where=where))
+        pair = pair_of(row, where, names)
+        has_input = has_input or row.get(names["input"]) is not None
+        if pair.instruction.strip() and pair.output.strip():
+            pairs.append(pair)
         else:
-            empty.append(where)
+            left_out.append(where)
     if not pairs:
-        raise UserError(f"{source} holds no instruction with an output; give rows like {EXAMPLE}")
-    if "input" in fields and not with_input:
+        raise UserError(f"{source} holds no instruction with an output; give rows like {ROW_EXAMPLE}")
+    if "input" in fields and not has_input:
         raise UserError(
             f"no row of {source} has {names['input']!r}, which data.fields names as input; correct it, or "
             "leave it out"
         )
-    if empty:
+    if left_out:
+        rows_are = "row" if len(left_out) == 1 else "rows"
         warn(
-            f"{len(empty):,} row{'s' * (len(empty) > 1)} without instruction or output left out, the first "
-            f"at {empty[0]}"
+            f"{len(left_out):,} {rows_are} without instruction or output left out, the first at {left_out[0]}"
         )
     return pairs
 
 
+def pair_of(row: dict, where: str, names: dict[str, str]) -> Pair:
+    """A row as a pair, with an empty text for a field that is null, and for an input that is missing."""
+    texts = {}
+    for name, field in names.items():
+        is_null = field in row and row[field] is None
+        is_missing_input = name == "input" and field not in row
+        if is_null or is_missing_input:
+            texts[name] = ""
+        else:
+            texts[name] = row_text(row, field, where, hint=FIELDS_HINT, example=ROW_EXAMPLE)
+    return Pair(**texts, where=where)
+
+
 def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, validation pairs): whole rows, drawn by `seed`, unless validation has a file or
-    split of its own."""
+    """(training pairs, validation pairs). Validation has a file or a split of its own, or else rows drawn by
+    `seed` are held out."""
     data = config.data
     if data.path:
-        pairs = pairs_of(read_files(data.path, "data.path", data.errors), data.fields, data.path)
+        pairs = pairs_of_files(data.path, "data.path", config)
     else:
-        pairs = pairs_of(read_hub(data, data.split), data.fields, data.dataset)
+        pairs = pairs_of_split(data.split, config)
     if data.val_path:
-        val = pairs_of(read_files(data.val_path, "data.val_path", data.errors), data.fields, data.val_path)[
-            : data.val_docs
-        ]
+        val = pairs_of_files(data.val_path, "data.val_path", config)[: data.val_docs]
     elif data.val_split:
-        val = pairs_of(read_hub(data, data.val_split), data.fields, data.dataset)[: data.val_docs]
+        val = pairs_of_split(data.val_split, config)[: data.val_docs]
     else:
-        n_val = data.val_docs or max(1, round(data.val_fraction * len(pairs)))
-        if n_val >= len(pairs):
-            raise UserError(
-                f"{len(pairs)} instructions, of which {n_val} are for validation, leave none to train on; "
-                "give more, or lower data.val_docs"
-            )
-        sizes = [len(pair.instruction) + len(pair.input) + len(pair.output) for pair in pairs]
-        drawn = hold_out_rows(sizes, np.random.default_rng(config.seed).permutation(len(pairs)), n_val)
-        check_share(
-            sum(sizes[i] for i in drawn),
-            sum(sizes),
-            n_val / len(pairs),
-            "characters",
-            "give data.val_path rows of its own",
-        )
-        val = [pair for i, pair in enumerate(pairs) if i in drawn]
-        pairs = [pair for i, pair in enumerate(pairs) if i not in drawn]
+        pairs, val = hold_out_pairs(pairs, config)
     return pairs[: data.train_docs], val
+
+
+def pairs_of_files(path: str, key: str, config: Config) -> list[Pair]:
+    return pairs_of(read_files(path, key, config.data.errors), config.data.fields, path)
+
+
+def pairs_of_split(split: str, config: Config) -> list[Pair]:
+    return pairs_of(read_hub(config.data, split), config.data.fields, config.data.dataset)
+
+
+def hold_out_pairs(pairs: list[Pair], config: Config) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, validation pairs), `val_docs` of them or `val_fraction` of the rows."""
+    data = config.data
+    n_val = data.val_docs or max(1, round(data.val_fraction * len(pairs)))
+    if n_val >= len(pairs):
+        raise UserError(
+            f"{len(pairs)} instructions, of which {n_val} are for validation, leave none to train on; "
+            "give more, or lower data.val_docs"
+        )
+    train, val = split_rows(
+        pairs,
+        sizes=[pair.n_chars() for pair in pairs],
+        order=np.random.default_rng(config.seed).permutation(len(pairs)),
+        n_held=n_val,
+    )
+    warn_of_share(
+        held=sum(pair.n_chars() for pair in val),
+        total=sum(pair.n_chars() for pair in pairs),
+        fraction=n_val / len(pairs),
+        unit="characters",
+        advice="give data.val_path rows of its own",
+    )
+    return train, val
 
 
 # ---- rows to train on ----------------------------------------------------------------------------
@@ -116,17 +149,17 @@ def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair as ids: prompt, response, EOS. The first `n_prompt` are the prompt."""
+    """A pair as ids: prompt, response, EOS. The first `n_prompt` of them are the prompt."""
 
     ids: np.ndarray
     n_prompt: int
 
     def __len__(self) -> int:
-        """Positions it takes: the last id is only ever a label."""
+        """Positions it takes in a row: the last id is only a label."""
         return len(self.ids) - 1
 
     def labels(self, mask_prompt: bool) -> np.ndarray:
-        """For each position the id that follows; -100 where that is still prompt."""
+        """For each position the id that follows; -100 where that id belongs to the prompt."""
         labels = self.ids[1:].copy()
         if mask_prompt:
             labels[: max(0, self.n_prompt - 1)] = IGNORE
@@ -134,10 +167,11 @@ class Example:
 
 
 def encode_pair(pair: Pair, tokenizer: Tokenizer, template: Template) -> Example:
-    """Raises UserError, naming the row, for characters that the tokenizer does not know."""
+    """Raises UserError, which names the row, for characters that the tokenizer does not know."""
     try:
         parts = first_prompt_parts(template, tokenizer, pair.instruction, pair.input)
-        prompt, response = tokenizer.encode_parts(parts), ids_after(tokenizer, parts, pair.output)
+        prompt = tokenizer.encode_parts(parts)
+        response = ids_after(tokenizer, parts, pair.output)
     except UserError as error:
         raise UserError(f"{pair.where}: {error}") from None
     return Example(np.array([*prompt, *response, tokenizer.eos_id], np.int64), len(prompt))
@@ -146,9 +180,9 @@ def encode_pair(pair: Pair, tokenizer: Tokenizer, template: Template) -> Example
 class InstructPairDataset(Dataset):
     """Item i is a pair, padded to the longest of its batch, or with `packing` a block of several pairs.
 
-    A pair longer than `seq_len` positions loses the start of its prompt (`n_cut` counts them); one whose
-    response alone is too long, or with `too_long="drop"` each such pair, is left out (`n_dropped`): half an
-    answer teaches to stop in the middle. Raises UserError if none remains.
+    A pair longer than `seq_len` positions loses the start of its prompt (`n_cut` counts them). It is left out
+    (`n_dropped`) if its response alone is too long, or in any case with `too_long="drop"`: half an answer
+    would teach to stop in the middle. Raises UserError if none remains.
     """
 
     def __init__(
@@ -157,20 +191,20 @@ class InstructPairDataset(Dataset):
         tokenizer: Tokenizer,
         template: Template,
         seq_len: int,
+        *,
         packing: bool = False,
         mask_prompt: bool = True,
         too_long: str = "cut",
     ):
-        self.seq_len, self.packing, self.mask_prompt, self.pad_id = (
-            seq_len,
-            packing,
-            mask_prompt,
-            tokenizer.eos_id,
-        )
+        self.seq_len, self.packing, self.mask_prompt = seq_len, packing, mask_prompt
+        self.pad_id = tokenizer.eos_id
         self.examples: list[Example] = []
-        self.n_cut = self.n_dropped = self.n_bytes = 0  # bytes of the responses
+        self.n_cut = self.n_dropped = 0
+        self.n_bytes = 0  # of the responses that are kept
         for pair in pairs:
-            if self._add(encode_pair(pair, tokenizer, template), too_long):
+            example = self._fitted(encode_pair(pair, tokenizer, template), too_long)
+            if example is not None:
+                self.examples.append(example)
                 self.n_bytes += len(pair.output.encode())
         if not self.examples:
             raise UserError(
@@ -179,22 +213,20 @@ class InstructPairDataset(Dataset):
             )
         self.blocks = self._blocks(self.examples, packing)
 
-    def _add(self, example: Example, too_long: str) -> bool:
+    def _fitted(self, example: Example, too_long: str) -> Example | None:
+        """The example without so much of its prompt's start that it fits, or None if it is left out."""
         surplus = len(example) - self.seq_len
-        if surplus > 0 and (
-            too_long == "drop" or surplus >= example.n_prompt
-        ):  # a prompt keeps at least one token
+        if surplus <= 0:
+            return example
+        if too_long == "drop" or surplus >= example.n_prompt:  # a prompt keeps at least one token
             self.n_dropped += 1
-            return False
-        if surplus > 0:
-            self.n_cut += 1
-            example = Example(example.ids[surplus:], example.n_prompt - surplus)
-        self.examples.append(example)
-        return True
+            return None
+        self.n_cut += 1
+        return Example(example.ids[surplus:], example.n_prompt - surplus)
 
     def _blocks(self, examples: list[Example], packing: bool) -> list[list[Example]]:
-        """A pair each, or packed: whole pairs in the order of the rows, and one that does not fit any more
-        begins the next block."""
+        """One pair in each block, or packed: whole pairs in the order of the rows; a pair that does not fit
+        any more begins the next block."""
         blocks, room = [], 0
         for example in examples:
             if not packing or len(example) > room:
@@ -211,28 +243,29 @@ class InstructPairDataset(Dataset):
         return {name: tensor[0] for name, tensor in self.batch([i]).items()}
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """input_ids and labels (B, T), T the longest of the batch; with packing T is `seq_len`, and
-        segments (B, T) number the pairs of each row. What fills up a row is EOS, not scored, and a segment
+        """input_ids and labels (B, T), T the longest of the batch. With packing T is `seq_len`, and segments
+        (B, T) number the pairs of each row. A row is filled up with EOS, which is not scored and is a segment
         of its own."""
         return self.batch_of([self.blocks[i] for i in indices], self.packing)
 
     def batch_of(self, blocks: list[list[Example]], packing: bool) -> Batch:
         width = self.seq_len if packing else max(len(block[0]) for block in blocks)
         ids = np.full((len(blocks), width), self.pad_id, np.int64)
-        labels, segments = np.full_like(ids, IGNORE), np.empty_like(ids)
+        labels = np.full_like(ids, IGNORE)
+        segments = np.empty_like(ids)
         for row, block in enumerate(blocks):
             start = 0
             for number, example in enumerate(block):
-                here = slice(start, start + len(example))
-                ids[row, here], labels[row, here], segments[row, here] = (
-                    example.ids[:-1],
-                    example.labels(self.mask_prompt),
-                    number,
-                )
-                start = here.stop
+                place = slice(start, start + len(example))
+                ids[row, place] = example.ids[:-1]
+                labels[row, place] = example.labels(self.mask_prompt)
+                segments[row, place] = number
+                start = place.stop
             segments[row, start:] = len(block)
-        batch = {"input_ids": ids, "labels": labels} | ({"segments": segments} if packing else {})
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        arrays = {"input_ids": ids, "labels": labels}
+        if packing:
+            arrays["segments"] = segments
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def example_batch(self, n: int, packing: bool) -> Batch:
         """The first `n` pairs as one batch, packed or not."""
@@ -246,66 +279,83 @@ class InstructPairDataset(Dataset):
         return digest.hexdigest()
 
     def describe(self, n_rows: int) -> str:
+        """Sizes, on one line."""
         n_tokens = sum(len(example.ids) for example in self.examples)
-        n_trained = sum(int((example.labels(self.mask_prompt) != IGNORE).sum()) for example in self.examples)
-        text = f"{n_rows:,} instructions, {n_tokens:,} tokens, {n_trained:,} of them scored"
-        text += (
-            f", packed into {len(self):,} blocks of {self.seq_len}"
-            if self.packing
-            else f", rows of up to {max(map(len, self.examples))}"
-        )
-        counts = [f"{self.n_cut:,} cut at the start of their prompt"] * bool(self.n_cut) + [
-            f"{self.n_dropped:,} dropped"
-        ] * bool(self.n_dropped)
-        return text + (f" ({' and '.join(counts)}: longer than {self.seq_len})" if counts else "")
+        n_scored = sum(int((example.labels(self.mask_prompt) != IGNORE).sum()) for example in self.examples)
+        text = f"{n_rows:,} instructions, {n_tokens:,} tokens, {n_scored:,} of them scored"
+        if self.packing:
+            text += f", packed into {len(self):,} blocks of {self.seq_len}"
+        else:
+            text += f", rows of up to {max(map(len, self.examples))}"
+        counts = []
+        if self.n_cut:
+            counts.append(f"{self.n_cut:,} cut at the start of their prompt")
+        if self.n_dropped:
+            counts.append(f"{self.n_dropped:,} dropped")
+        return f"{text} ({' and '.join(counts)}: longer than {self.seq_len})" if counts else text
+
+
+# ---- scoring -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def score_responses(net: torch.nn.Module, batch: Batch) -> Tensor:
-    """(5,) float32: the summed loss, its number of targets, how many of them the model finds likeliest,
-    the number of responses, and how many it gets right from beginning to end, so that greedy decoding
-    would write just them."""
+    """(5,) float32: the summed loss; the number of targets; how many of them the model finds most likely; the
+    number of responses; how many of these it gets right from beginning to end, so that greedy decoding would
+    write exactly them."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]  # (B, T)
     scored = labels != IGNORE
     targets = labels[scored]  # (n,)
-    logits = net(**{name: tensor for name, tensor in batch.items() if name != "labels"})[
-        scored
-    ].float()  # (n, V)
+    logits = net(**inputs)[scored].float()  # (n, V)
     segments = batch.get("segments", torch.zeros_like(labels))
-    pair = (
-        segments + labels.shape[1] * torch.arange(len(labels), device=labels.device)[:, None]
-    )  # (B, T), one number for each pair
-    nothing = torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
-    n_targets = nothing.index_add(0, pair[scored], torch.ones_like(targets))
-    n_right = nothing.index_add(0, pair[scored], (logits.argmax(dim=-1) == targets).long())
+    row = torch.arange(len(labels), device=labels.device)[:, None]
+    pair = segments + labels.shape[1] * row  # (B, T), one number for each pair
+    zeros = torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
+    n_targets = zeros.index_add(0, pair[scored], torch.ones_like(targets))  # of each pair
+    n_right = zeros.index_add(0, pair[scored], (logits.argmax(dim=-1) == targets).long())
     answered = n_targets > 0
     loss = F.cross_entropy(logits, targets, reduction="sum")
-    return torch.stack(
-        [loss, n_targets.sum(), n_right.sum(), answered.sum(), (answered & (n_right == n_targets)).sum()]
-    ).float()
+    all_right = answered & (n_right == n_targets)
+    sums = [loss, n_targets.sum(), n_right.sum(), answered.sum(), all_right.sum()]
+    return torch.stack(sums).float()
+
+
+# ---- all together --------------------------------------------------------------------------------
 
 
 def validation_pairs(
     pairs: list[Pair], tokenizer: Tokenizer, config: Config, seq_len: int
 ) -> InstructPairDataset:
-    """Validation always scores responses alone, so that its loss compares, whatever was trained on."""
+    """Validation scores responses alone, whatever was trained on, so that losses can be compared."""
     return InstructPairDataset(
-        pairs, tokenizer, config.template, seq_len, config.data.packing, True, config.data.too_long
+        pairs,
+        tokenizer,
+        config.template,
+        seq_len,
+        packing=config.data.packing,
+        mask_prompt=True,
+        too_long=config.data.too_long,
     )
 
 
 @memory_for_text()
 def load_instructions(config: Config, tokenizer: Tokenizer) -> PackedData:
     """The pairs that the config names, ready to train on. Raises UserError."""
-    (pairs, val_pairs), data = split_pairs(config), config.data
+    pairs, val_pairs = split_pairs(config)
     train = InstructPairDataset(
-        pairs, tokenizer, config.template, config.seq_len, data.packing, data.mask_prompt, data.too_long
+        pairs,
+        tokenizer,
+        config.template,
+        config.seq_len,
+        packing=config.data.packing,
+        mask_prompt=config.data.mask_prompt,
+        too_long=config.data.too_long,
     )
-    text = config.template.first_prompt(pairs[0].instruction, pairs[0].input) + pairs[0].output
     return PackedData(
-        train,
-        validation_pairs(val_pairs, tokenizer, config, config.seq_len),
-        len(pairs),
-        len(val_pairs),
-        text,
+        train=train,
+        val=validation_pairs(val_pairs, tokenizer, config, config.seq_len),
+        n_train_docs=len(pairs),
+        n_val_docs=len(val_pairs),
+        sample_text=config.template.first_prompt(pairs[0].instruction, pairs[0].input) + pairs[0].output,
     )

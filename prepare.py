@@ -135,14 +135,12 @@ from support.exchange.tokenizer_json import tokenizer_json
 from support.files.atomic import atomic_write, claim_folder
 from support.files.cut_text import cut_at_word, cut_pieces
 from support.files.find_files import each_once, find_files
+from support.text.join_shards import join_shards, longest_tokens, source_sha256
 from support.text.make_token_files import (
     Source,
-    changed,
     cut_shards,
-    join_shards,
-    longest_tokens,
     pieces_sha256,
-    source_sha256,
+    text_has_changed,
     workers,
     write_shards,
 )
@@ -278,7 +276,14 @@ def make_token_files(args: argparse.Namespace) -> int:
                 write_shards(
                     shard_folder, name, source, tokenizer, args.shard_chars, pool, n_workers, advance
                 )
-        meta = join_shards(shard_folder, output, tokenizer, "val" in sources, args.val_fraction, args.seed)
+        meta = join_shards(
+            shard_folder,
+            output,
+            tokenizer,
+            own_val="val" in sources,
+            fraction=args.val_fraction,
+            seed=args.seed,
+        )
         meta |= {
             "format_version": FORMAT_VERSION,
             "tokenizer": tokenizer.to_dict(),
@@ -385,7 +390,7 @@ def is_up_to_date(
             for pieces, _ in cut_shards(source.parts(), tokenizer, plan["--shard-chars"])
         )
         if source_sha256(sums) != meta["source_sha256"]:
-            raise changed(output)
+            raise text_has_changed(output)
     return True
 
 

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from support.cli import at_home
 from support.config.foreign_config import answers_and_our_tree
 from support.config.overrides import apply_overrides
-from support.config.schema import PATHS, SOURCE_KEYS, Config
+from support.config.schema import PATHS, Config
 from support.config.values import typed
 from support.files.safe_yaml import read_mapping
 from support.foreign.config_values import our_word
 from support.messages import UserError
+from support.text.sources import SOURCES, keys_of_other_sources
 
 
 def load_config(path: str | Path | None, overrides: list[str] = (), base: dict | None = None) -> Config:
@@ -74,11 +75,10 @@ def _drop_keys_of_other_sources(tree: dict, overrides: list[str]) -> None:
     """After an override of data.source: remove what the file says for its own source, so that
     `data.source=tokens` and `data.path` are enough to train on token files."""
     source = _source_of(tree)
-    if not isinstance(source, str) or source not in SOURCE_KEYS:
+    if not isinstance(source, str) or source not in SOURCES:
         return
     overridden = {override.partition("=")[0].strip() for override in overrides}
-    of_other_sources = set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[source]
-    for key in of_other_sources & tree["data"].keys():
+    for key in keys_of_other_sources(source) & tree["data"].keys():
         if f"data.{key}" not in overridden:
             del tree["data"][key]
 

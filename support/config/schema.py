@@ -13,6 +13,7 @@ from model import GPTConfig
 from support.config.values import NUMBER, section_of_keys
 from support.text.chat_template import DEFAULT_TEMPLATE, TEMPLATES, Template
 from support.text.hub import LOCAL_FORMATS
+from support.text.sources import keys_of_other_sources
 
 # Keys that are paths: ~ at their start is the home folder.
 PATHS = ("base_ckpt", "tokenizer.path", "data.path", "data.val_path", "checkpoint.dir")
@@ -49,23 +50,6 @@ class TokenizerConfig(Section):
         return self
 
 
-HUB_KEYS = {
-    "path",
-    "dataset",
-    "config",
-    "revision",
-    "split",
-    "val_split",
-    "train_docs",
-    "val_docs",
-    "val_fraction",
-}
-SOURCE_KEYS = {  # what belongs to some sources only
-    "text": {"path", "val_path", "text_field", "val_fraction", "errors", "stride", "document_mask"},
-    "hf": HUB_KEYS | {"text_field", "streaming", "stride", "document_mask"},
-    "tokens": {"path", "val_path", "val_fraction", "dtype", "stride", "document_mask"},
-    "instructions": HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"},
-}
 ROW_FIELDS = ("instruction", "input", "output")
 
 
@@ -182,7 +166,7 @@ class DataConfig(Section):
                 f"val_split={self.val_split} would be the name of a split; a share of the text is "
                 f"val_fraction: {self.val_split}"
             )
-        for key in sorted(set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[self.source]):
+        for key in sorted(keys_of_other_sources(self.source)):
             if getattr(self, key) != DataConfig.model_fields[key].default:
                 raise ValueError(
                     f"{key} does not belong to source={self.source}; remove it, or change source"

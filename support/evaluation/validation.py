@@ -83,7 +83,10 @@ def documents_of(
         return text_documents(data, config.data, "--data")
     if config.data.source == "tokens":
         return open_token_files(
-            config.data.path, config.data.val_path, config.data.dtype, config.data.val_fraction
+            config.data.path,
+            val_path=config.data.val_path,
+            dtype=config.data.dtype,
+            val_fraction=config.data.val_fraction,
         )
     if config.data.source == "instructions":
         return split_pairs(config)[1]

@@ -232,7 +232,9 @@ def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Token
     """Token files, and the tokenizer: the one given, or else their own, or else (if they have no meta.json)
     the config's. Raises UserError."""
     data, spec = config.data, config.tokenizer
-    files = open_token_files(data.path, data.val_path, data.dtype, data.val_fraction)
+    files = open_token_files(
+        data.path, val_path=data.val_path, dtype=data.dtype, val_fraction=data.val_fraction
+    )
     tokenizer = tokenizer or files.tokenizer
     if tokenizer is None and KINDS[spec.kind].is_trained:
         raise UserError(

@@ -25,9 +25,8 @@ def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]
             "training": plan.config.training.model_copy(update=training),
         }
     )
-    train, _ = make_dataloaders(
-        config, plan.data, plan.tokenizer, max(plan.n_steps, start_step + 1), start_step
-    )
+    n_steps = max(plan.n_steps, start_step + 1)
+    train, _ = make_dataloaders(config, plan.data, plan.tokenizer, n_steps, start_step=start_step)
     steps = iter(train)
     for _ in range(start_step if plan.data.streaming else 0):
         next(steps)

@@ -1,29 +1,59 @@
-"""The order of blocks when there are too many to store it: a permutation that is computed."""
+"""The order in which blocks are trained on: another permutation in each epoch, drawn from the seed."""
 
 from functools import lru_cache
 
 import numpy as np
 
+MOST_BLOCKS_STORED = 2**22  # with more blocks the order is computed: stored, it would fill the memory
 
-@lru_cache
-def _round_keys(key: tuple[int, ...]) -> list[int]:
-    return [int(k) for k in np.random.SeedSequence(key).generate_state(6, np.uint64)]
+
+class BlockOrder:
+    """Says which block global sample k = 0, 1, ... trains on."""
+
+    def __init__(self, n_blocks: int, seed: int, shuffle: bool):
+        self.n_blocks, self.seed, self.shuffle = n_blocks, seed, shuffle
+        self.epoch: int | None = None  # the epoch whose permutation is kept
+        self.permutation: np.ndarray | None = None
+
+    def block_of(self, sample: int) -> int:
+        epoch, position = divmod(sample, self.n_blocks)
+        if not self.shuffle:
+            return position
+        if self.n_blocks > MOST_BLOCKS_STORED:
+            return permuted(position, self.n_blocks, (self.seed, epoch))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.permutation = np.random.default_rng((self.seed, epoch)).permutation(self.n_blocks)
+        return int(self.permutation[position])
 
 
 def permuted(position: int, n: int, key: tuple[int, ...]) -> int:
-    """Where the permutation of 0 ... n - 1 that `key` names takes `position`: computed, where a stored order
-    would fill the memory.
+    """Where the permutation of 0 ... n - 1 that `key` names puts `position`, computed without storing it.
 
-    A Feistel network of six rounds permutes all numbers of an even number of bits; whoever lands at n or
-    beyond walks on (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    `shuffle_bits` permutes the numbers below the next power of four. Where it gives a number that is n or
+    more, it is applied again until the number is below n: so numbers below n are permuted among themselves
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half = (n.bit_length() + 1) // 2
-    mask = (1 << half) - 1
     while True:
-        left, right = position >> half, position & mask
-        for k in _round_keys(key):
-            mixed = (right ^ k) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-            left, right = right, left ^ (mixed >> 32 ^ mixed >> 11) & mask
-        position = left << half | right
+        position = shuffle_bits(position, half, key)
         if position < n:
             return position
+
+
+def shuffle_bits(number: int, half: int, key: tuple[int, ...]) -> int:
+    """A permutation of the numbers of 2 * `half` bits: a Feistel network. Each round changes one half of the
+    bits by what a random-looking function gives for the other half, so every round can be undone, and no two
+    numbers meet."""
+    mask = (1 << half) - 1
+    left, right = number >> half, number & mask
+    for round_key in round_keys(key):
+        mixed = ((right ^ round_key) * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
+        left, right = right, left ^ ((mixed >> 32) ^ (mixed >> 11)) & mask
+    return left << half | right
+
+
+@lru_cache
+def round_keys(key: tuple[int, ...]) -> list[int]:
+    """Six random numbers drawn from the key, one a round."""
+    return [int(number) for number in np.random.SeedSequence(key).generate_state(6, np.uint64)]

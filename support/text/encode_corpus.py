@@ -1,5 +1,7 @@
-"""Documents to one row of token ids, each closed by EOS, in little memory however long they are. No torch
-here."""
+"""Documents to one row of token ids, in little memory however long they are. No torch here.
+
+documents  "aaa", "bb"  ->  pieces of text that are encoded at once  ->  a a a EOS b b EOS
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,29 +10,39 @@ import numpy as np
 from tokenizer import Tokenizer
 
 Piece = tuple[str, bool]  # a piece of text, and whether its document ends with it
-BATCH_CHARS, BATCH_PIECES = 2**20, 1000  # what is encoded at once
+BATCH_CHARS = 2**20  # about as many characters are encoded at once,
+BATCH_PIECES = 1000  # in at most as many pieces
+
+
+def ids_around_document(tokenizer: Tokenizer, *, begins: bool, ends: bool) -> tuple[list[int], list[int]]:
+    """(ids before, ids after) a piece of text: BOS before the beginning of a document, if the tokenizer has
+    one, and EOS after its end. This is the only place that says so."""
+    before = list(tokenizer.bos_ids) if begins else []
+    after = [tokenizer.eos_id] if ends else []
+    return before, after
 
 
 def join_pieces(parts: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Documents that come in parts, cut anew into pieces whose ids, one after another, are the ids of the
-    whole document."""
+    """Documents that come in parts, cut again where the tokenizer allows it: the ids of the pieces, one after
+    another, are the ids of the whole document."""
     text = ""
     for part, ends in parts:
         *pieces, text = tokenizer.pieces(text + part)
-        yield from ((piece, False) for piece in pieces)
+        for piece in pieces:
+            yield piece, False
         if ends:
             yield text, True
             text = ""
 
 
 def document_pieces(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """(piece, whether its document ends with it): what is encoded at once is short, however long a
-    document is."""
+    """Whole documents cut into pieces, so that what is encoded at once is short, however long a document
+    is."""
     return join_pieces(((document, True) for document in documents), tokenizer)
 
 
 def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in batches of about BATCH_CHARS characters: counting documents would let a batch grow with
+    """Pieces in batches of about BATCH_CHARS characters: a fixed number of pieces would let a batch grow with
     their length."""
     batch, n_chars = [], 0
     for piece, ends in pieces:
@@ -42,38 +54,24 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     yield batch
 
 
-def around(begins: bool, ends: bool, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What stands around the ids of a piece: BOS before the first of a document, where the tokenizer has
-    one, EOS behind the last."""
-    return list(tokenizer.bos_ids) if begins else [], [tokenizer.eos_id] if ends else []
-
-
 def id_type(vocab_size: int) -> type[np.unsignedinteger]:
     """The smallest type that holds every id of the vocabulary."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, begins: bool = True) -> np.ndarray:
-    """Pieces of documents, one behind another, as one row of ids; `begins` says whether the first begins a
-    document.
+    """Pieces of documents as one row of ids; `begins` says whether the first piece begins a document.
 
-    A Python list would take 36 bytes a token: only one batch is ever held as lists, and the row grows in
-    place.
+    A Python list would take 36 bytes a token. So only one batch is ever held as lists, and the row is an
+    array of bytes that grows.
     """
-    dtype, row = id_type(tokenizer.vocab_size), bytearray()
+    dtype = id_type(tokenizer.vocab_size)
+    row = bytearray()
     for batch in batched(pieces):
-        for ids, (_, ends) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
-            before, behind = around(begins, ends, tokenizer)
-            row += (
-                np.array(before, dtype).tobytes()
-                + np.asarray(ids, dtype).tobytes()
-                + np.array(behind, dtype).tobytes()
-            )
+        batch_ids = tokenizer.encode_batch([piece for piece, _ in batch])
+        for ids, (_, ends) in zip(batch_ids, batch, strict=True):
+            before, after = ids_around_document(tokenizer, begins=begins, ends=ends)
+            for part in (before, ids, after):
+                row += np.asarray(part, dtype).tobytes()
             begins = ends
     return np.frombuffer(row, dtype)
-
-
-def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one row of ids, EOS behind each (and BOS before, where the tokenizer has one);
-    uint16 where the vocabulary allows."""
-    return encode_pieces(document_pieces(documents, tokenizer), tokenizer)

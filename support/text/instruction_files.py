@@ -1,4 +1,4 @@
-"""Files and datasets of instructions: rows, whatever their format."""
+"""Files and datasets of instructions, whatever their format, to rows."""
 
 import glob
 import json
@@ -9,23 +9,50 @@ from typing import Any
 
 from support.files.find_files import find_files, kind_of
 from support.messages import UserError, printable
-from support.text.documents import is_conversation, parse_json_row, read_lines, refuse_larger_than_memory
 from support.text.hub import open_dataset, read_rows
+from support.text.read_text import refuse_larger_than_memory
+from support.text.rows import is_conversation, jsonl_rows
 
 KINDS = (".json", ".jsonl", ".parquet")
-INSTEAD = (
+OWN_ROWS_INSTEAD = (
     "fine-tune on rows of your own:\n       python3 finetune.py --config configs/finetune_tiny.yaml "
-    "--override data.path=my_rows.json "
+    "--override data.path=my_rows.json --override training.warmup_steps=0"
 )
-INSTEAD += "--override training.warmup_steps=0"
-EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
+ROW_EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
 
 
-# ---- reading -------------------------------------------------------------------------------------
+def read_files(path: str, key: str, errors: str = "strict") -> Iterator[tuple[dict, str]]:
+    """(row, where it is) of local files: one file, those of a folder, or those of a glob. Raises
+    UserError."""
+    files = find_files(path, key, KINDS, strict=True)
+    refuse_larger_than_memory(files, path, key, "give a part of it")
+    for file in files:
+        if kind_of(file) == ".jsonl":
+            yield from jsonl_rows(file, errors, example=ROW_EXAMPLE, list_hint="name it .json")
+            continue
+        rows = json_rows(file) if kind_of(file) == ".json" else parquet_rows(file)
+        for number, row in enumerate(rows, 1):
+            yield row, f"{file}, row {number}"
 
 
-def read_json_rows(path: Path) -> Iterator[dict]:
-    """The rows of a .json file: a list of objects."""
+def read_hub(data: Any, split: str) -> Iterator[tuple[dict, str]]:
+    """(row, where it is) of a split of the dataset that the config's `data` section names. Raises
+    UserError."""
+    dataset = open_dataset(
+        data.dataset,
+        data.config,
+        split,
+        path=None,
+        revision=data.revision,
+        streaming=False,
+        instead=OWN_ROWS_INSTEAD,
+    )
+    for number, row in enumerate(read_rows(dataset), 1):
+        yield row, f"{data.dataset}, row {number} of {split}"
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """The rows of a .json file, which is a list of objects."""
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
@@ -34,10 +61,11 @@ def read_json_rows(path: Path) -> Iterator[dict]:
         ) from None
     if isinstance(rows, dict):
         raise UserError(
-            f"{path} is one object, and should be a list of rows, [{EXAMPLE}, ...]; {how_to_list(rows, path)}"
+            f"{path} is one object, and should be a list of rows, [{ROW_EXAMPLE}, ...]; "
+            f"{how_to_list(rows, path)}"
         )
     if not isinstance(rows, list):
-        raise UserError(f"{path} should be a list of rows, [{EXAMPLE}, ...]")
+        raise UserError(f"{path} should be a list of rows, [{ROW_EXAMPLE}, ...]")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(
@@ -46,56 +74,34 @@ def read_json_rows(path: Path) -> Iterator[dict]:
         yield row
 
 
+def key_of_rows(tree: dict) -> str | None:
+    """The first key that holds a list of objects."""
+    for key, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return key
+    return None
+
+
 def how_to_list(tree: dict, path: Path) -> str:
-    """What to do with a .json file that is one object: take out the list of rows that is in it, or put it
-    into one."""
-    key = next(
-        (
-            key
-            for key, value in tree.items()
-            if isinstance(value, list) and value and isinstance(value[0], dict)
-        ),
-        None,
-    )
+    """What to do with a .json file that is one object: take out the list of rows in it, or put it into a
+    list."""
+    key = key_of_rows(tree)
     if key is None or is_conversation(tree[key]):
         return "put it in square brackets"
-    take_out = (
+    program = (
         f"import json, sys; json.dump(json.load(open(sys.argv[1], encoding='utf-8'))[{key!r}], "
         "open('rows.json', 'w'))"
     )
-    return (
-        f"its rows are in {printable(key)!r}:\n       {shlex.join(['python3', '-c', take_out, str(path)])} "
-        "writes them to rows.json"
-    )
+    command = shlex.join(["python3", "-c", program, str(path)])
+    return f"its rows are in {printable(key)!r}:\n       {command} writes them to rows.json"
 
 
-def read_parquet_rows(path: Path) -> Iterator[dict]:
+def parquet_rows(path: Path) -> Iterator[dict]:
+    """All columns of a .parquet file."""
+    escaped = glob.escape(str(path))  # the library reads the name as a pattern
     try:
-        yield from read_rows(open_dataset("parquet", None, "train", glob.escape(str(path)), None, False))
+        yield from read_rows(
+            open_dataset("parquet", None, "train", path=escaped, revision=None, streaming=False)
+        )
     except UserError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def read_files(path: str, key: str, errors: str = "strict") -> Iterator[tuple[dict, str]]:
-    """(row, where it stands) of local files: one, those of a folder, or those of a glob. Raises UserError."""
-    files = find_files(path, key, KINDS, strict=True)
-    refuse_larger_than_memory(files, path, key, "give a part of it")
-    for file in files:
-        if kind_of(file) == ".jsonl":
-            for number, line in enumerate(read_lines(file, errors), 1):
-                if line.strip():
-                    yield (
-                        parse_json_row(line, f"{file}, line {number}", EXAMPLE, "name it .json"),
-                        f"{file}, line {number}",
-                    )
-            continue
-        for number, row in enumerate(
-            read_json_rows(file) if kind_of(file) == ".json" else read_parquet_rows(file), 1
-        ):
-            yield row, f"{file}, row {number}"
-
-
-def read_hub(data: Any, split: str) -> Iterator[tuple[dict, str]]:
-    rows = open_dataset(data.dataset, data.config, split, None, data.revision, False, instead=INSTEAD)
-    for number, row in enumerate(read_rows(rows), 1):
-        yield row, f"{data.dataset}, row {number} of {split}"

@@ -29,7 +29,8 @@ from data import (
 from support.config.read import validate_config
 from support.config.schema import Config
 from support.messages import UserError
-from support.text.documents import DocumentStream, hf_documents
+from support.text.documents import DocumentStream
+from support.text.sources import load_dataset
 from tokenizer import ByteTokenizer, CharTokenizer, build_tokenizer
 
 BYTE = ByteTokenizer()
@@ -338,7 +339,9 @@ def test_a_loader_that_starts_later_continues_the_run(tmp_path, workers):
     assert len(packed.train) < 60
     alone = list(make_dataloaders(text_config(tmp_path), packed, BYTE, 20)[0])
     for start in (1, 8, 19) if not workers else (8,):
-        train, _ = make_dataloaders(text_config(tmp_path, workers=workers), packed, BYTE, 20, start)
+        train, _ = make_dataloaders(
+            text_config(tmp_path, workers=workers), packed, BYTE, 20, start_step=start
+        )
         assert same_steps(list(train), alone[start:])
 
 
@@ -400,7 +403,7 @@ def test_sizes_are_described(tmp_path):
         in train
     )
     assert (
-        f"({packed.train.n_dropped} tokens behind the last full block are left out)" in train
+        f"({packed.train.n_dropped} tokens after the last full block are left out)" in train
         or packed.train.n_dropped == 0
     )
     assert (
@@ -771,7 +774,10 @@ def test_a_stream_resumes_exactly_between_rows_without_text():
         stream = DocumentStream(Rows(rows), "text")
         return list(
             itertools.islice(
-                StreamingPackedLMDataset(stream, BYTE, SEQ_LEN, SEQ_LEN, StepShape(2, 1), 42, state=state), n
+                StreamingPackedLMDataset(
+                    stream, BYTE, seq_len=SEQ_LEN, stride=SEQ_LEN, shape=StepShape(2, 1), seed=42, state=state
+                ),
+                n,
             )
         )
 
@@ -809,7 +815,7 @@ def test_a_document_that_is_most_of_a_dataset_is_trained_on(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for seed in range(20):
         for limit in (None, 5):
-            train, val = hf_documents(
+            train, val = load_dataset(
                 stream_config(tmp_path, streaming=False, val_docs=9, train_docs=limit).data, seed
             )
             assert texts[7] not in val
@@ -874,12 +880,12 @@ def test_validating_on_the_training_split_is_refused():
 
 def test_a_dataset_in_memory_gives_whole_documents_to_one_side_only(library):
     config = stream_config(library, streaming=False, val_docs=9)
-    train, val = hf_documents(config.data, config.seed)
+    train, val = load_dataset(config.data, config.seed)
     assert (len(train), len(val)) == (N_DOCS - 9, 9)
     assert sorted(train + val) == sorted(STORIES)
     assert train == [s for s in STORIES if s in train], "training keeps its order"
     assert val != STORIES[:9], "drawn, not the first ones"
-    assert val != hf_documents(config.data, config.seed + 1)[1], "by the seed"
+    assert val != load_dataset(config.data, config.seed + 1)[1], "by the seed"
 
 
 def test_a_dataset_in_memory_is_cut_by_fraction_without_val_docs(library):
@@ -889,7 +895,7 @@ def test_a_dataset_in_memory_is_cut_by_fraction_without_val_docs(library):
 
 
 def test_a_dataset_in_memory_can_be_limited(library):
-    train, val = hf_documents(stream_config(library, streaming=False, val_docs=9, train_docs=4).data, 42)
+    train, val = load_dataset(stream_config(library, streaming=False, val_docs=9, train_docs=4).data, 42)
     assert (len(train), len(val)) == (4, 9)
     assert not set(train) & set(val)
 

@@ -71,7 +71,14 @@ def test_streamed_documents_begin_with_bos(trained_bpe):
     def stream(state: str | None = None):
         return iter(
             StreamingPackedLMDataset(
-                Documents(documents), tokenizer, 64, 64, StepShape(4, 1), seed=0, shuffle=False, state=state
+                Documents(documents),
+                tokenizer,
+                seq_len=64,
+                stride=64,
+                shape=StepShape(4, 1),
+                seed=0,
+                shuffle=False,
+                state=state,
             )
         )
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import load_corpus, split_documents
+from data import load_corpus
 from support.config.read import validate_config
 from support.config.schema import DataConfig
 from support.files.find_files import find_files
 from support.messages import UserError
 from support.text.documents import read_documents, text_documents
-from support.text.validation_split import check_share
+from support.text.validation_split import split_documents, warn_of_share
 
 EOS_LINE = b"<|endoftext|>\n"
 
@@ -483,12 +483,12 @@ def test_of_many_similar_documents_the_same_are_held_out_as_ever(fraction):
 
 
 def test_a_share_that_cannot_be_met_is_told_with_both_sizes(capsys):
-    check_share(100, 1000, 0.1, "characters", "give more")
+    warn_of_share(100, 1000, 0.1, "characters", "give more")
     assert capsys.readouterr().err == ""
     for held in (20, 400):
-        check_share(held, 1000, 0.1, "characters", "give more")
+        warn_of_share(held, 1000, 0.1, "characters", "give more")
         said = (
-            f"validation holds {held} characters and training {1000 - held}, where 0.1 of the text was to "
+            f"validation holds {held} characters and training {1000 - held}, but 0.1 of the text should "
             "be held out; give more"
         )
         assert said in capsys.readouterr().err

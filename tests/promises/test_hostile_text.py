@@ -30,7 +30,8 @@ from data import Step, StepShape, StreamingPackedLMDataset, load_corpus, pack_co
 from support.config.read import validate_config
 from support.config.schema import DataConfig
 from support.messages import UserError
-from support.text.documents import DocumentStream, hf_documents, text_documents
+from support.text.documents import DocumentStream, text_documents
+from support.text.sources import load_dataset
 from tokenizer import (
     EOS_TEXT,
     BPETokenizer,
@@ -232,7 +233,16 @@ def stream(
 ) -> Iterator[Step]:
     documents = DocumentStream(datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(), "text")
     return iter(
-        StreamingPackedLMDataset(documents, tokenizer, 7, stride, StepShape(2, 2), 42, shuffle, state=state)
+        StreamingPackedLMDataset(
+            documents,
+            tokenizer,
+            seq_len=7,
+            stride=stride,
+            shape=StepShape(2, 2),
+            seed=42,
+            shuffle=shuffle,
+            state=state,
+        )
     )
 
 
@@ -245,7 +255,7 @@ def tokens_of(steps: list[Step]) -> list[int]:
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 23)
-    monkeypatch.setattr(data_module, "TAKE_CHARS", 1500)
+    monkeypatch.setattr(data_module, "SHUFFLE_GROUP_CHARS", 1500)
     monkeypatch.setattr(data_module, "SHUFFLE_GROUP", 4)
 
 
@@ -366,7 +376,7 @@ def test_rows_of_a_local_dataset_that_hold_no_text_are_one_line_of_error(
     path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n' * 3 + broken + b"\n")
     config = DataConfig(source="hf", dataset="json", path=str(path), streaming=streaming, val_docs=1)
     try:
-        train, _ = hf_documents(config, 0)
+        train, _ = load_dataset(config, 0)
         texts = train.take(10) if streaming else train
         "".join(texts).encode()  # what is read can be encoded
     except UserError as error:
@@ -390,10 +400,10 @@ def test_a_stream_of_empty_rows_is_left_out_or_refused(tmp_path, monkeypatch, la
     path = write(tmp_path / "a.jsonl", b'{"text": "val"}\n' + b'{"text": ""}\n' * 20_000 + last)
     config = DataConfig(source="hf", dataset="json", path=str(path), streaming=True, val_docs=1)
     if last:
-        assert hf_documents(config, 0)[0].take(5) == ["one"]
+        assert load_dataset(config, 0)[0].take(5) == ["one"]
     else:
         with pytest.raises(UserError, match="no document is left to train on"):
-            hf_documents(config, 0)
+            load_dataset(config, 0)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -434,7 +444,7 @@ def test_memory_that_runs_out_while_text_is_prepared_is_one_line(tmp_path, monke
     )
     corpus = load_corpus(config)
     for part, work in (
-        ("text_documents", lambda: load_corpus(config)),
+        ("load_documents", lambda: load_corpus(config)),
         ("tokenize", lambda: pack_corpus(corpus, ByteTokenizer(), config)),
     ):
         with (

@@ -564,7 +564,7 @@ def test_the_scored_labels_spell_the_output_and_eos_whatever_the_texts(kind, pac
     )
     tokenizer = tokenizer_of(kind, pairs, template)
     longest = max(len(encode_pair(p, tokenizer, template)) for p in pairs)
-    made = InstructPairDataset(pairs, tokenizer, template, longest, packing)
+    made = InstructPairDataset(pairs, tokenizer, template, longest, packing=packing)
     found, prompts = [], []
     for start in range(0, len(made), 7):
         batch = made.batch(range(start, min(start + 7, len(made))))
@@ -634,7 +634,7 @@ def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, pack
                 continue
             n_cut, n_bytes = n_cut + shortened, n_bytes + len(response) - 1
             kept.append((end, len(end) - len(response)))
-        made = InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing, too_long=too_long)
+        made = InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing=packing, too_long=too_long)
         assert [(e.ids.tolist(), e.n_prompt) for e in made.examples] == kept
         assert (made.n_cut, made.n_dropped, made.n_bytes) == (n_cut, n_dropped, n_bytes)
         assert seq_len == 999 or n_dropped, "the sizes are such that there are some"
@@ -679,7 +679,7 @@ def test_packing_and_padding_hold_the_same_pairs_with_the_same_labels():
     longest = max(len(ids) for ids, _ in expected)
     for seq_len in (longest, longest + 1, 3 * longest, 40 * longest):
         padded, packed = (
-            InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing) for packing in (False, True)
+            InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing=packing) for packing in (False, True)
         )
         assert pieces(padded) == expected
         assert pieces(packed) == expected
@@ -701,7 +701,7 @@ def test_a_block_is_full_when_the_next_pair_does_not_fit():
 @pytest.mark.parametrize("made_packed", [False, True])
 def test_the_first_pairs_can_be_had_padded_or_packed(made_packed):
     pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo")]
-    made = InstructPairDataset(pairs, BYTE, SHORT, 11, made_packed)
+    made = InstructPairDataset(pairs, BYTE, SHORT, 11, packing=made_packed)
     assert made.example_batch(2, packing=False)["input_ids"].tolist() == [
         [*b"QiAo", 256, 256, 256],
         [*b"QabAxyz"],
@@ -740,7 +740,9 @@ def net(request) -> GPTMini:
 
 
 def both(pairs: list[Pair], **options) -> list[InstructPairDataset]:
-    return [InstructPairDataset(pairs, FEW, COLON, 37, packing, **options) for packing in (False, True)]
+    return [
+        InstructPairDataset(pairs, FEW, COLON, 37, packing=packing, **options) for packing in (False, True)
+    ]
 
 
 def batches(made: InstructPairDataset, size: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""support/text/make_token_files.py: which part of a text is held out depends on the seed alone, and no text
+"""support/text/make_token_files.py and join_shards.py: which part of a text is held out depends on the seed alone, and no text
 is lost."""
 
 import numpy as np
@@ -6,15 +6,18 @@ import pytest
 
 import tokenizer as tokenizer_module
 from support.text.encode_corpus import document_pieces, encode_pieces
-from support.text.make_token_files import Source, choose_cut, cut_shards, divided, draws
+from support.text.join_shards import choose_held_out, divide_shards
+from support.text.make_token_files import Source, cut_shards
+from support.text.validation_split import random_of_documents
 from tokenizer import EOS_TEXT, ByteTokenizer
 
 BYTE = ByteTokenizer()
 
 
 def test_each_document_draws_a_number_of_its_own_wherever_the_drawing_starts():
-    assert len(np.unique(draws(0, 100_000, 7))) == 100_000
-    assert np.array_equal(draws(5000, 9000, 7), draws(0, 20_000, 7)[5000:14_000])
+    assert len(np.unique(random_of_documents(0, 100_000, 7))) == 100_000
+    from_the_start = random_of_documents(0, 20_000, 7)
+    assert np.array_equal(random_of_documents(5000, 9000, 7), from_the_start[5000:14_000])
 
 
 DOCUMENT_LENGTHS = {
@@ -46,8 +49,16 @@ def test_about_nine_tenths_are_trained_on_whatever_the_seed_and_the_shards(tmp_p
                 old.unlink()
             for n, (pieces, begins) in enumerate(cut_shards(document_pieces(texts, BYTE), BYTE, shard_chars)):
                 np.save(tmp_path / f"train-{n:06}.npy", encode_pieces(pieces, BYTE, begins))
-            cut = choose_cut(tmp_path, len(texts), n_tokens, 0.1, seed, BYTE.eos_id)
-            train, val = map(np.concatenate, zip(*divided(tmp_path, cut, seed, BYTE), strict=True))
+            held_out = choose_held_out(
+                tmp_path,
+                n_documents=len(texts),
+                n_tokens=n_tokens,
+                fraction=0.1,
+                seed=seed,
+                eos_id=BYTE.eos_id,
+            )
+            divided = divide_shards(tmp_path, held_out, seed, BYTE)
+            train, val = map(np.concatenate, zip(*divided, strict=True))
             found.add((train.tobytes(), val.tobytes()))
         assert len(found) == 1, "the size of shards changes nothing"
         assert 0.8 <= len(train) / (len(train) + len(val)) <= 0.95

@@ -292,7 +292,7 @@ def unfinished(output: Path, library: Path, monkeypatch) -> list[str]:
     """Makes a folder whose shards are all there, but not joined. Returns the flags that made it."""
     flags = [*flags_for(library), "--shard-chars", "700"]
 
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-import data
 import eval_val
 import prepare
 import train
 from data import PackedLMDataset
 from support.config.read import load_config
 from support.messages import UserError
+from support.text import block_order
 from support.text.block_order import permuted
 from support.text.token_files import TokenFile, open_token_files
 from tokenizer import ByteTokenizer, GPT2Tokenizer
@@ -83,7 +83,7 @@ def test_token_files_and_the_text_they_are_made_of_train_the_same_weights(
 @pytest.mark.parametrize("in_memory", [2**22, 0], ids=["order drawn", "order computed"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_on_token_files_is_exact(run, folder, tmp_path, monkeypatch, in_memory, workers):
-    monkeypatch.setattr(data, "ORDER_IN_MEMORY", in_memory)
+    monkeypatch.setattr(block_order, "MOST_BLOCKS_STORED", in_memory)
     straight = run(tmp_path / "straight", *tokens_of(folder, "data.stride=5"))
     run(tmp_path / "cut", *tokens_of(folder, "data.stride=5", "training.max_steps=4"))
     resumed = run(
