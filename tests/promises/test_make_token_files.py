@@ -1,5 +1,5 @@
-"""support/text/make_token_files.py and join_shards.py: which part of a text is held out depends on the seed alone, and no text
-is lost."""
+"""support/text/make_token_files.py and join_shards.py: which part of a text is held out depends on the seed
+alone, and no text is lost."""
 
 import numpy as np
 import pytest
