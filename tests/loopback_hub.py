@@ -1,11 +1,11 @@
-"""A Hugging Face hub of one dataset, or one model, on the loopback device, so that the real network path runs
-without network.
+"""A Hugging Face hub with one dataset or one model, on the loopback device: code that uses the network runs
+without a network.
 
-It answers what `datasets.load_dataset(..., streaming=True)` and `huggingface_hub.snapshot_download` ask: the
-repository's description, its tree, the paths in it, and byte ranges of its files.
+It answers what `datasets.load_dataset(..., streaming=True)` and `huggingface_hub.snapshot_download` ask for:
+the repository's description, its tree, the paths in it, and byte ranges of its files.
 
-    with LoopbackHub("wikimedia/wikipedia", {"README.md": b"...", "20231101.en/train-00000.parquet": b"..."})
-    as hub:
+    files = {"README.md": b"...", "20231101.en/train-00000.parquet": b"..."}
+    with LoopbackHub("wikimedia/wikipedia", files) as hub:
         subprocess.run(..., env=os.environ | hub.environment(cache_folder))
 """
 
@@ -15,7 +15,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = hashlib.sha1(b"the only commit").hexdigest()
@@ -23,7 +23,7 @@ OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLI
 
 
 def parquet(texts: list[str], field: str = "text") -> bytes:
-    """The bytes of a parquet file with articles as Wikipedia has them: id, url, title, text."""
+    """The bytes of a parquet file of articles with the columns of Wikipedia: id, url, title, text."""
     import pyarrow
     import pyarrow.parquet
 
@@ -39,7 +39,7 @@ def parquet(texts: list[str], field: str = "text") -> bytes:
 
 
 def dataset_card(splits: dict[str, dict[str, str]]) -> bytes:
-    """README.md whose header says which files make up which configuration and split: {config: {split: path}}."""
+    """A README.md whose header names the files of each configuration and split: {config: {split: path}}."""
     lines = ["---", "configs:"]
     for config, paths in splits.items():
         lines += [f"- config_name: {config}", "  data_files:"]
@@ -49,11 +49,14 @@ def dataset_card(splits: dict[str, dict[str, str]]) -> bytes:
 
 
 class LoopbackHub:
-    """Serves `files` (path in the repository -> content) as dataset (or model) `name`; `requests` lists
-    what was asked."""
+    """Serves `files`, {path in the repository: content}, as the dataset `name`, or as a model with
+    kind="models". `requests` lists what was asked for."""
 
     def __init__(self, name: str, files: dict[str, bytes], kind: str = "datasets"):
-        self.name, self.files, self.kind, self.requests = name, files, kind, []
+        self.name = name
+        self.files = files
+        self.kind = kind
+        self.requests: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -69,7 +72,8 @@ class LoopbackHub:
         self.server.server_close()
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """What a child process needs to take this hub for the real one, with a cache of its own."""
+        """The variables with which a child process takes this hub for the real one, with a cache of its
+        own."""
         return dict.fromkeys(OFFLINE_SWITCHES, "0") | {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cache),
@@ -77,22 +81,24 @@ class LoopbackHub:
         }
 
     def tree(self, folder: str, recursive: bool) -> list[dict] | None:
-        """The entries below `folder` ("" is the root); None if there is no such folder."""
+        """The entries in `folder` ("" is the root); None if there is no such folder."""
         prefix = f"{folder}/" if folder else ""
         inside = [path for path in self.files if path.startswith(prefix)]
-        folders = {
-            "/".join(path.split("/")[:depth]) for path in inside for depth in range(1, path.count("/") + 1)
-        }
-        folders = {
-            path
-            for path in folders
-            if path.startswith(prefix) and (recursive or "/" not in path.removeprefix(prefix))
-        }
-        files = [path for path in inside if recursive or "/" not in path.removeprefix(prefix)]
-        entries = [
-            {"type": "directory", "path": path, "oid": COMMIT, "size": 0} for path in sorted(folders)
-        ] + [self.entry(path) for path in files]
-        return entries if inside else None
+        if not inside:
+            return None
+
+        def is_listed(path: str) -> bool:
+            return path.startswith(prefix) and (recursive or "/" not in path.removeprefix(prefix))
+
+        folders: set[str] = set()
+        for path in inside:
+            folders.update(str(parent) for parent in PurePosixPath(path).parents)
+        folders.discard(".")
+        entries = [self.folder_entry(path) for path in sorted(folders) if is_listed(path)]
+        return entries + [self.entry(path) for path in inside if is_listed(path)]
+
+    def folder_entry(self, path: str) -> dict:
+        return {"type": "directory", "path": path, "oid": COMMIT, "size": 0}
 
     def entry(self, path: str) -> dict:
         content = self.files[path]
@@ -112,39 +118,29 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        url, body = urlsplit(self.path), self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path, hub = unquote(url.path), self.hub
+        hub = self.hub
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append(f"{self.command} {path}")
         if path == "/":
             return self.send(200, b"a hub")
+        prefix = "" if hub.kind == "models" else "/datasets"
+        file = re.fullmatch(rf"{prefix}/{hub.name}/resolve/([^/]+)/(.*)", path)
         api = re.fullmatch(
             rf"/api/{hub.kind}/{hub.name}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path
         )
-        resolve = re.fullmatch(
-            rf"{'' if hub.kind == 'models' else '/datasets'}/{hub.name}/resolve/([^/]+)/(.*)", path
-        )
-        revision = (api and api[2]) or (resolve and resolve[1])
-        if not api and not resolve:
+        if not api and not file:
             return self.refuse("RepoNotFound", "Repository Not Found")
+        revision = file[1] if file else api[2]
         if revision not in (None, "main", COMMIT):
             return self.refuse("RevisionNotFound", f"Invalid rev id: {revision}")
-        if resolve:
-            return self.send_file(resolve[2])
+        if file:
+            return self.send_file(file[2])
         if api[1] == "tree":
-            entries = hub.tree(
-                api[3] or "", parse_qs(url.query).get("recursive", ["false"])[0].lower() in ("true", "1")
-            )
-            return (
-                self.refuse("EntryNotFound", "Entry not found")
-                if entries is None
-                else self.send_json(entries)
-            )
+            return self.send_tree(api[3] or "", parse_qs(url.query))
         if api[1] == "paths-info":
-            wanted = parse_qs(body.decode()).get("paths") or (
-                json.loads(body)["paths"] if body.startswith(b"{") else []
-            )
-            return self.send_json([hub.entry(path) for path in wanted if path in hub.files])
-        siblings = [{"rfilename": path} for path in hub.files]
+            return self.send_paths_info(body)
         return self.send_json(
             {
                 "id": hub.name,
@@ -152,10 +148,24 @@ class _Handler(BaseHTTPRequestHandler):
                 "private": False,
                 "gated": False,
                 "tags": [],
-                "siblings": siblings,
+                "siblings": [{"rfilename": path} for path in hub.files],
                 "cardData": None,
             }
         )
+
+    def send_tree(self, folder: str, query: dict[str, list[str]]) -> None:
+        recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = self.hub.tree(folder, recursive)
+        if entries is None:
+            self.refuse("EntryNotFound", "Entry not found")
+        else:
+            self.send_json(entries)
+
+    def send_paths_info(self, body: bytes) -> None:
+        wanted = (
+            json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+        )
+        self.send_json([self.hub.entry(path) for path in wanted if path in self.hub.files])
 
     def send_file(self, path: str) -> None:
         content = self.hub.files.get(path)
@@ -169,15 +179,14 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked:
             return self.send(200, content, headers)
-        start, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
-        return self.send(
-            206, content[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
-        )
+        start = int(asked[1])
+        end = min(int(asked[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        return self.send(206, content[start : end + 1], headers)
 
     def refuse(self, code: str, message: str) -> None:
-        self.send(
-            404, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
-        )
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self.send(404, json.dumps({"error": message}).encode(), headers)
 
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

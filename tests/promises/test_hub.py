@@ -1,5 +1,5 @@
-"""Datasets of the Hugging Face hub: streamed from a hub on the loopback device, and clear answers where
-there is none."""
+"""Datasets of the Hugging Face hub: streamed from a hub on the loopback device, and a clear error where there
+is no hub."""
 
 import json
 import os
@@ -27,6 +27,7 @@ import train as train_script
 from support.config.read import load_config
 from support.messages import UserError
 from support.text.hub import hub_reachable, open_dataset
+from tokenizer import GPT2Tokenizer
 
 ROOT = Path(__file__).parents[2]
 NAME = "wikimedia/wikipedia"
@@ -34,8 +35,8 @@ ARTICLES = [
     f"Article {i}\n\n" + f"The town of Number {i} lies by the river. " * (1 + i * 7 % 11) for i in range(90)
 ]
 
-# config.yaml as it is, with a model and steps of toy size.
-TOY = (
+# Overrides of config.yaml for a model and steps of toy size.
+TOY_OVERRIDES = (
     "model.d_model=32",
     "model.n_layers=1",
     "model.n_heads=2",
@@ -51,9 +52,9 @@ TOY = (
     "hardware.accelerator=cpu",
 )
 
-# Runs train.py once for each command line on standard input, in one process, and prints what each answered. A
-# long pause is a retry, and there is nothing to retry.
-ASK = """
+# A program that runs train.py once for each command line on its standard input, all in one process, and
+# prints what each answered. A long pause would be a retry, and there is nothing to retry.
+RUN_EACH = """
 import contextlib, io, json, runpy, sys, time
 
 def sleep(seconds, really=time.sleep):
@@ -67,18 +68,18 @@ for name, argv in json.load(sys.stdin).items():
         try:
             runpy.run_path("train.py", run_name="__main__")
         except SystemExit as stop:
-            answers[name] = {"code": stop.code, "out": out.getvalue(), "err": err.getvalue(), "datasets": "datasets" in sys.modules}
+            answers[name] = {"code": stop.code, "out": out.getvalue(), "err": err.getvalue()}
+            answers[name]["datasets"] = "datasets" in sys.modules
 print(json.dumps(answers))
 """
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    """Wikipedia in small: English in two files, and a German part of three articles."""
+    """A small Wikipedia: English in two files, and a German part of three articles."""
+    splits = {f"20231101.{code}": {"train": f"20231101.{code}/train-*"} for code in ("en", "de")}
     files = {
-        "README.md": dataset_card(
-            {f"20231101.{code}": {"train": f"20231101.{code}/train-*"} for code in ("en", "de")}
-        ),
+        "README.md": dataset_card(splits),
         "20231101.en/train-00000-of-00002.parquet": parquet(ARTICLES[:50]),
         "20231101.en/train-00001-of-00002.parquet": parquet(ARTICLES[50:]),
         "20231101.de/train-00000-of-00001.parquet": parquet(ARTICLES[:3]),
@@ -88,20 +89,20 @@ def hub() -> Iterator[LoopbackHub]:
 
 
 def argv_of(folder: Path, *words: str) -> list[str]:
-    """config.yaml with the toy overrides; words that begin with -- are flags, others further overrides."""
-    overrides = [*TOY, f"checkpoint.dir={folder}", *(word for word in words if not word.startswith("--"))]
-    flags = [part for word in words if word.startswith("--") for part in word.split("=")]
-    return [
-        "--config",
-        "config.yaml",
-        *(part for override in overrides for part in ("--override", override)),
-        *flags,
-    ]
+    """The arguments for config.yaml with the toy overrides. Words that begin with -- are flags, the others
+    are further overrides."""
+    argv = ["--config", "config.yaml"]
+    for override in [*TOY_OVERRIDES, f"checkpoint.dir={folder}"]:
+        argv += ["--override", override]
+    for word in words:
+        argv += word.split("=") if word.startswith("--") else ["--override", word]
+    return argv
 
 
-def ask(environment: dict[str, str], command_lines: dict[str, list[str]]) -> dict[str, dict]:
+def answers_of(environment: dict[str, str], command_lines: dict[str, list[str]]) -> dict[str, dict]:
+    """What train.py answers to each command line: {name: its exit code, output and errors}."""
     child = subprocess.run(
-        [sys.executable, "-c", ASK],
+        [sys.executable, "-c", RUN_EACH],
         input=json.dumps(command_lines),
         env=os.environ | environment,
         cwd=ROOT,
@@ -114,7 +115,7 @@ def ask(environment: dict[str, str], command_lines: dict[str, list[str]]) -> dic
 
 
 def assert_one_clear_error(answer: dict) -> None:
-    """Behind the progress bar of a download, if something had to be downloaded first."""
+    """At most three lines, after the progress bar of a download if there was one."""
     said = re.sub(r"\r[^\n]*\n?", "", answer["err"])
     assert answer["code"] == 2
     assert said.startswith("error: ")
@@ -139,20 +140,16 @@ def stream_state(folder: Path) -> dict:
 
 
 def test_config_yaml_streams_from_the_hub_trains_and_samples(hub, tmp_path, capsys):
-    """The README's Wikipedia run, from the first request to a sample, by a process as a user starts it."""
+    """The README's Wikipedia run, from the first request to a sample, in a process as a user starts it."""
     hub.requests.clear()
     run = train(hub, tmp_path / "run")
     assert run.returncode == 0, run.stderr
-    assert not re.search("Traceback|Exception|Error", run.stderr), (
-        "abandoned streams must not complain at the exit either"
-    )
+    complaint = re.search("Traceback|Exception|Error", run.stderr)
+    assert not complaint, "streams that are not read to their end must not complain at the exit either"
     assert "val:   9 documents" in run.stdout
-    asked = [
-        request for request in hub.requests if request.startswith("GET") and request.endswith(".parquet")
-    ]
-    assert {request.rpartition("/")[2] for request in asked} == {
-        f"train-0000{i}-of-00002.parquet" for i in range(2)
-    }
+    paths = [request.removeprefix("GET ") for request in hub.requests if request.startswith("GET")]
+    names = {path.rpartition("/")[2] for path in paths if path.endswith(".parquet")}
+    assert names == {"train-00000-of-00002.parquet", "train-00001-of-00002.parquet"}
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
@@ -164,26 +161,16 @@ def test_config_yaml_streams_from_the_hub_trains_and_samples(hub, tmp_path, caps
     assert (state["epoch"], state["group"]) == (0, 0)
     assert state["used"] > 0
     capsys.readouterr()
-    infer.main(
-        [
-            "--ckpt",
-            str(tmp_path / "run" / "final.ckpt"),
-            "--prompt",
-            "Attention is",
-            "--max-new-tokens",
-            "5",
-            "--device",
-            "cpu",
-        ]
-    )
+    argv = ["--ckpt", str(tmp_path / "run" / "final.ckpt"), "--prompt", "Attention is"]
+    infer.main([*argv, "--max-new-tokens", "5", "--device", "cpu"])
     assert capsys.readouterr().out.startswith("Attention is")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_streamed_from_the_hub_resumes_exactly(hub, tmp_path, workers):
-    """A few steps after a resume end in the same weights as without one, in another epoch; the tokenizer
-    comes from the stream too."""
+    """A run that was resumed, in a later epoch, ends with the same weights as one that was not. The tokenizer
+    is trained on the stream, too."""
     words = (
         "tokenizer.kind=bpe",
         "tokenizer.vocab_size=300",
@@ -195,12 +182,13 @@ def test_a_run_streamed_from_the_hub_resumes_exactly(hub, tmp_path, workers):
     first = train(hub, tmp_path / "parts", *words, "training.max_steps=15")
     epoch = stream_state(tmp_path / "parts")["epoch"]
     rest = train(hub, tmp_path / "parts", *words, "training.max_steps=40", "--resume")
-    assert [run.returncode for run in (whole, first, rest)] == [0, 0, 0], (
-        whole.stderr + first.stderr + rest.stderr
-    )
+    for run in (whole, first, rest):
+        assert run.returncode == 0, run.stderr
     assert stream_state(tmp_path / "parts")["epoch"] > epoch
-    assert whole.stdout.splitlines()[-1].startswith("weights sha256 ")
-    assert rest.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1] != first.stdout.splitlines()[-1]
+    last_line = whole.stdout.splitlines()[-1]
+    assert last_line.startswith("weights sha256 ")
+    assert rest.stdout.splitlines()[-1] == last_line
+    assert first.stdout.splitlines()[-1] != last_line
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -220,7 +208,7 @@ MISTAKES = {
         "fields: id, url, title, text",
     ),
     "nothing left to train on": (["data.val_docs=90"], "data.val_docs"),
-    "path beside a hub dataset": (["data.path=x.jsonl"], "data.path=x.jsonl"),
+    "a path with a hub dataset": (["data.path=x.jsonl"], "data.path=x.jsonl"),
 }
 
 
@@ -229,7 +217,7 @@ def answers(hub, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("mistakes")
     lines = {name: argv_of(folder / "run", *words) for name, (words, _) in MISTAKES.items()}
     lines["show-step"] = argv_of(folder / "run", "--show-step=2", "data.shuffle=false")
-    answers = ask(hub.environment(folder / "cache"), lines)
+    answers = answers_of(hub.environment(folder / "cache"), lines)
     assert not (folder / "run").exists(), "nothing is written"
     return answers
 
@@ -241,10 +229,8 @@ def test_what_the_hub_does_not_have_is_one_clear_error(answers, name):
 
 
 def test_show_step_reads_the_stream_up_to_that_step(answers):
-    """By hand: articles in order from the tenth on, each closed by EOS, 128 tokens of GPT-2 a step."""
-    import tokenizer
-
-    gpt2 = tokenizer.GPT2Tokenizer()
+    """By hand: the articles in order from the tenth on, each ended by EOS; 128 tokens of GPT-2 a step."""
+    gpt2 = GPT2Tokenizer()
     row = [i for article in ARTICLES[9:] for i in [*gpt2.encode(article), gpt2.eos_id]]
     assert answers["show-step"]["code"] == 0
     for start in range(128, 256, 32):
@@ -261,52 +247,56 @@ def closed_port() -> int:
 
 
 def test_without_network_the_answer_comes_before_anything_is_tried(tmp_path):
-    """The libraries retry for half a minute: they are not even imported. What is not streamed may lie in
-    the cache, which is looked up without network."""
-    environment = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "0") | {
-        "HF_HOME": str(tmp_path / "cache")
-    }
+    """The libraries retry for half a minute, so they are not even imported. A dataset that is not streamed
+    may be in the cache, which is searched without network."""
+    environment = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "0")
+    environment["HF_HOME"] = str(tmp_path / "cache")
+    environment["HF_ENDPOINT"] = f"http://127.0.0.1:{closed_port()}"
     lines = {
         "streamed": argv_of(tmp_path / "run"),
         "not streamed": argv_of(tmp_path / "run", "data.streaming=false"),
     }
-    answers = ask(environment | {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}, lines)
+    answers = answers_of(environment, lines)
     for answer in answers.values():
         assert_one_clear_error(answer)
         assert NAME in answer["err"]
         assert "cannot be reached" in answer["err"]
-        assert (
-            "python3 train.py --config config_smoke.yaml --override data.path=my_book.txt" in answer["err"]
-        ), "a small model, not 124M"
-        assert "OfflineMode" not in answer["err"], "what the user has not chosen"
+        small_model = "python3 train.py --config config_smoke.yaml --override data.path=my_book.txt"
+        assert small_model in answer["err"]
+        assert "OfflineMode" not in answer["err"], "the user has not chosen to be offline"
     assert not answers["streamed"]["datasets"]
     assert not (tmp_path / "run").exists()
 
 
-def test_offline_by_choice_no_probe_is_sent(monkeypatch):
-    """HF_HUB_OFFLINE=1 (the tests' own setting) goes straight to the cache, where this one is not."""
+def test_with_the_offline_setting_the_hub_is_not_asked(monkeypatch):
+    """With HF_HUB_OFFLINE=1 (the setting of all tests) only the cache is searched, and it lacks this
+    dataset."""
     monkeypatch.setattr("support.text.hub.hub_reachable", lambda: pytest.fail("the hub was probed"))
     for streaming in (True, False):
-        with pytest.raises(
-            UserError, match=r"no/such: HF_HUB_OFFLINE=1 keeps the Hugging Face hub away, .*; unset it"
-        ) as caught:
+        message = r"no/such: HF_HUB_OFFLINE=1 keeps the Hugging Face hub away, .*; unset it"
+        with pytest.raises(UserError, match=message) as caught:
             open_dataset("no/such", None, "train", None, None, streaming)
         assert len(str(caught.value).splitlines()) <= 3
 
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """Nobody has asked for being offline, and nothing answers."""
+    """There is no offline setting, and the hub does not answer."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("support.text.hub.hub_reachable", lambda: False)
 
 
 def command_of(error: UserError, script: str) -> list[str]:
-    """The words behind `python3 SCRIPT` in the last line of a message."""
+    """The words after `python3 SCRIPT` in the last line of a message."""
     words = shlex.split(str(error).splitlines()[-1])
     assert words[:2] == ["python3", script]
     return words[2:]
+
+
+def with_file(argv: list[str], name: str, folder: Path) -> list[str]:
+    """The same arguments, with this file in the folder."""
+    return [word.replace(name, f"{folder}/{name}") for word in argv]
 
 
 def refused(main, argv: list[str]) -> UserError:
@@ -318,81 +308,53 @@ def refused(main, argv: list[str]) -> UserError:
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "configs/tinystories.yaml"])
-def test_training_without_network_is_told_a_command_that_trains(no_hub, tmp_path, monkeypatch, config):
-    argv = command_of(
-        refused(train_script.main, ["--config", config, "--override", f"checkpoint.dir={tmp_path}"]),
-        "train.py",
-    )
+def test_training_without_network_names_a_command_that_trains(no_hub, tmp_path, monkeypatch, config):
+    error = refused(train_script.main, ["--config", config, "--override", f"checkpoint.dir={tmp_path}"])
+    argv = command_of(error, "train.py")
     loaded = load_config(argv[1], argv[3::2])
     assert (loaded.data.source, loaded.data.path) == ("text", "my_book.txt")
-    assert loaded.model.d_model <= 128, "no large model, for it may be a laptop"
+    assert loaded.model.d_model <= 128, "a small model, since this may be a laptop"
     shutil.copyfile(ROOT / "data/tiny_corpus.txt", tmp_path / "my_book.txt")
+    argv = with_file(argv, "my_book.txt", tmp_path)
     with pytest.raises(SystemExit) as end:
-        train_script.main(
-            [word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in argv] + ["--show-step", "1"]
-        )
+        train_script.main([*argv, "--show-step", "1"])
     assert end.value.code == 0
 
 
-def test_fine_tuning_without_network_is_told_a_command_that_fine_tunes(no_hub, tmp_path, tiny_run):
-    base = [
-        "--override",
-        f"base_ckpt={tiny_run.folder}/final.ckpt",
-        "--override",
-        f"checkpoint.dir={tmp_path / 'sft'}",
-    ]
+def test_fine_tuning_without_network_names_a_command_that_fine_tunes(no_hub, tmp_path, tiny_run):
+    base = ["--override", f"base_ckpt={tiny_run.folder}/final.ckpt"]
+    base += ["--override", f"checkpoint.dir={tmp_path / 'sft'}"]
     argv = command_of(refused(finetune.main, ["--config", "config_finetune.yaml", *base]), "finetune.py")
-    (tmp_path / "my_rows.json").write_text(
-        json.dumps([{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(3)])
-    )
-    assert (
-        finetune.main([word.replace("my_rows.json", f"{tmp_path}/my_rows.json") for word in argv] + base) == 0
-    )
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(3)]
+    (tmp_path / "my_rows.json").write_text(json.dumps(rows))
+    assert finetune.main(with_file(argv, "my_rows.json", tmp_path) + base) == 0
 
 
-def test_scoring_without_network_is_told_to_score_the_checkpoints_own_text_or_another(
-    no_hub, tmp_path, tiny_run
-):
+def test_scoring_without_network_names_the_text_of_the_checkpoint_or_another(no_hub, tmp_path, tiny_run):
     ckpt = str(tiny_run.folder / "final.ckpt")
     error = refused(eval_val.main, ["--ckpt", ckpt, "--config", "config.yaml"])
     assert "leave --config out, to score the text that the checkpoint validated on" in str(error)
     assert "train" not in str(error).replace(ckpt, "").replace("trained", "")
     assert eval_val.main(["--ckpt", ckpt]) == 0
     shutil.copyfile(ROOT / "data/tiny_corpus.txt", tmp_path / "my_book.txt")
-    argv = [
-        word.replace("my_book.txt", f"{tmp_path}/my_book.txt") for word in command_of(error, "eval_val.py")
-    ]
+    argv = with_file(command_of(error, "eval_val.py"), "my_book.txt", tmp_path)
     assert eval_val.main(argv) == 0
     assert eval_val.main([*argv, "--config", "config.yaml"]) == 0
     checkpoint = tiny_run.checkpoint()
     checkpoint["tiny_transformer"]["config"]["data"] = {"source": "hf", "dataset": "a/b"}
     torch.save(checkpoint, tmp_path / "streamed.ckpt")
     for words in ([], ["--config", "config.yaml"]):
-        assert "leave --config out" not in str(
-            refused(eval_val.main, ["--ckpt", str(tmp_path / "streamed.ckpt"), *words])
-        ), "its text is there too"
+        error = refused(eval_val.main, ["--ckpt", str(tmp_path / "streamed.ckpt"), *words])
+        assert "leave --config out" not in str(error), "the text of this checkpoint is on the hub too"
     cases = ["--cases", "cases/tiny_corpus.yaml", "--checkpoints", ckpt, "--val"]
-    assert "--val --config config_smoke.yaml" in str(
-        refused(evaluate_checkpoints.main, [*cases, "--config", "config.yaml"])
-    )
+    error = refused(evaluate_checkpoints.main, [*cases, "--config", "config.yaml"])
+    assert "--val --config config_smoke.yaml" in str(error)
     assert evaluate_checkpoints.main([*cases, "--config", "config_smoke.yaml"]) == 0
 
 
-def test_other_scripts_without_network_name_what_they_take_in_place(no_hub, tmp_path):
-    error = refused(
-        prepare.main,
-        [
-            "tokens",
-            "--dataset",
-            "a/b",
-            "--tokenizer",
-            "byte",
-            "--output",
-            str(tmp_path / "t"),
-            "--num-proc",
-            "1",
-        ],
-    )
+def test_other_scripts_without_network_name_what_they_take_instead(no_hub, tmp_path):
+    flags = ["--dataset", "a/b", "--tokenizer", "byte", "--num-proc", "1"]
+    error = refused(prepare.main, ["tokens", *flags, "--output", str(tmp_path / "t")])
     assert str(error).endswith("read local files: --input my_book.txt in place of --dataset")
     error = refused(convert.main, ["--from", "some/model", "--output", str(tmp_path / "m.ckpt")])
     assert str(error).endswith("hf download some/model --local-dir model")
@@ -407,8 +369,8 @@ def test_local_files_of_a_dataset_may_be_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/", "/api/datasets/no/such"])
-def test_any_answer_is_an_answer(hub, monkeypatch, path):
-    """Also a 404 or a 500: whether the dataset is there is not the probe's question."""
+def test_a_hub_that_answers_with_an_error_is_reachable(hub, monkeypatch, path):
+    """Also with a 404 or a 500: the probe does not ask whether the dataset is there."""
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint + path)
     assert hub_reachable()
 
@@ -438,9 +400,9 @@ NOT_HTTP = {
 
 
 @pytest.mark.parametrize("name", NOT_HTTP)
-def test_a_server_that_is_no_hub_raises_nothing(monkeypatch, name):
-    """A captive portal or another service on the port; whether it counts as reachable does not matter
-    much, a traceback does."""
+def test_a_server_that_is_not_a_hub_raises_nothing(monkeypatch, name):
+    """A captive portal, or another service on the port. It may count as reachable or not; a traceback would
+    be wrong."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
