@@ -192,8 +192,8 @@ def test_config_keys_in_backticks_exist(page):
 
 @each(PAGES)
 def test_config_settings_in_backticks_are_possible(page):
-    """`model.norm=layernorm`: not only the key but also the value. Settings of `data` depend on each other, so
-    they are left out."""
+    """`model.norm=layernorm`: the value as well as the key. Settings of `data` depend on each other, so they
+    are left out."""
     for span in spans(page):
         if re.fullmatch(rf"(?!data){KEY.pattern}=[\w.-]+", span):
             load_config(REPO / "config_smoke.yaml", [span])
