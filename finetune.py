@@ -1,10 +1,11 @@
 """Fine-tune a trained checkpoint: on instructions, so that it answers them, or on more text.
 
 python3 finetune.py --config config_finetune.yaml
-python3 finetune.py --config config_finetune.yaml --override data.path=my_instructions.json --override base_ckpt=checkpoints/best.ckpt
-python3 finetune.py --config config_finetune.yaml --override lora.rank=8           # train small adapters, merged at the end
-python3 finetune.py --config config_finetune.yaml --show-mask 3                    # what is trained on, and what is not
-python3 finetune.py --config config_finetune.yaml --resume                         # go on where it stopped
+python3 finetune.py --config config_finetune.yaml --override data.path=my_instructions.json
+python3 finetune.py --config config_finetune.yaml --override base_ckpt=checkpoints/best.ckpt
+python3 finetune.py --config config_finetune.yaml --override lora.rank=8   # small adapters, merged at the end
+python3 finetune.py --config config_finetune.yaml --show-mask 3            # what is trained on, and what is not
+python3 finetune.py --config config_finetune.yaml --resume                 # continue where it stopped
 """
 
 import argparse
@@ -82,10 +83,10 @@ from train import LitCausalLM, run
 
 
 class LitSFT(LitCausalLM):
-    """Supervised fine-tuning: the training step of `train.py` as it is, on rows in which only the response
-    has labels.
+    """Supervised fine-tuning: the training step of `train.py`, on rows in which only the response has labels.
 
-    New is what is measured: the base before the first step, the change since, and how many answers are right.
+    What is new is what is measured: the base before the first step, the change since then, and how many
+    answers are right.
     """
 
     validates_first = True
@@ -97,9 +98,9 @@ class LitSFT(LitCausalLM):
         return score_responses(self.net, batch)
 
     def metrics_of(self, n_targets: float, sums: list[float]) -> dict[str, float]:
-        """val_loss_change: val_loss minus that of the base. token_accuracy: the share of response tokens,
-        each EOS among them, that the model finds likeliest, given all before. response_accuracy: of
-        responses in which each one is."""
+        """val_loss_change: val_loss minus that of the base. token_accuracy: the share of response tokens, EOS
+        included, that the model finds likeliest, given all tokens before. response_accuracy: the share of
+        responses in which every token is."""
         if self.base_val_loss is None:
             self.base_val_loss = self.val_loss
         metrics = {"val_loss_change": self.val_loss - self.base_val_loss}

@@ -1,7 +1,7 @@
 """Train a language model from a config file.
 
 python3 train.py --config config_smoke.yaml
-python3 train.py --config config_smoke.yaml --override data.path=my_book.txt --override training.max_steps=1000
+python3 train.py --config config_smoke.yaml --override data.path=book.txt --override training.max_steps=1000
 python3 train.py --config config.yaml --resume                  # continue where this config's run stopped
 python3 train.py --config config.yaml --check                   # test everything, change nothing
 python3 train.py --config config_smoke.yaml --show-step 3       # the exact text that step 3 trains on
@@ -91,7 +91,7 @@ class LitCausalLM(pl.LightningModule):
         self.val_metrics: dict[str, float] = {}  # what a validation measures besides the loss
 
     def configure_model(self) -> None:
-        """With FSDP: divide every block's weights among the processes. Lightning calls this in each of them."""
+        """With FSDP: divide each block's weights among the processes. Lightning calls this in each one."""
         if self.config.hardware.strategy == "fsdp" and self.plan.world > 1:
             from torch.distributed.fsdp import fully_shard
 
@@ -208,7 +208,7 @@ class LitCausalLM(pl.LightningModule):
         return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
 
     def validation_sums(self, batch: Batch) -> Tensor:
-        """What is added up over the validation set: summed loss, number of targets, and what a subclass adds."""
+        """What is added up over the validation set: summed loss, number of targets, in a subclass more."""
         return self.loss_sums(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -338,7 +338,7 @@ def prepare_folder(plan: Plan, resumed: dict[str, Any] | None) -> None:
 
 
 def finish_without_training(plan: Plan, metrics: dict[str, Any]) -> None:
-    """The checkpoint is at the end of the run already. If a kill came right after it, its names are missing."""
+    """The checkpoint is at the end of the run. If a kill came right after it, its names are still missing."""
     if plan.resumes_in_place and not (plan.folder / "final.ckpt").exists():
         lock = claim_folder(plan.folder)
         is_best = metrics.get("best_step") == metrics["step"]

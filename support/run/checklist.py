@@ -1,5 +1,4 @@
-"""`train.py --check`, the pre-training checklist, and `--show-step`; also the estimates of memory and
-time. Writes nothing."""
+"""`train.py --check`: the checklist before training. Writes nothing."""
 
 import contextlib
 import itertools
@@ -23,30 +22,29 @@ from support.run.plan import Plan, plan_run
 from support.run.show import batches_of_step
 from support.run.starting_weights import shape_net
 
-LARGE = 30_000_000  # parameters from which the probes use a small copy of the model
-PROBE_TEXT = "Attention is\n\ttokens, 1234 + numbers"
+MAX_PROBE_PARAMETERS = 30_000_000  # a larger model is probed as a small copy of it
+CHECK_ERRORS = (UserError, MemoryError, torch.OutOfMemoryError)
 
 
 def tiny_copy(config: GPTConfig) -> GPTConfig:
-    """The same switches and head grouping, small enough for a probe of seconds."""
-    groups = min(4, config.n_heads // config.n_kv_heads)
-    return config.model_copy(
-        update={
-            "d_model": 64,
-            "n_layers": 2,
-            "n_heads": 4,
-            "n_kv_heads": 4 // groups if 4 % groups == 0 else 1,
-            "head_dim": 16,
-            "d_ff": 192,
-            "max_seq_len": min(64, config.max_seq_len),
-            "dropout": 0.0,
-        }
-    )
+    """The same switches and head grouping, small enough for a probe that takes seconds."""
+    queries_per_key = min(4, config.n_heads // config.n_kv_heads)
+    sizes = {
+        "d_model": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 4 // queries_per_key if 4 % queries_per_key == 0 else 1,
+        "head_dim": 16,
+        "d_ff": 192,
+        "max_seq_len": min(64, config.max_seq_len),
+        "dropout": 0.0,
+    }
+    return config.model_copy(update=sizes)
 
 
 @torch.no_grad()
 def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
-    """Change the last token: how far do the logits of earlier positions move? Anything but 0 means the
+    """How far the logits of earlier positions move when the last token changes. Anything but 0 means that the
     model sees the future."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(length, device=device)[None] % model.config.vocab_size
@@ -57,8 +55,8 @@ def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
 
 @torch.no_grad()
 def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
-    """The largest difference between logits computed at once, and through the cache in two pieces and
-    single tokens."""
+    """The largest difference between logits computed at once, and logits computed through the cache in two
+    pieces and single tokens."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(1, length + 1, device=device)[None] % model.config.vocab_size
     cache = model.new_cache(batch_size=1)
@@ -68,7 +66,8 @@ def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
 
 
 def overfit_probe(model: GPTMini, batch: Batch, steps: int = 60) -> tuple[float, float]:
-    """(first, last) loss of training on one small batch again and again: a sound model learns it by heart."""
+    """(first, last) loss when one small batch is trained on again and again. A sound model learns it by
+    heart."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -83,93 +82,90 @@ def overfit_probe(model: GPTMini, batch: Batch, steps: int = 60) -> tuple[float,
 
 
 def run_checks(args: Any, finetuning: bool) -> int:
-    """Print the checklist, a line an item; 0 if all pass, else 1. Under a minute whatever the config, but
-    for compiling."""
-    failed = 0
-    checks: Iterator[tuple[str, Callable[[], str]]] = checklist(args, finetuning)
-    for name, check in checks:
-        try:
-            print(f"ok    {name}: {check()}", flush=True)
-        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-            print(f"FAIL  {name}: {error}", flush=True)
-            failed += 1
-            if name == "config, text and device":
-                break  # without them there is nothing to check
-    print("everything passed; nothing was written" if not failed else f"{failed} failed; nothing was written")
-    return 1 if failed else 0
-
-
-def checklist(args: Any, finetuning: bool) -> Iterator[tuple[str, Callable[[], str]]]:
-    """(name, check) pairs; a check returns what it found, or raises UserError."""
-    found: dict[str, Any] = {}
-
-    def plan_it() -> str:
-        found["plan"] = plan_run(args, finetuning=finetuning, only_looks=True)
-        return (
-            f"{args.config or args.resume} is valid; {device_label(found['plan'].device)}, "
-            f"{found['plan'].precision}"
+    """Print the checklist, one line for each item. Returns 0 if all pass, otherwise 1. It takes less than a
+    minute for any config, apart from compiling."""
+    try:
+        plan = plan_run(args, finetuning=finetuning, only_looks=True)
+    except CHECK_ERRORS as error:
+        print(f"FAIL  config, text and device: {error}", flush=True)
+        n_failed = 1  # without a plan there is nothing else to check
+    else:
+        source = args.config or args.resume
+        print(
+            f"ok    config, text and device: {source} is valid; {device_label(plan.device)}, {plan.precision}"
         )
+        n_failed = sum(not passes(name, check) for name, check in checklist(plan, args))
+    result = f"{n_failed} failed" if n_failed else "everything passed"
+    print(f"{result}; nothing was written")
+    return 1 if n_failed else 0
 
-    yield "config, text and device", plan_it
-    plan: Plan = found["plan"]
+
+def passes(name: str, check: Callable[[], str]) -> bool:
+    """Run one check and print its line."""
+    try:
+        print(f"ok    {name}: {check()}", flush=True)
+        return True
+    except CHECK_ERRORS as error:
+        print(f"FAIL  {name}: {error}", flush=True)
+        return False
+
+
+def checklist(plan: Plan, args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(name, check) pairs. A check returns what it found, or raises UserError."""
     config, model_config = plan.config, plan.model_config
     for line in plan.data.describe():
         yield "text", lambda line=line: line
-    yield (
-        "blocks",
-        lambda: f"seq_len {config.seq_len} of max_seq_len {model_config.max_seq_len}, stride {config.stride}",
-    )
+    yield "blocks", lambda: describe_blocks(plan)
     yield "tokenizer", lambda: check_tokenizer(plan)
     with torch.device("meta"):
         n_params = GPTMini(model_config).n_params()
-    small = n_params > LARGE
     yield (
         "model",
         lambda: f"{n_params:,} parameters, head of {model_config.vocab_size:,} rows fits the tokenizer",
     )
-    torch.manual_seed(config.seed)
-    probe = (
-        GPTMini(
-            tiny_copy(model_config)
-            if small
-            else model_config.model_copy(update={"dropout": 0.0, "zero_init": False})
-        )
-        .to(plan.device)
-        .eval()
-    )
-    which = " (on a small copy)" if small else ""
-    yield (
-        "no leak from the future",
-        lambda: bounded(
-            leak_probe(probe, plan.device),
-            1e-6,
-            f"earlier logits move by{{}}{which} when the last token changes",
-        ),
-    )
-    yield (
-        "cache",
-        lambda: bounded(
-            cache_probe(probe, plan.device), 1e-4, f"cached and uncached logits differ by{{}}{which} at most"
-        ),
-    )
+    is_large = n_params > MAX_PROBE_PARAMETERS
+    probed_config = tiny_copy(model_config) if is_large else model_config
+    note = " (on a small copy)" if is_large else ""
+    probe = build_probe(probed_config, plan).eval()
+    yield "no leak from the future", lambda: check_leak(probe, plan.device, note)
+    yield "cache", lambda: check_cache(probe, plan.device, note)
     yield "learns one batch by heart", lambda: check_overfit(plan)
     yield "optimizer", lambda: check_optimizer(plan, probe)
     if config.training.compile:
-        yield (
-            "compile",
-            lambda: check_compile(plan, tiny_copy(model_config) if small else model_config) + which,
-        )
+        yield "compile", lambda: check_compile(plan, probed_config) + note
     yield "memory", lambda: check_memory(plan)
     yield "time", lambda: check_time(plan, probe)
     yield "checkpoint folder", lambda: check_folder(plan, args)
 
 
+def build_probe(model_config: GPTConfig, plan: Plan) -> GPTMini:
+    """The model with random weights on the plan's device, without what would hide a mistake: dropout, and
+    layers that start at zero."""
+    torch.manual_seed(plan.config.seed)
+    return GPTMini(model_config.model_copy(update={"dropout": 0.0, "zero_init": False})).to(plan.device)
+
+
+def describe_blocks(plan: Plan) -> str:
+    config = plan.config
+    return f"seq_len {config.seq_len} of max_seq_len {plan.model_config.max_seq_len}, stride {config.stride}"
+
+
+def check_leak(probe: GPTMini, device: str, note: str) -> str:
+    moved = leak_probe(probe, device)
+    return bounded(moved, 1e-6, f"earlier logits move by {moved:.1e}{note} when the last token changes")
+
+
+def check_cache(probe: GPTMini, device: str, note: str) -> str:
+    difference = cache_probe(probe, device)
+    return bounded(difference, 1e-4, f"cached and uncached logits differ by {difference:.1e}{note} at most")
+
+
 def bounded(value: float, limit: float, text: str) -> str:
-    text = text.format(f" {value:.1e}")
+    """The text; UserError if the value is above its limit, or a NaN."""
     if not value <= limit:
         raise UserError(
-            f"{text}, more than {limit:.0e}; this device or PyTorch version computes attention wrongly: "
-            "try --device cpu"
+            f"{text}, more than {limit:.0e}; this device or PyTorch version computes attention wrongly: try "
+            "--device cpu"
         )
     return text
 
@@ -184,18 +180,18 @@ def check_tokenizer(plan: Plan) -> str:
         )
     if max(ids) >= tokenizer.vocab_size:
         raise UserError(f"token id {max(ids)} is outside the vocabulary of {tokenizer.vocab_size}")
+    bytes_per_token = len(text.encode()) / max(1, len(ids))
     return (
         f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, gives text back unchanged; "
-        f"{len(text.encode()) / max(1, len(ids)):.2f} bytes a token"
+        f"{bytes_per_token:.2f} bytes a token"
     )
 
 
 def small_batch(plan: Plan, length: int) -> Batch:
     """Two rows of the first step, of at most `length` tokens, on the plan's device."""
     [batch] = batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)
-    end = (
-        int((batch["labels"] != IGNORE).any(dim=0).nonzero().max()) + 1
-    )  # of a row with a long prompt, the end is what is learned
+    has_label = (batch["labels"] != IGNORE).any(dim=0)
+    end = int(has_label.nonzero().max()) + 1  # after a long prompt, the last tokens are those trained on
     return {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
 
 
@@ -205,11 +201,10 @@ def check_compile(plan: Plan, model_config: GPTConfig) -> str:
     try_compiler(plan.device)
 
     def build() -> GPTMini:
-        torch.manual_seed(plan.config.seed)
-        net = GPTMini(model_config.model_copy(update={"dropout": 0.0, "zero_init": False}))
-        with contextlib.suppress(UserError):  # what is frozen may lie in a layer that a small copy lacks
+        net = build_probe(model_config, plan)
+        with contextlib.suppress(UserError):  # the small copy may lack a layer that is frozen
             net = shape_net(net, plan.config)
-        return net.to(plan.device, torch.bfloat16 if plan.precision == "bf16-true" else None).train()
+        return net.to(torch.bfloat16 if plan.precision == "bf16-true" else None).train()
 
     return compare_gradients(build, small_batch(plan, model_config.max_seq_len), plan.precision, plan.device)
 
@@ -229,32 +224,34 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
     groups = build_optimizer(probe, training).param_groups
     if plan.n_steps == 0:
         return f"{training.optimizer}; max_steps is 0, so nothing will be trained"
-    last = plan.n_steps - 1
-    rates = [
-        training.lr
-        * lr_factor(
+
+    def rate(step: int) -> float:
+        factor = lr_factor(
             step,
-            training.schedule,
-            training.warmup_steps,
-            training.schedule_steps,
-            training.min_lr / training.lr,
+            schedule=training.schedule,
+            warmup_steps=training.warmup_steps,
+            schedule_steps=training.schedule_steps,
+            floor=training.min_lr / training.lr,
         )
-        for step in (0, min(training.warmup_steps, last), last)  # after the warmup no schedule rises
-    ]
+        return training.lr * factor
+
+    last_step = plan.n_steps - 1
+    first, last = rate(0), rate(last_step)
+    highest = max(
+        first, rate(min(training.warmup_steps, last_step)), last
+    )  # after the warmup no schedule rises
     return (
-        f"{training.optimizer}, {len(groups)} groups; learning rate starts at {rates[0]:.1e}, peaks at "
-        f"{max(rates):.1e}, ends at {rates[-1]:.1e} "
-        f"({training.schedule})"
+        f"{training.optimizer}, {len(groups)} groups; learning rate starts at {first:.1e}, peaks at "
+        f"{highest:.1e}, ends at {last:.1e} ({training.schedule})"
     )
 
 
 def check_memory(plan: Plan) -> str:
-    parts, total = memory_of(plan), memory_total(plan.device)
-    text = (
-        ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in parts.items())
-        + f"; the machine has {total / 2**20:,.0f} MB"
-    )
-    if parts["total"] > total:
+    needed = memory_of(plan)
+    total = memory_total(plan.device)
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in needed.items())
+    text = f"{parts}; the machine has {megabytes(total)}"
+    if needed["total"] > total:
         raise UserError(
             f"{text}; lower training.micro_batch_size (and raise grad_accum_steps), or set "
             "model.gradient_checkpointing=true"
@@ -262,13 +259,17 @@ def check_memory(plan: Plan) -> str:
     return text
 
 
+def megabytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MB"
+
+
 def check_time(plan: Plan, probe: GPTMini) -> str:
     per_step, flops_per_sec = estimate_step_time(plan, probe)
     total = int(per_step * plan.n_steps)
+    hours, minutes, seconds = total // 3600, total // 60 % 60, total % 60
     return (
-        f"about {per_step:.2g} s a step, {total // 3600}:{total // 60 % 60:02}:{total % 60:02} for "
-        f"{plan.n_steps:,} steps "
-        f"(from a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; validation comes on top)"
+        f"about {per_step:.2g} s a step, {hours}:{minutes:02}:{seconds:02} for {plan.n_steps:,} steps (from "
+        f"a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; validation comes on top)"
     )
 
 
@@ -277,11 +278,10 @@ def check_folder(plan: Plan, args: Any) -> str:
     if args.resume is None and not args.fresh:
         refuse_unfinished(folder)
     parent = refuse_unwritable(folder)
-    free, need = shutil.disk_usage(parent).free, 4 * memory_of(plan)["parameters"] * 3
-    text = (
-        f"{folder} can be written, {free / 2**20:,.0f} MB free, a few checkpoints need {need / 2**20:,.0f} MB"
-    )
-    if free < need:
+    free = shutil.disk_usage(parent).free
+    needed = 4 * memory_of(plan)["parameters"] * 3
+    text = f"{folder} can be written, {megabytes(free)} free, a few checkpoints need {megabytes(needed)}"
+    if free < needed:
         raise UserError(f"{text}; free some, or lower checkpoint.keep_last")
     if reason := why_no_lock(parent):
         text += f"; its file system has no locks ({reason}), so nothing keeps a second run out of it"

@@ -1,8 +1,7 @@
-"""What training.compile needs: that this machine can compile at all, and that compiled gradients are the
-eager ones.
+"""What training.compile needs: a machine that can compile, and compiled gradients that equal the eager ones.
 
 torch.compile translates the network into C++ (on a CPU) or Triton (on a GPU) when it is first called. What is
-missing for that, or wrong in a PyTorch version, would otherwise show in the first step of a run, or in none.
+missing for that, or wrong in a PyTorch version, would otherwise show in the first step of a run, or never.
 """
 
 import contextlib
@@ -17,12 +16,10 @@ from model import GPTMini
 from support.messages import UserError
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._C._dynamo", "triton")
-TOLERANCE = {
-    "32-true": 1e-2,
-    "bf16-mixed": 0.1,
-    "bf16-true": 0.1,
-}  # a wrong gradient is off by about 1, rounding by far less
-MISSING = {  # a piece of the compiler's own message: (what is missing, how to get it)
+# A wrong gradient is off by about 1, a rounded one by far less.
+MAX_DIFFERENCE = {"32-true": 1e-2, "bf16-mixed": 0.1, "bf16-true": 0.1}
+# A part of the compiler's own message: (what is missing, how to get it).
+MISSING = {
     "Python.h": (
         "Python's header files (Python.h)",
         "install them (Debian, Ubuntu: apt-get install python3-dev)",
@@ -35,31 +32,31 @@ MISSING = {  # a piece of the compiler's own message: (what is missing, how to g
     "C compiler": ("a C compiler", "install one (Debian, Ubuntu: apt-get install gcc)"),
     "Compiler: cl": ("a C++ compiler", "install the Visual Studio build tools"),
 }
-WITHOUT = "or train without: --override training.compile=false"
+OR_WITHOUT = "or train without: --override training.compile=false"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from."""
+    """The error and the errors that it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Whether the error, or one that it came from, is of a kind that only compiling raises."""
+    """Whether the error, or one that it came from, is of a kind that only the compiler raises."""
     return any(type(cause).__module__.startswith(COMPILERS) for cause in causes(error))
 
 
 def advice_on_compiling(error: BaseException) -> str:
-    """One or two lines for a user: what is missing or failed, and what to do."""
+    """One or two lines for a user: what is missing or has failed, and what to do."""
     text = " ".join(" ".join(str(cause) for cause in causes(error)).split())
     for piece, (missing, remedy) in MISSING.items():
         if piece in text:
-            return f"training.compile=true needs {missing}, and none is found here; {remedy}, {WITHOUT}"
+            return f"training.compile=true needs {missing}, and none was found; {remedy}, {OR_WITHOUT}"
     said = f"{type(error).__name__}: {text[:200]}"
     return (
         f"training.compile=true failed ({said})\n       try another version of PyTorch (this is "
-        f"{torch.__version__}), {WITHOUT}"
+        f"{torch.__version__}), {OR_WITHOUT}"
     )
 
 
@@ -68,9 +65,11 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def try_compiler(device: str) -> None:
-    """Compile the smallest thing that has a gradient, an embedding table, and run it. Raises UserError if
-    that fails, for whatever reason, or gives another gradient: PyTorch 2.5 loses a part of it for a token
-    that occurs several times."""
+    """Compile the smallest thing that has a gradient, an embedding table, and run it.
+
+    Raises UserError if that fails for any reason, or gives a wrong gradient: PyTorch 2.5 loses a part of it
+    for a token that occurs several times.
+    """
     ids = torch.arange(4 * 64, device=device).view(4, 64) % 7
     gradients = []
     try:
@@ -83,7 +82,7 @@ def try_compiler(device: str) -> None:
     if not torch.allclose(*gradients):
         raise UserError(
             f"PyTorch {torch.__version__} compiles the gradient of an embedding table wrongly here; "
-            f"install a newer one, {WITHOUT}"
+            f"install a newer one, {OR_WITHOUT}"
         )
 
 
@@ -103,11 +102,11 @@ def gradients_of(net: GPTMini, batch: Batch, precision: str, device: str) -> dic
 
 
 def compare_gradients(build: Callable[[], GPTMini], batch: Batch, precision: str, device: str) -> str:
-    """The same network and batch, eager and compiled: how far the gradients differ. Raises UserError beyond
-    rounding.
+    """How far the gradients of the same network and batch differ, eager and compiled. Raises UserError if it
+    is more than rounding.
 
-    Each parameter's difference is relative to its own norm, or to a hundredth of the whole gradient's, if
-    that is larger.
+    The difference of each parameter is relative to its own norm, or to a hundredth of the norm of the whole
+    gradient if that is larger.
     """
     eager = gradients_of(build(), batch, precision, device)
     net = build()
@@ -125,8 +124,9 @@ def compare_gradients(build: Callable[[], GPTMini], batch: Batch, precision: str
     text = (
         f"compiled gradients differ from eager ones by {off[worst]:.1e} at most (of {worst}, in proportion)"
     )
-    if not off[worst] <= TOLERANCE[precision]:
+    if not off[worst] <= MAX_DIFFERENCE[precision]:
         raise UserError(
-            f"{text}: PyTorch {torch.__version__} compiles this model wrongly; use another version, {WITHOUT}"
+            f"{text}: PyTorch {torch.__version__} compiles this model wrongly; use another version, "
+            f"{OR_WITHOUT}"
         )
     return text

@@ -31,8 +31,8 @@ def refuse_bad_step(
         samples = samples_of_step(plan, step, dataset, stream_state)
         raise not_finite_error(
             plan,
-            f"step {step + 1}: loss={loss}, gradient norm={grad_norm} on {samples}; the weights are as before "
-            "this step",
+            f"step {step + 1}: loss={loss}, gradient norm={grad_norm} on {samples}; the weights are as "
+            "before this step",
             step,
         )
     if grad_norm == 0 and loss > LEARNED_LOSS:

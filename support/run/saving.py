@@ -262,8 +262,8 @@ class CheckpointSaver(pl.Callback):
         return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failure)
 
     def _rescue(self, trainer: pl.Trainer, name: str, failure: str) -> UserError:
-        """The run ends and its folder takes no file: save to the folder for temporary files. Returns the error
-        that says so."""
+        """The run ends and its folder takes no file: save to the folder for temporary files. Returns the
+        error that says so."""
         path = Path(trainer.strategy.broadcast(str(temporary_folder()))) / name
         second_failure = self._write(trainer, path)
         if second_failure is None:

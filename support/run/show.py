@@ -18,29 +18,29 @@ from support.text.mid_document import text_after
 
 
 def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]:
-    """The micro-batches of one step, 0, 1, ...; `training` changes keys of that section."""
-    config = plan.config.model_copy(
-        update={
-            "hardware": plan.config.hardware.model_copy(update={"num_workers": 0}),
-            "training": plan.config.training.model_copy(update=training),
-        }
-    )
+    """The micro-batches of step 0, 1, ...; `training` changes keys of that section of the config."""
+    sections = {
+        "hardware": plan.config.hardware.model_copy(update={"num_workers": 0}),
+        "training": plan.config.training.model_copy(update=training),
+    }
+    config = plan.config.model_copy(update=sections)
     n_steps = max(plan.n_steps, start_step + 1)
     train, _ = make_dataloaders(config, plan.data, plan.tokenizer, n_steps, start_step=start_step)
     steps = iter(train)
-    for _ in range(start_step if plan.data.streaming else 0):
-        next(steps)
+    if plan.data.streaming:  # a stream starts at its beginning
+        for _ in range(start_step):
+            next(steps)
     return next(steps).micro_batches
 
 
 def show_step(plan: Plan, step: int) -> str:
-    """The text of every row that step 1, 2, ... trains on. Raises UserError for a step the run does not have."""
+    """The text of every row that step 1, 2, ... trains on. Raises UserError if the run has no such step."""
     if not 1 <= step <= plan.n_steps:
         raise UserError(f"--show-step {step}: this run has steps 1 to {plan.n_steps}")
     lines = []
     for micro, batch in enumerate(batches_of_step(plan, step - 1), 1):
         for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True), 1):
-            used = int((labels != IGNORE).nonzero().max()) + 1  # behind it stands padding
+            used = int((labels != IGNORE).nonzero().max()) + 1  # the rest is padding
             lines += [
                 f"--- step {step}, micro-batch {micro}, row {row} ---",
                 plan.tokenizer.decode(ids[: used + 1].tolist()),
@@ -49,34 +49,30 @@ def show_step(plan: Plan, step: int) -> str:
 
 
 def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
-    """What will run, before it runs."""
-    c, training, n = plan.model_config, plan.config.training, plan.n_steps
-    n_trained = count_trained(net)
-    trained = f" of which {n_trained:,} are trained," if n_trained < net.n_params() else ""
+    """Say what will run, before it runs."""
+    c, training = plan.model_config, plan.config.training
+    n_params, n_trained = net.n_params(), count_trained(net)
+    trained = f" of which {n_trained:,} are trained," if n_trained < n_params else ""
     print(
-        f"model: {net.n_params():,} parameters,{trained} {c.n_layers} layers, d_model {c.d_model}, "
-        f"{c.n_heads} query and "
-        f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size:,} ({plan.tokenizer.kind})"
+        f"model: {n_params:,} parameters,{trained} {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} "
+        f"query and {c.n_kv_heads} key/value heads, vocabulary {c.vocab_size:,} ({plan.tokenizer.kind})"
     )
     print("\n".join(plan.data.describe()))
     up_to = "up to " if plan.config.data.source == "instructions" else ""
-    per_epoch = (
-        ""
-        if plan.data.streaming
-        else f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
-    )
     processes = f" x {plan.world} processes" if plan.world > 1 else ""
+    per_epoch = ""
+    if not plan.data.streaming:
+        per_epoch = f", {len(plan.data.train) / plan.sequences_per_step:,.1f} steps an epoch"
     print(
-        f"steps: {n:,} of {up_to}{plan.tokens_per_step:,} tokens ({training.micro_batch_size} sequences x "
-        f"{training.grad_accum_steps} "
-        f"micro-batches{processes} x {max(plan.row_lengths)}), {up_to}{n * plan.tokens_per_step:,} in "
-        f"all{per_epoch}"
+        f"steps: {plan.n_steps:,} of {up_to}{plan.tokens_per_step:,} tokens ({training.micro_batch_size} "
+        f"sequences x {training.grad_accum_steps} micro-batches{processes} x {max(plan.row_lengths)}), "
+        f"{up_to}{plan.n_steps * plan.tokens_per_step:,} in all{per_epoch}"
     )
-    need = memory_of(plan)["total"]
-    has = memory_total(plan.device)
+    needed = memory_of(plan)["total"]
+    total = memory_total(plan.device)
     print(
-        f"device: {device_label(plan.device)}, precision {plan.precision}, about {need / 2**20:,.0f} MB "
-        f"needed of {has / 2**20:,.0f} MB"
+        f"device: {device_label(plan.device)}, precision {plan.precision}, about {needed / 2**20:,.0f} MB "
+        f"needed of {total / 2**20:,.0f} MB"
     )
     if start_step:
         print(f"resuming {plan.resume_from} after step {start_step}")
@@ -113,7 +109,7 @@ def print_end(plan: Plan) -> None:
 
 def show_mask(plan: Plan, n: int) -> None:
     """Print the first `n` training pairs. What is trained on is in colour on a terminal, elsewhere between
-    `>>>` and `<<<`. Raises UserError where there are no pairs."""
+    `>>>` and `<<<`. Raises UserError if there are no pairs."""
     from rich.console import Console
     from rich.text import Text
 
@@ -122,19 +118,18 @@ def show_mask(plan: Plan, n: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     data = plan.data.train
     for number, example in enumerate(data.examples[:n], 1):
-        trained = [
-            False,
-            *(example.labels(data.mask_prompt) != IGNORE).tolist(),
-        ]  # of each id; the first is never a label
+        labels = example.labels(data.mask_prompt)
+        trained = [False, *(labels != IGNORE).tolist()]  # of each id; the first is never a label
         console.print(
             f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold"
         )
-        text, before = Text(), []
-        for is_trained, group in itertools.groupby(
-            zip(example.ids.tolist(), trained, strict=True), key=lambda pair: pair[1]
-        ):
+        text = Text()
+        ids_before: list[int] = []
+        pairs = zip(example.ids.tolist(), trained, strict=True)
+        for is_trained, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
             ids = [id for id, _ in group]
-            part, before = printable_lines(text_after(plan.tokenizer, before, ids)), ids
+            part = printable_lines(text_after(plan.tokenizer, ids_before, ids))
+            ids_before = ids
             marked = f">>>{part}<<<" if is_trained and not console.is_terminal else part
             text.append(marked, style="bold green" if is_trained else "dim")
         console.print(text)
@@ -142,7 +137,7 @@ def show_mask(plan: Plan, n: int) -> None:
 
 
 def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
-    """The first `n` pairs as a batch, one a row and packed."""
+    """Draw the first `n` pairs as a batch, one pair a row and packed. Returns the path of the picture."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data = plan.data.train
     batches = {"padded": data.example_batch(n, packing=False), "packed": data.example_batch(n, packing=True)}

@@ -374,7 +374,7 @@ def test_the_time_of_a_step_is_scaled_from_what_was_measured(argv_of, tmp_path, 
     args = train.parse_args(argv_of(tmp_path / "run", "training.grad_accum_steps=3", "tokenizer.kind=byte"))
     plan = plan_run(args, finetuning=False, only_looks=True)
     ticks = itertools.count()
-    monkeypatch.setattr("support.run.estimates.now", lambda device: float(next(ticks)))
+    monkeypatch.setattr("support.run.estimates.time_when_done", lambda device: float(next(ticks)))
     per_step, flops_per_sec = estimate_step_time(plan, GPTMini(plan.model_config))
     assert per_step == pytest.approx(3 * 1 + 1)
     flops = GPTMini(plan.model_config).flops_per_token(plan.config.seq_len) * plan.tokens_per_step / 3
