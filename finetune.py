@@ -4,7 +4,7 @@ python3 finetune.py --config config_finetune.yaml
 python3 finetune.py --config config_finetune.yaml --override data.path=my_instructions.json
 python3 finetune.py --config config_finetune.yaml --override base_ckpt=checkpoints/best.ckpt
 python3 finetune.py --config config_finetune.yaml --override lora.rank=8   # small adapters, merged at the end
-python3 finetune.py --config config_finetune.yaml --show-mask 3            # what is trained on, and what is not
+python3 finetune.py --config config_finetune.yaml --show-mask 3          # what is trained on, and what is not
 python3 finetune.py --config config_finetune.yaml --resume                 # continue where it stopped
 """
 
