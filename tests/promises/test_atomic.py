@@ -1,4 +1,4 @@
-"""Files and folders that are written have the mode that the umask asks for, whichever library writes them."""
+"""Files and folders have the mode that the umask asks for, whichever library writes them."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ def umask(request):
     os.umask(before)
 
 
-def test_every_file_of_a_run_and_of_what_is_made_of_it_obeys_the_umask(run, tmp_path, umask):
+def test_every_file_of_a_run_and_of_its_exports_obeys_the_umask(run, tmp_path, umask):
     made = tmp_path / "made"
     made.mkdir()
     run(
@@ -89,16 +89,18 @@ def test_a_gguf_obeys_the_umask(tiny_run, tmp_path, umask):
     assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_folder_for_what_could_not_be_saved_and_a_copy_obey_it_too(tmp_path, umask, monkeypatch):
+def test_a_temporary_folder_and_a_copy_obey_the_umask_too(tmp_path, umask, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = temporary_folder()
-    assert (
-        folder.parent == tmp_path
-        and folder.stat().st_mode & 0o777 == 0o777 & ~umask
-        and temporary_folder() != folder
-    )
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert temporary_folder() != folder
     with atomic_write(folder / "a") as file:
         file.write(b"a")
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+
+    def no_links(*args) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
     link_or_copy(folder / "a", folder / "b")
     assert modes(folder) == dict.fromkeys("ab", 0o666 & ~umask)

@@ -1,5 +1,5 @@
-"""A checkpoint is one complete file: it opens safely, needs nothing beside it, and anything wrong with it
-is one line."""
+"""A checkpoint is one complete file: it opens safely, needs no other file, and anything wrong with it is
+reported in one line."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def byte_model(**changes) -> GPTMini:
 
 
 def checkpoint_of(model: GPTMini) -> dict:
-    """The least that is a checkpoint of ours."""
+    """The smallest checkpoint of ours."""
     ours = {
         "format_version": 1,
         "model": model.config.model_dump(),
@@ -67,7 +67,7 @@ def saved(tmp_path):
 
 
 def refusal(path: Path) -> str:
-    """The one line that `load_model` says of this file."""
+    """The one line in which `load_model` refuses this file."""
     with pytest.raises(UserError) as error:
         load_model(path)
     message = str(error.value)
@@ -129,8 +129,7 @@ def test_our_fields_are_plain_python_types(tiny_run):
 
 
 def test_load_model_needs_nothing_but_the_file(tiny_run, tmp_path, monkeypatch):
-    """Another folder, another working folder, and no file of the repository's can be opened by a relative
-    name."""
+    """From another folder, where no file of the repository can be opened by a relative name."""
     shutil.copyfile(tiny_run.folder / "final.ckpt", tmp_path / "alone.ckpt")
     monkeypatch.chdir(tmp_path)
     model, tokenizer, metadata = load_model("alone.ckpt")
@@ -232,11 +231,9 @@ def test_all_that_does_not_fit_is_in_one_message(saved):
     ):
         assert said in message, message
     many = {f"odd.tensor{i}x": torch.zeros(1) for i in range(50)}
-    assert (
-        misfits({}, many).count("provided") == 20
-        and misfits({}, many).endswith("; and 30 more")
-        and misfits(many, many) is None
-    )
+    assert misfits({}, many).count("provided") == 20
+    assert misfits({}, many).endswith("; and 30 more")
+    assert misfits(many, many) is None
 
 
 def test_head_and_tokenizer_of_different_sizes_are_refused(saved):
@@ -246,14 +243,14 @@ def test_head_and_tokenizer_of_different_sizes_are_refused(saved):
     assert "257" in message
 
 
-# ---- numbers that are none -----------------------------------------------------------------------
+# ---- not a number -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [1, 7, 4099])  # below and above the width of a vector instruction
-def test_a_number_that_is_none_is_found_wherever_it_stands(bad, dtype, size):
-    """The largest finite number is no infinity, though a sum of two of them would be."""
+def test_nan_and_infinity_are_found_at_any_place(bad, dtype, size):
+    """The largest finite number is not an infinity, though the sum of two of them would be."""
     for place in {0, size // 2, size - 1}:
         tensor = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
         tree = {
@@ -266,7 +263,7 @@ def test_a_number_that_is_none_is_found_wherever_it_stands(bad, dtype, size):
         assert first_not_finite(tensor, "grad") == "grad"
 
 
-def test_the_first_of_several_is_named_and_what_holds_no_float_is_passed_over():
+def test_the_first_of_several_is_named_and_what_is_not_a_float_is_skipped():
     nan = torch.tensor([float("nan")], requires_grad=True)
     tree = {
         "empty": torch.empty(0, 3),
@@ -286,7 +283,7 @@ def test_the_first_of_several_is_named_and_what_holds_no_float_is_passed_over():
     assert first_not_finite({"deep": deep, "loop": loop}) is None
 
 
-# ---- files that are no checkpoint ----------------------------------------------------------------
+# ---- files that are not a checkpoint ----------------------------------------------------------------
 
 
 def test_a_truncated_file_is_refused_at_every_length(tiny_run, tmp_path):

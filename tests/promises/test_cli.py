@@ -1,4 +1,4 @@
-"""support/cli.py: what is printed reaches whoever can read it, and what cannot be printed ends nothing."""
+"""support/cli.py: any text can be printed in any encoding, and output that fails ends nothing."""
 
 import os
 import subprocess
@@ -9,7 +9,8 @@ from conftest import REPO
 
 from support.messages import OptionalPart
 
-TEXT = "na\u00efve \u6771 \U0001f600 \ud800 \ufffd end"  # a Latin letter, one of another script, one beyond U+FFFF, a half
+# A Latin letter, one of another script, one beyond U+FFFF, half of a surrogate pair.
+TEXT = "na\u00efve \u6771 \U0001f600 \ud800 \ufffd end"
 
 
 def script(body: str, results: bool = True) -> str:
@@ -27,7 +28,7 @@ sys.exit(code)
 
 
 def ended(code: str, redirect: str = "", **env: str) -> tuple[int, bytes, bytes]:
-    """(status, standard output, standard error) of the code in a process of its own, with a shell's
+    """(status, standard output, standard error) of the code in its own process, with a shell's
     redirection."""
     command = ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPO, env=os.environ | env, capture_output=True)
@@ -118,8 +119,8 @@ def test_a_full_disk_under_a_run_s_messages_ends_nothing(n, unbuffered):
 
 @pytest.mark.parametrize("results", [True, False])
 def test_a_full_disk_under_standard_error_ends_nothing(results):
-    status, out, _ = ended(script("warn(text); print('goes on'); warn(text * 999)", results), "2>/dev/full")
-    assert (status, out) == (3, b"goes on\n")
+    status, out, _ = ended(script("warn(text); print('continues'); warn(text * 999)", results), "2>/dev/full")
+    assert (status, out) == (3, b"continues\n")
 
 
 def test_a_reader_that_has_gone_still_ends_a_script_quietly():
@@ -134,15 +135,15 @@ def test_a_reader_that_has_gone_still_ends_a_script_quietly():
         assert (done.stdout, done.stderr) == (b"a line\n", b"")
 
 
-def test_an_extra_is_told_once_and_lets_exits_through(capsys):
-    extra = OptionalPart("the weather")
+def test_an_optional_part_warns_once_and_lets_exits_through(capsys):
+    part = OptionalPart("the weather")
     for number in range(3):
-        with extra:
+        with part:
             raise ValueError(f"no forecast {number}\n\x1b[2J")
     err = capsys.readouterr().err
-    assert (
-        err == "warning: the weather failed (ValueError: no forecast 0 \\x1b[2J); the run continues without it\n"
+    assert err == (
+        "warning: the weather failed (ValueError: no forecast 0 \\x1b[2J); the run continues without it\n"
     )
     for error in (SystemExit(3), KeyboardInterrupt()):
-        with pytest.raises(type(error)), extra:
+        with pytest.raises(type(error)), part:
             raise error

@@ -1,5 +1,5 @@
-"""A flag of another program, or ours in another spelling, is answered with what to write here; and a path
-flag knows ~."""
+"""A flag of another program, or one of ours in another spelling, is answered with what to write here; in a
+path ~ is the home folder."""
 
 import argparse
 import re
@@ -23,13 +23,20 @@ from support.foreign.config_keys import FOREIGN_NAMES, OUR_KEYS
 from support.foreign.flags import FLAGS
 
 SCRIPTS = {
-    "train": train, "finetune": finetune, "infer": infer, "eval_val": eval_val, "evaluate_checkpoints": evaluate_checkpoints,
-    "convert": convert, "prepare": prepare, "list": list_script, "from_scratch": from_scratch,
-}  # fmt: skip
+    "train": train,
+    "finetune": finetune,
+    "infer": infer,
+    "eval_val": eval_val,
+    "evaluate_checkpoints": evaluate_checkpoints,
+    "convert": convert,
+    "prepare": prepare,
+    "list": list_script,
+    "from_scratch": from_scratch,
+}
 
 
 def answers(capsys, script: str, command: str) -> list[str]:
-    """What follows the error, a line each."""
+    """The lines after the error."""
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[script].parse_args(shlex.split(command))
     assert stop.value.code == 2
@@ -73,34 +80,69 @@ TRAIN = [
 
 @pytest.mark.parametrize(("typed", "answer"), TRAIN, ids=[typed for typed, _ in TRAIN])
 def test_a_foreign_flag_of_training_is_answered_with_ours_and_the_value(capsys, typed, answer):
-    """And what is proposed is itself accepted, by the parser and by the config."""
+    """The parser and the config accept what is proposed."""
     assert answers(capsys, "train", typed) == [f"for {typed} write {answer}"]
     args = train.parse_args(shlex.split(answer))
-    if overrides := [
-        override for override in args.override if "source=hf" not in override and "dataset" not in override
-    ]:
-        assert isinstance(
-            load_config(None, overrides, {"data": {"path": "x"}, "training": {"max_steps": 5}}), Config
-        )
+    overrides = [
+        override for override in args.override if not override.startswith(("data.source", "data.dataset"))
+    ]
+    base = {"data": {"path": "x"}, "training": {"max_steps": 5}}
+    assert isinstance(load_config(None, overrides, base), Config)
 
 
 OTHERS = [
-    ("infer", "--checkpoint a.ckpt --start 'a b'", ["for --checkpoint a.ckpt write --ckpt a.ckpt", "for --start 'a b' write --prompt 'a b'"]),
-    ("infer", "--ckpt a --max_length 5 --top_k=3", ["for --max_length 5 write --max-new-tokens 5", "for --top_k=3 write --top-k 3"]),
-    ("evaluate_checkpoints", "--checkpoint_dir a --output_dir b",
-     ["for --checkpoint_dir a write --checkpoints a", "for --output_dir b write --output-dir b"]),
-    ("eval_val", "--ckpt a --batch_size 3 --val-path v.txt --lr 3",
-     ["for --batch_size 3 write --batch-size 3", "for --val-path v.txt write --data v.txt"]),
+    (
+        "infer",
+        "--checkpoint a.ckpt --start 'a b'",
+        ["for --checkpoint a.ckpt write --ckpt a.ckpt", "for --start 'a b' write --prompt 'a b'"],
+    ),
+    (
+        "infer",
+        "--ckpt a --max_length 5 --top_k=3",
+        ["for --max_length 5 write --max-new-tokens 5", "for --top_k=3 write --top-k 3"],
+    ),
+    (
+        "evaluate_checkpoints",
+        "--checkpoint_dir a --output_dir b",
+        ["for --checkpoint_dir a write --checkpoints a", "for --output_dir b write --output-dir b"],
+    ),
+    (
+        "eval_val",
+        "--ckpt a --batch_size 3 --val-path v.txt --lr 3",
+        ["for --batch_size 3 write --batch-size 3", "for --val-path v.txt write --data v.txt"],
+    ),
     ("list", "--checkpoint_dir runs", ["for --checkpoint_dir runs write runs, without a flag"]),
-    ("convert", "--model gpt2 --out x", ["for --model gpt2 write --from gpt2", "for --out x write --output x"]),
-    ("prepare", "tokens --data a.txt --out x --tokenizer gpt2", ["for --data a.txt write --input a.txt", "for --out x write --output x"]),
+    (
+        "convert",
+        "--model gpt2 --out x",
+        ["for --model gpt2 write --from gpt2", "for --out x write --output x"],
+    ),
+    (
+        "prepare",
+        "tokens --data a.txt --out x --tokenizer gpt2",
+        ["for --data a.txt write --input a.txt", "for --out x write --output x"],
+    ),
     ("prepare", "tokenizer --input a --output b --vocab_size 9", ["for --vocab_size 9 write --vocab-size 9"]),
-    ("finetune", "--model base.ckpt --lora_r 8 --data rows.json",
-     ["for --model base.ckpt write --override base_ckpt=base.ckpt", "for --lora_r 8 write --override lora.rank=8",
-      "for --data rows.json write --override data.path=rows.json"]),
-    ("train", "--init_from=scratch", ["--init_from=scratch: leave it out: weights are drawn anew without base_ckpt"]),
-    ("train", "--mlp_ratio 4", ["for --mlp_ratio 4 write --override model.d_ff=... (it is mlp_ratio times model.d_model)"]),
-]  # fmt: skip
+    (
+        "finetune",
+        "--model base.ckpt --lora_r 8 --data rows.json",
+        [
+            "for --model base.ckpt write --override base_ckpt=base.ckpt",
+            "for --lora_r 8 write --override lora.rank=8",
+            "for --data rows.json write --override data.path=rows.json",
+        ],
+    ),
+    (
+        "train",
+        "--init_from=scratch",
+        ["--init_from=scratch: leave it out: weights are drawn anew without base_ckpt"],
+    ),
+    (
+        "train",
+        "--mlp_ratio 4",
+        ["for --mlp_ratio 4 write --override model.d_ff=... (it is mlp_ratio times model.d_model)"],
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +219,7 @@ def test_every_flag_that_takes_a_path_knows_the_home_folder(monkeypatch, tmp_pat
         } == {f"{tmp_path}/x"}
 
 
-def test_the_home_of_nobody_is_said(capsys):
+def test_the_home_of_an_unknown_user_is_refused(capsys):
     with pytest.raises(SystemExit):
         infer.parse_args(["--ckpt", "~nobody-here/x.ckpt", "--prompt", "a"])
     assert "argument --ckpt: ~nobody-here/x.ckpt: there is no user nobody-here" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def changed(path: Path, place: int, form: str, value: int) -> Path:
 
 
 def directory_record(path: Path, number: int) -> int:
-    """Where record `number` of the central directory stands in the file."""
+    """The position in the file of record `number` of the central directory."""
     content, place = path.read_bytes(), -1
     for _ in range(number + 1):
         place = content.find(b"PK\x01\x02", place + 1)
@@ -220,7 +220,7 @@ def test_entries_that_overlap_are_refused(saved):
 
 
 def test_a_local_header_that_lies_does_no_harm(saved):
-    """torch finds a weight behind its local header. A name (26) or extra field (28) that is longer than it
+    """torch finds a weight after its local header. A name (26) or extra field (28) that is longer than it
     was moves that place: other numbers, or none, but no crash."""
     path = saved(checkpoint_of())
     with zipfile.ZipFile(path) as archive:
@@ -280,7 +280,8 @@ def with_pickle(path: Path, data: bytes) -> Path:
 )
 @pytest.mark.filterwarnings("ignore")  # some of these kinds are deprecated
 def test_a_name_that_no_checkpoint_of_ours_holds_is_refused_and_told(saved, content, name):
-    """torch's own list of what is safe is longer: with weights_only=True too, a file can ask for a terabyte."""
+    """torch's own list of what is safe is longer: with weights_only=True too, a file can ask for a
+    terabyte."""
     message = refusal(saved(with_weight(content())))
     assert "it would run code when opened" in message
     assert name in message
@@ -329,7 +330,7 @@ NO_PICKLES = [
 
 
 @pytest.mark.parametrize("data", NO_PICKLES, ids=repr)
-def test_a_pickle_that_is_none_is_refused(tmp_path, data):
+def test_a_broken_pickle_is_refused(tmp_path, data):
     assert "truncated or damaged" in refusal(with_pickle(tmp_path / "none.ckpt", data))
 
 
@@ -488,11 +489,19 @@ def tokenizer_json(**changes) -> dict:
     return {"kind": "file", "json": json.dumps(state | changes), "eos": "<|endoftext|>"}
 
 
+ODD_METRICS = {
+    "step": {"step": "3"},
+    "bool": {"step": True},
+    "negative": {"step": -1},
+    "no step": {"step": None},
+    "long": {"step": 2**2000},
+    "tokens": {"tokens": [1]},
+    "loss": {"val_loss": {}},
+    "long loss": {"train_loss": 2**2000},
+    "escape": {"train_loss": ESCAPE},
+}
 FIELDS = {
-    **{f"metrics {name}": {"metrics": {"step": 3} | change} for name, change in {
-        "step": {"step": "3"}, "bool": {"step": True}, "negative": {"step": -1}, "no step": {"step": None}, "long": {"step": 2**2000},
-        "tokens": {"tokens": [1]}, "loss": {"val_loss": {}}, "long loss": {"train_loss": 2**2000}, "escape": {"train_loss": ESCAPE},
-    }.items()},
+    **{f"metrics {name}": {"metrics": {"step": 3} | change} for name, change in ODD_METRICS.items()},
     **{f"model {' '.join(change)}": {"model": MODEL | change} for change in HUGE},
     "model text": {"model": MODEL | {"d_model": ESCAPE}},
     "model key": {"model": MODEL | {ESCAPE: 1}},
@@ -524,7 +533,7 @@ def test_fields_of_the_wrong_type_or_size_are_one_line(saved, fields):
 
 @pytest.mark.parametrize("state", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 def test_a_damaged_tokenizer_is_one_line(saved, state):
-    """A panic of the tokenizers library is no Exception."""
+    """A panic of the tokenizers library is not an Exception."""
     refusal(saved(checkpoint_of(tokenizer=state)))
 
 
@@ -601,7 +610,9 @@ def make(kind: str, path: Path) -> None:
     "kind", ["folder", "link to nothing", "link to itself", "pipe", "socket", "device", "text"]
 )
 @pytest.mark.parametrize("name", ["step-0000009.ckpt", "last.ckpt"])
-def test_the_newest_checkpoint_is_found_behind_what_is_none(saved, tmp_path, capsys, monkeypatch, kind, name):
+def test_the_newest_checkpoint_is_found_after_files_that_are_not_one(
+    saved, tmp_path, capsys, monkeypatch, kind, name
+):
     good = saved(checkpoint_of(), "step-0000003.ckpt" if name.startswith("step") else "final.ckpt")
     monkeypatch.chdir(tmp_path)
     make(kind, tmp_path / name)

@@ -26,20 +26,31 @@ LESSONS = {"from_scratch.py": 1000}  # one lesson after another, each a screen l
 # may import besides what is in its own folder. A new arrow is a decision: argue for it where the change is
 # reviewed.
 ARROWS = {
-    "train": "data model optim support.checkpoint support.chunked_loss support.cli support.files "
-    "support.messages support.run",
+    "train": (
+        "data model optim support.checkpoint support.chunked_loss support.cli support.files "
+        "support.messages support.run"
+    ),
     "finetune": "data instruct support.checkpoint support.cli support.messages support.run train",
-    "infer": "model sampling support.checkpoint support.cli support.device support.messages support.text "
-    "tokenizer",
-    "evaluate_checkpoints": "model support.checkpoint support.cli support.config support.device support.evaluation "
-    "support.find_checkpoints support.messages support.run support.text tokenizer",
-    "eval_val": "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
-    "support.text",
+    "infer": (
+        "model sampling support.checkpoint support.cli support.device support.messages support.text tokenizer"
+    ),
+    "evaluate_checkpoints": (
+        "model support.checkpoint support.cli support.config support.device support.evaluation "
+        "support.find_checkpoints support.messages support.run support.text tokenizer"
+    ),
+    "eval_val": (
+        "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
+        "support.text"
+    ),
     "list": "support.checkpoint support.cli support.config support.find_checkpoints support.messages",
-    "prepare": "support.checkpoint support.cli support.exchange support.files support.messages support.text "
-    "tokenizer",
-    "convert": "model sampling support.checkpoint support.cli support.evaluation support.exchange "
-    "support.files support.messages support.run support.text tokenizer",
+    "prepare": (
+        "support.checkpoint support.cli support.exchange support.files support.messages support.text "
+        "tokenizer"
+    ),
+    "convert": (
+        "model sampling support.checkpoint support.cli support.evaluation support.exchange support.files "
+        "support.messages support.run support.text tokenizer"
+    ),
     "from_scratch": "model sampling support.cli support.exchange support.files support.messages tokenizer",
     "data": "support.chunked_loss support.config support.messages support.text tokenizer",
     "instruct": "data support.chunked_loss support.config support.messages support.text tokenizer",
@@ -48,23 +59,30 @@ ARROWS = {
     "tokenizer": "support.files support.messages",
     "optim": "from_scratch support.config",
     "lora": "support.messages",
-    "support.checkpoint": "lora model support.files support.foreign support.messages support.text support.weights "
-    "tokenizer",
+    "support.checkpoint": (
+        "lora model support.files support.foreign support.messages support.text support.weights tokenizer"
+    ),
     "support.chunked_loss": "",
     "support.cli": "support.foreign support.messages",
     "support.config": "model support.cli support.files support.foreign support.messages support.text",
     "support.device": "support.messages",
-    "support.evaluation": "data instruct model sampling support.checkpoint support.cli support.config "
-    "support.files support.messages support.plots support.text tokenizer",
-    "support.exchange": "model support.checkpoint support.files support.foreign support.messages support.text "
-    "support.weights tokenizer",
+    "support.evaluation": (
+        "data instruct model sampling support.checkpoint support.cli support.config support.files "
+        "support.messages support.plots support.text tokenizer"
+    ),
+    "support.exchange": (
+        "model support.checkpoint support.files support.foreign support.messages support.text "
+        "support.weights tokenizer"
+    ),
     "support.files": "support.messages",
     "support.foreign": "support.messages",
     "support.messages": "",
     "support.plots": "support.files",
-    "support.run": "data instruct lora model optim sampling support.checkpoint support.chunked_loss support.cli "
-    "support.config support.device support.files support.find_checkpoints support.messages "
-    "support.plots support.text support.weights tokenizer",
+    "support.run": (
+        "data instruct lora model optim sampling support.checkpoint support.chunked_loss support.cli "
+        "support.config support.device support.files support.find_checkpoints support.messages "
+        "support.plots support.text support.weights tokenizer"
+    ),
     "support.find_checkpoints": "support.checkpoint support.files support.foreign support.messages",
     "support.weights": "model support.files support.messages",
     "support.text": "support.cli support.device support.files support.foreign support.messages tokenizer",
@@ -212,7 +230,8 @@ def test_the_table_of_arrows_names_exactly_the_rooms_there_are():
 
 @pytest.mark.parametrize("room", ARROWS)
 def test_a_room_imports_exactly_what_its_row_says(room):
-    """Equal, not only allowed: an arrow that is no longer used leaves the table, so the table is the picture."""
+    """Equal, not only allowed: an arrow that is no longer used leaves the table, so the table is the
+    picture."""
     assert imported_rooms()[room] == set(ARROWS[room].split())
 
 
