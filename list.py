@@ -115,8 +115,8 @@ def describe_contents(path: Path) -> dict[str, Any]:
 
 
 def describe_all(paths: list[Path]) -> list[dict[str, Any]]:
-    """A row for each file. Reading one takes some hundredths of a second of computing, so many are divided
-    among the cores."""
+    """A row for each file. Reading one takes some hundredths of a second of computing, so many files are
+    divided among the cores."""
     # Only Linux forks: on other systems each new process would import torch again.
     if len(paths) < FILES_FOR_PARALLEL_READING or sys.platform != "linux":
         return [describe(path) for path in paths]

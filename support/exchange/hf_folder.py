@@ -94,8 +94,8 @@ def read_safetensors(file: Path, header_only: bool) -> Iterator[tuple[str, Tenso
 
 
 def tensors(folder: Path, header_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one by one: in memory is only one tensor (of a .bin, one file) besides what the caller
-    keeps. With `header_only` they have a shape and a type but no numbers (the meta device). Raises
+    """(name, tensor) one by one: besides what the caller keeps, only one tensor (of a .bin, one file) is in
+    memory. With `header_only` they have a shape and a type but no numbers (the meta device). Raises
     UserError."""
     for file in tensor_files(folder):
         if file.suffix == ".bin":

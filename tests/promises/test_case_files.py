@@ -333,7 +333,7 @@ def test_our_case_files_are_valid(path):
     assert all(case.category != "other" for case in cases)
     assert len({(case.prompt, case.target, str(case.choices), str(case.contains)) for case in cases}) == len(
         cases
-    ), "none stands there twice"
+    ), "no case is there twice"
     counts = [
         sum(case.choices is not None and case.choices.index(case.target) == place for case in cases)
         for place in range(2)
