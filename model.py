@@ -44,7 +44,9 @@ class GPTConfig(BaseModel):
     )
     head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: `d_model / n_heads`.")
     d_ff: int | None = Field(
-        None, gt=0, description="Width of the MLP. Default: 8/3 (`swiglu`) or 4 (`gelu`) times `d_model`."
+        None,
+        gt=0,
+        description="MLP width. Default: 8/3 `d_model` in steps of 32 (`swiglu`), 4 `d_model` (`gelu`).",
     )
     max_seq_len: int = Field(256, gt=1, description="Longest sequence the model can see, in tokens.")
     dropout: float = Field(
@@ -58,8 +60,7 @@ class GPTConfig(BaseModel):
         True, description="The embedding table is the head too. Saves `vocab_size * d_model` parameters."
     )
     gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass: same gradients, less memory, 25% slower.",
+        False, description="Recompute activations in backward: same gradients, less memory, 25% more time."
     )
     norm: Literal["rmsnorm", "layernorm"] = Field(
         "rmsnorm", description="Normalization before attention, before the MLP and at the end."
@@ -74,12 +75,10 @@ class GPTConfig(BaseModel):
         False, description="Biases in the linear layers and in LayerNorm (GPT-2 has them, Llama does not)."
     )
     qk_norm: bool = Field(
-        False,
-        description="RMSNorm on each query and key head: bounds attention logits at high learning rates.",
+        False, description="RMSNorm on query and key heads: bounds attention logits at high learning rates."
     )
     zero_init: bool = Field(
-        False,
-        description="Residual projections, and an untied head, start at zero: blocks begin as identity.",
+        False, description="Residual projections and an untied head start at zero: blocks begin as identity."
     )
     embed_scale: bool = Field(
         False, description="Multiply the token embeddings by sqrt(d_model), as the original transformer did."
