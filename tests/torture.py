@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "promises")]
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from conftest import REPO, Run, tiny_argv  # sets one thread and no network, so before torch
-from test_resume import assert_same_run
+from runs import assert_same_run
 
 STEPS = 40
 COMMON = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import BYTE, stop_before
+from runs import BYTE, stop_before
 
 import support.run.metrics
 import support.run.show

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import BYTE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -36,8 +37,6 @@ from support.run.estimates import (
 from support.run.plan import plan_run
 from support.run.show import print_header
 from tokenizer import ByteTokenizer
-
-BYTE = ("tokenizer.kind=byte",)
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import REPO, tiny_argv
+from runs import BYTE
 
 import train
 from model import GPTConfig, GPTMini
 from support.messages import UserError
 from support.run import compiling
-
-BYTE = ("tokenizer.kind=byte",)
 
 
 def network() -> GPTMini:

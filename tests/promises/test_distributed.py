@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run
-from test_resume import BYTE, assert_same_tree
+from runs import BYTE, assert_same_tree
 
 import support.run.show
 import train

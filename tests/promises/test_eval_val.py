@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPO
 from foreign_tokenizers import tokenizer_like
-from test_resume import BYTE
+from runs import BYTE
 
 import eval_val
 import finetune

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPO
-from test_resume import BYTE, assert_same_run, stop_before, stopped_run
+from runs import BYTE, assert_same_run, stop_before, stopped_run
 
 import prepare
 import support.checkpoint

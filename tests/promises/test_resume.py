@@ -1,4 +1,4 @@
-"""Resume is exact: a run that is stopped and goes on ends with the same bits as one that never stopped."""
+"""Resume is exact: a run that is stopped and resumed ends with the same bits as one that never stopped."""
 
 import json
 import os
@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
+from runs import BYTE, assert_same_run, stop_before, stopped_run
 
 import train
 from support.checkpoint import load_model
@@ -22,56 +21,7 @@ from support.messages import UserError
 from support.run.metrics import TextSamples
 from support.run.saving import CheckpointSaver
 
-BYTE = ("tokenizer.kind=byte",)
 FINISHED = "nothing left to do"
-
-
-def stop_before(patch: pytest.MonkeyPatch, *steps: int, signum: int = signal.SIGTERM) -> None:
-    """A signal arrives while each of these steps (from 1) is computed; the run stops behind it."""
-    step = train.LitCausalLM.training_step
-
-    def stop(self, *args):
-        if self.trainer.global_step + 1 in steps:
-            os.kill(os.getpid(), signum)
-        return step(self, *args)
-
-    patch.setattr(train.LitCausalLM, "training_step", stop)
-
-
-def stopped_run(run: Callable, folder: Path, *words: str, at: int, signum: int = signal.SIGTERM, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        stop_before(patch, at, signum=signum)
-        made = run(folder, *words, **options)
-    assert made.code == 128 + signum
-    assert made.checkpoint("last")["tiny_transformer"]["metrics"]["step"] == at
-    return made
-
-
-def assert_same_tree(one, other, path: str = "optimizer") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same_tree(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same_tree(a, b, f"{path}.{i}")
-    else:
-        assert one == other, path
-
-
-def assert_same_run(resumed, straight) -> None:
-    """Weights, optimizer, what the checkpoint says of itself, and the metrics but for times."""
-    assert (resumed.code, resumed.sha256) == (0, straight.sha256)
-    one, other = resumed.checkpoint(), straight.checkpoint()
-    assert_same_tree(one["optimizer_states"], other["optimizer_states"])
-    assert one["tiny_transformer"]["metrics"] == other["tiny_transformer"]["metrics"]
-    assert resumed.timeless_rows == straight.timeless_rows
-    best = [r.checkpoint("best")["tiny_transformer"]["metrics"]["step"] for r in (resumed, straight)]
-    assert best[0] == best[1]
 
 
 @pytest.fixture
@@ -151,22 +101,6 @@ def test_a_longer_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path
     longer = run(folder, *words, "training.max_steps=20", "--resume")
     assert longer.rows[0]["step"] == 1
     assert_same_run(longer, straight)
-
-
-def test_the_best_before_a_stop_is_still_the_best_after_it(run, tmp_path, monkeypatch):
-    """What is validated after the resume is worse, and must not take best.ckpt."""
-    losses = {4: 1.0, 8: 3.0, 12: 2.0}
-    monkeypatch.setattr(
-        train.LitCausalLM,
-        "on_validation_epoch_end",
-        lambda self: setattr(self, "val_loss", losses[self.trainer.global_step]),
-    )
-    folder = tmp_path / "run"
-    stopped_run(run, folder, *BYTE, at=6)
-    resumed = run(folder, *BYTE, "--resume")
-    assert [row["val_loss"] for row in resumed.val_rows] == [1.0, 3.0, 2.0]
-    assert resumed.checkpoint("best")["tiny_transformer"]["metrics"]["step"] == 4
-    assert resumed.checkpoint("final")["tiny_transformer"]["metrics"]["best_val_loss"] == 1.0
 
 
 def test_resume_at_another_val_every_validates_at_its_steps(run, tmp_path):

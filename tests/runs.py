@@ -1,0 +1,61 @@
+"""What tests of training runs share: a run that a signal stops, and two runs compared."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+BYTE = ("tokenizer.kind=byte",)
+
+
+def stop_before(patch: pytest.MonkeyPatch, *steps: int, signum: int = signal.SIGTERM) -> None:
+    """A signal arrives in each of these steps, counted from 1; the run stops after that step."""
+    step = train.LitCausalLM.training_step
+
+    def stop(self, *args):
+        if self.trainer.global_step + 1 in steps:
+            os.kill(os.getpid(), signum)
+        return step(self, *args)
+
+    patch.setattr(train.LitCausalLM, "training_step", stop)
+
+
+def stopped_run(run: Callable, folder: Path, *words: str, at: int, signum: int = signal.SIGTERM, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, at, signum=signum)
+        made = run(folder, *words, **options)
+    assert made.code == 128 + signum
+    assert made.checkpoint("last")["tiny_transformer"]["metrics"]["step"] == at
+    return made
+
+
+def assert_same_tree(one, other, path: str = "optimizer") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same_tree(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same_tree(a, b, f"{path}.{i}")
+    else:
+        assert one == other, path
+
+
+def assert_same_run(resumed, straight) -> None:
+    """Weights, optimizer, the numbers in the checkpoint, and all metrics except times are equal."""
+    assert (resumed.code, resumed.sha256) == (0, straight.sha256)
+    one, other = resumed.checkpoint(), straight.checkpoint()
+    assert_same_tree(one["optimizer_states"], other["optimizer_states"])
+    assert one["tiny_transformer"]["metrics"] == other["tiny_transformer"]["metrics"]
+    assert resumed.timeless_rows == straight.timeless_rows
+    best = [r.checkpoint("best")["tiny_transformer"]["metrics"]["step"] for r in (resumed, straight)]
+    assert best[0] == best[1]
