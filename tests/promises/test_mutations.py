@@ -35,9 +35,10 @@ ENCODE_CORPUS = "support/text/encode_corpus.py"
 
 
 def check_eos_ends_each_document(encode_corpus: ModuleType) -> None:
-    eos = ByteTokenizer().eos_id
-    ids = encode_corpus.tokenize(["ab", "c"], ByteTokenizer())
-    assert ids.tolist() == [ord("a"), ord("b"), eos, ord("c"), eos]
+    tokenizer = ByteTokenizer()
+    pieces = encode_corpus.document_pieces(["ab", "c"], tokenizer)
+    ids = encode_corpus.encode_pieces(pieces, tokenizer)
+    assert ids.tolist() == [ord("a"), ord("b"), tokenizer.eos_id, ord("c"), tokenizer.eos_id]
 
 
 def check_labels_are_shifted_by_one(data: ModuleType) -> None:
@@ -155,8 +156,8 @@ LESSONS: list[tuple[str, str, str, str, Callable[[ModuleType], None]]] = [
     (
         "blocks that do not overlap by one",
         "data.py",
-        "stride or seq_len, mask_eos",
-        "stride or seq_len + 1, mask_eos",
+        "self.stride = stride or seq_len",
+        "self.stride = stride or seq_len + 1",
         check_each_token_is_predicted_once,
     ),
 ]
