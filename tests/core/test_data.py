@@ -69,19 +69,13 @@ def same_steps(one: list[Step], other: list[Step]) -> bool:
 # ---- tokens --------------------------------------------------------------------------------------
 
 
-def test_eos_stands_behind_every_document_and_nowhere_else():
-    assert tokenize(["ab", "c", "<|endoftext|>"], BYTE).tolist() == [
-        97,
-        98,
-        256,
-        99,
-        256,
-        *b"<|endoftext|>",
-        256,
-    ]
+def test_eos_follows_every_document_and_is_nowhere_else():
+    EOS = BYTE.eos_id
+    row = tokenize(["ab", "c", "<|endoftext|>"], BYTE).tolist()
+    assert row == [*b"ab", EOS, *b"c", EOS, *b"<|endoftext|>", EOS]
 
 
-def test_validation_documents_that_are_trained_on_are_told(tmp_path, capsys):
+def test_validation_documents_that_are_trained_on_are_warned_of(tmp_path, capsys):
     texts = [f"text number {i} is told here\n<|endoftext|>\n" for i in range(9)]
     (tmp_path / "all.txt").write_text("".join(texts))
     (tmp_path / "other.txt").write_text("".join(texts[:2]) + "another text\n<|endoftext|>\n")
@@ -130,7 +124,7 @@ def test_each_token_is_predicted_exactly_once_in_an_epoch(n):
 
 
 @pytest.mark.parametrize("n", range(8))
-def test_a_text_shorter_than_a_block_gives_none(n):
+def test_a_text_shorter_than_a_block_gives_no_block(n):
     blocks = PackedLMDataset(positions(n), SEQ_LEN)
     assert (len(blocks), blocks.n_dropped) == (0, n)
 
@@ -160,7 +154,7 @@ def test_blocks_start_every_stride_tokens_and_overlap_by_the_rest(n, stride):
 
 @pytest.mark.parametrize("stride", [7, 3])
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 14, 15, 16, 50])
-def test_padding_keeps_the_last_tokens_and_asks_for_no_other(n, stride):
+def test_padding_keeps_the_last_tokens_and_has_no_labels(n, stride):
     """Validation counts every token: the last block is filled up, and what fills it has no label."""
     blocks = PackedLMDataset(positions(n), SEQ_LEN, stride, pad_last=True)
     labels = torch.stack([blocks[i]["labels"] for i in range(len(blocks))])
@@ -251,7 +245,7 @@ def test_another_seed_is_another_order():
     assert len(orders) == 10
 
 
-def test_a_step_is_the_same_whoever_asks_and_whenever():
+def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for():
     in_order = [indexed()[i] for i in range(20)]
     steps = indexed()
     for i in (19, 3, 3, 11, 0, 19, 4):
@@ -348,7 +342,8 @@ def test_a_loader_that_starts_later_continues_the_run(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_and_workers_together_see_every_block_of_an_epoch_once(tmp_path, world, workers):
-    """The blocks do not divide by the ranks, nor by their steps; still no rank has a step more than another."""
+    """The number of blocks is no multiple of the ranks or of their steps; still all ranks have equally many
+    steps."""
     packed = text_data(tmp_path)
     packed.train = PackedLMDataset(positions(7 * 25 + 1), SEQ_LEN)
     config = text_config(tmp_path, workers=workers)
@@ -413,7 +408,7 @@ def test_sizes_are_described(tmp_path):
 
 
 @pytest.mark.parametrize("seq_len", [40, 400])
-def test_too_little_text_says_how_much_is_needed_and_what_would_do(tmp_path, seq_len):
+def test_too_little_text_is_answered_with_a_seq_len_that_works(tmp_path, seq_len):
     (tmp_path / "corpus.txt").write_text("only thirty characters of text")
     config = text_config(tmp_path, max_seq_len=seq_len)
     corpus = load_corpus(config)
@@ -600,7 +595,7 @@ def test_a_stream_is_shuffled_by_the_seed_within_its_groups(library):
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_stream_resumes_from_every_step(library, kind, shuffle):
-    """A document half used, a group's end, a file's end, an epoch's end: the state behind each step
+    """A document half used, a group's end, a file's end, an epoch's end: the state after each step
     continues alike."""
     whole = stream_steps(library, steps_of_epochs(2.5), kind=kind, shuffle=shuffle)
     for at in range(0, len(whole) - 1, 1 if kind == "json" else 3):
@@ -696,7 +691,7 @@ def test_a_limited_stream_resumes_too(library):
         assert same_steps(stream_steps(library, 4, states(whole)[at], train_docs=11), whole[at + 1 : at + 5])
 
 
-def test_making_a_tokenizer_of_a_stream_does_not_move_it(library, monkeypatch):
+def test_training_a_tokenizer_on_a_stream_does_not_move_the_stream(library, monkeypatch):
     monkeypatch.setattr(data_module, "STREAM_TOKENIZER_DOCS", 9)
     config = stream_config(library)
     corpus = load_corpus(config)
@@ -730,7 +725,7 @@ def test_a_null_row_is_left_out_and_counted(tmp_path, capsys, streaming):
     if streaming:
         corpus.train.seek(None)
         assert corpus.train.take(100) == train
-        assert capsys.readouterr().err == "", "told once, not in each epoch"
+        assert capsys.readouterr().err == "", "warned of once, not in each epoch"
 
 
 class Rows:
@@ -755,7 +750,7 @@ ODD = [{"text": 5}, {"text": ["a", "b"]}, {"body": "x"}, {"text": "half \ud83d"}
 
 
 def test_a_row_of_another_type_does_not_end_a_stream(capsys):
-    """A row that nobody can repair would end every resume, so it is left out, and told."""
+    """A row that nobody can repair would end every resume, so it is left out, with a warning."""
     rows = [{"text": "one"}, *ODD, {"text": "two"}]
     assert DocumentStream(Rows(rows), "text").take(9) == ["one", "two"]
     said = capsys.readouterr().err.splitlines()
@@ -796,7 +791,7 @@ def test_a_stream_whose_first_row_has_no_such_field_is_refused():
         DocumentStream(Rows([{"text": 5}, {"text": "one"}]), "text").take(1)
 
 
-def test_a_stream_that_is_mostly_held_out_is_told_with_both_sizes(tmp_path, capsys):
+def test_a_stream_that_is_mostly_held_out_is_warned_of_with_both_sizes(tmp_path, capsys):
     """By default its first 200 rows validate, however few follow."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:07}..."}) + "\n" for i in range(230)))
     corpus = load_corpus(stream_config(tmp_path, val_docs=None))

@@ -81,7 +81,7 @@ def test_a_path_without_files_is_an_error_that_names_it(tmp_path, path):
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.json"])
-def test_files_of_another_reader_are_answered_with_how_to_read_them(tmp_path, name):
+def test_a_file_for_another_source_is_answered_with_how_to_read_it(tmp_path, name):
     with pytest.raises(
         UserError, match=rf"data\.source=hf --override data\.dataset={name.partition('.')[2]}"
     ):
@@ -147,21 +147,21 @@ def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, 
 )
 @pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "book"])
 @pytest.mark.parametrize("errors", ["strict", "replace"])
-def test_a_packed_file_under_the_name_of_a_text_is_refused_as_what_it_is(
+def test_a_compressed_file_named_like_a_text_is_refused_by_its_real_kind(
     tmp_path, packed, said, name, errors
 ):
     with pytest.raises(UserError, match=said):
         documents(write(tmp_path / name, packed), errors=errors)
 
 
-def test_rows_under_the_name_of_a_text_are_read_and_warned_of(tmp_path, capsys):
+def test_rows_in_a_file_named_like_a_text_are_read_with_a_warning(tmp_path, capsys):
     assert len(documents(write(tmp_path / "a.txt", '{"text": "a"}\n{"text": "b"}\n'))) == 1
     assert "a.txt is read as plain text, and its first line is a JSON object" in capsys.readouterr().err
     documents(write(tmp_path / "b.txt", "{braces} in a text\n{}"))
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_folder_leaves_out_is_told_in_one_line(tmp_path, capsys):
+def test_files_of_a_folder_that_are_not_read_are_reported_in_one_line(tmp_path, capsys):
     for name in ("a.txt", "deep/b.txt", "c.jsonl"):
         write(tmp_path / name, '{"text": "row"}' if name == "c.jsonl" else "text")
     assert len(documents(tmp_path)) == 3
@@ -263,10 +263,10 @@ BROKEN = {
     "second line": (b"abc\n\xe9tudes", 4),
     "cut off at the end": ("été 🙂".encode()[:-1], 6),
     "cut off by a line end": (b"ab\xe2\x82\ncd", 2),
-    "behind multi-byte characters": ("日本語".encode() + b"\x80", 9),
-    "behind a byte order mark": (b"\xef\xbb\xbfabc\xff", 6),
-    "second line behind a byte order mark": (b"\xef\xbb\xbfabc\n\xff", 7),
-    "behind carriage returns": (b"a\r\nb\r\n\xc0", 6),
+    "after multi-byte characters": ("日本語".encode() + b"\x80", 9),
+    "after a byte order mark": (b"\xef\xbb\xbfabc\xff", 6),
+    "second line after a byte order mark": (b"\xef\xbb\xbfabc\n\xff", 7),
+    "after carriage returns": (b"a\r\nb\r\n\xc0", 6),
     "a surrogate in UTF-8": (b"ab\xed\xa0\x80", 2),
     "an overlong form": (b"a\xc0\xaf", 1),
 }
@@ -408,7 +408,7 @@ def test_the_cut_depends_on_the_seed_alone():
     assert len({tuple(split_documents(STORIES, 0.2, seed)[1]) for seed in range(20)}) == 20
 
 
-def test_the_cut_is_no_run_of_neighbours():
+def test_validation_documents_are_not_neighbours():
     """Documents of a file are often sorted; validation must not be one end of it."""
     _, val = split_documents(STORIES, 0.2, 0)
     numbers = sorted(STORIES.index(d) for d in val)
@@ -427,14 +427,14 @@ def test_something_is_left_on_both_sides_of_the_cut(fraction):
 
 
 def book(n: int, letter: str = "b") -> str:
-    """A long document of which every stretch of ten characters occurs once."""
+    """A long document in which every stretch of ten characters occurs once."""
     return "".join(f"{letter}{i:09}" for i in range(n // 10))
 
 
 CORPORA = {
-    "a book beside two notes": [book(60_000), book(150, "n"), book(150, "m")],
+    "a book and two notes": [book(60_000), book(150, "n"), book(150, "m")],
     "two books": [book(30_000), book(20_000, "c")],
-    "a book beside many notes": [*(book(200, chr(0x4E00 + i)) for i in range(300)), book(40_000)],
+    "a book and many notes": [*(book(200, chr(0x4E00 + i)) for i in range(300)), book(40_000)],
     "six chapters": [book(9_000 + 300 * i, chr(97 + i)) for i in range(6)],
     "twelve chapters": [book(9_000 + 300 * i, chr(97 + i)) for i in range(12)],
     "letters, two of them long": [
@@ -462,7 +462,7 @@ def test_about_nine_tenths_are_trained_on_whatever_the_seed(name, capsys):
 
 
 def drawn_until_full(documents_: list[str], fraction: float, seed: int) -> list[str]:
-    """Validation as it has always been drawn."""
+    """Validation as it was drawn before large documents were cut."""
     held, wanted = [], fraction * sum(map(len, documents_))
     for i in np.random.default_rng(seed).permutation(len(documents_)):
         if sum(len(documents_[j]) for j in held) >= wanted:
@@ -472,8 +472,8 @@ def drawn_until_full(documents_: list[str], fraction: float, seed: int) -> list[
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
-def test_of_many_similar_documents_the_same_are_held_out_as_ever(fraction):
-    """Published losses are of these."""
+def test_of_many_similar_documents_the_same_ones_are_held_out_as_before(fraction):
+    """Published losses were measured on these."""
     corpus = text_documents("data/tiny_corpus.txt", DataConfig(path="data/tiny_corpus.txt"))
     for documents_ in (corpus, STORIES, [f"{i} " + "word " * (i * i * 7 % 31 + 20) for i in range(1000)]):
         for seed in (0, 7, 42):
@@ -482,7 +482,7 @@ def test_of_many_similar_documents_the_same_are_held_out_as_ever(fraction):
             )
 
 
-def test_a_share_that_cannot_be_met_is_told_with_both_sizes(capsys):
+def test_a_share_that_cannot_be_met_is_warned_of_with_both_sizes(capsys):
     warn_of_share(100, 1000, 0.1, "characters", "give more")
     assert capsys.readouterr().err == ""
     for held in (20, 400):

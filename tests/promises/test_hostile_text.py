@@ -341,7 +341,7 @@ def test_a_bad_byte_is_named_with_file_and_offset_and_replaced_on_request(tmp_pa
         assert read(path, errors="replace")[-1] == (expected if name == "rows.jsonl" else "good\n" + expected)
 
 
-def test_text_that_looks_broken_and_is_not_is_read_as_it_is(tmp_path):
+def test_text_that_only_looks_broken_is_read_as_it_is(tmp_path):
     """A byte order mark, line separators, no line end, a NUL and a pair of surrogates as JSON writes them,
     a long row."""
     assert read(
@@ -422,7 +422,9 @@ def test_text_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monk
 
 
 def test_the_memory_is_no_more_than_a_container_or_a_ulimit_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "CONTAINER_LIMIT_FILES", (str(tmp_path / "nowhere"), str(tmp_path / "limit")))
+    monkeypatch.setattr(
+        hardware, "CONTAINER_LIMIT_FILES", (str(tmp_path / "nowhere"), str(tmp_path / "limit"))
+    )
     machine = hardware.memory_total("cpu")
     assert machine > 2**28
     for written, amount in (("max\n", machine), (f"{2**62}\n", machine), (f"{2**28}\n", 2**28)):
@@ -495,9 +497,9 @@ def train_process(folder: Path, *overrides: str) -> tuple[int, str, int]:
     return done.returncode, done.stdout, int(peak[1]) * 1024 if peak else 0
 
 
-def one_line(path: Path, size: int, before: bytes = b"", behind: bytes = b"") -> Path:
+def one_line(path: Path, size: int, before: bytes = b"", after: bytes = b"") -> Path:
     words = CORPUS.encode("ascii", "ignore").replace(b"\n", b" ").replace(b'"', b"'").replace(b"\\", b"/")
-    return write(path, before + (words * (size // len(words) + 1))[:size] + behind)
+    return write(path, before + (words * (size // len(words) + 1))[:size] + after)
 
 
 # Text, and the two parts it is cut into for a moment: 2 bytes a byte. Then one part and the ids, 2 bytes

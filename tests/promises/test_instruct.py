@@ -1,4 +1,4 @@
-"""instruct.py: rows of a file to pairs, pairs to ids and labels, and what a model makes of them, one pair
+"""instruct.py: rows of a file to pairs, pairs to ids and labels, and how a model scores on them, one pair
 at a time."""
 
 import codecs
@@ -91,7 +91,7 @@ ROWS = [
 
 
 @KINDS
-def test_a_file_of_each_kind_holds_its_rows_in_order_and_where_they_stand(tmp_path, kind):
+def test_each_kind_of_file_gives_its_rows_in_order_with_their_places(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", ROWS)
     place = "line" if kind == "jsonl" else "row"
     expected = [
@@ -120,7 +120,7 @@ def test_fields_may_have_other_names(tmp_path, kind):
     assert (found.instruction, found.input, found.output) == ("c", "b", "a")
 
 
-def test_a_line_is_counted_though_it_is_blank_and_a_mark_of_byte_order_is_no_text(tmp_path):
+def test_blank_lines_are_counted_and_a_byte_order_mark_is_not_text(tmp_path):
     row = json.dumps(ROWS[0]).encode()
     (tmp_path / "rows.jsonl").write_bytes(codecs.BOM_UTF8 + b"\r\n" + row + b"\r\n\n  \n" + row)
     assert [p.where.rsplit(",")[1] for p in read(tmp_path / "rows.jsonl")] == [" line 2", " line 5"]
@@ -207,7 +207,7 @@ def test_an_error_names_the_field_as_the_file_calls_it(tmp_path):
     ],
     ids=lambda value: str(value[:20]),
 )
-def test_what_is_no_file_of_rows_is_refused(tmp_path, name, content, said):
+def test_a_file_that_does_not_hold_rows_is_refused(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     message = refusal(tmp_path / name)
     assert said in message
@@ -219,7 +219,7 @@ def test_a_name_that_looks_like_a_glob_is_a_name(tmp_path):
         assert len(read(write(tmp_path / f"rows[1]*.{kind}", [GOOD]))) == 1
 
 
-def test_bytes_that_are_no_text_can_be_replaced(tmp_path):
+def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"instruction": "\xe9", "output": "b"}')
     assert [row["instruction"] for row, _ in read_files(str(path), "data.path", "replace")] == ["\ufffd"]
@@ -276,7 +276,7 @@ def test_a_conversation_is_refused_as_what_it_is(tmp_path, kind, row):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_in_a_jsonl_file_is_told_its_right_name_and_rows_in_a_json_file_theirs(tmp_path, indent):
+def test_a_list_named_jsonl_and_rows_named_json_are_told_their_right_names(tmp_path, indent):
     (tmp_path / "list.jsonl").write_text(json.dumps([GOOD, GOOD], indent=indent))
     message = refusal(tmp_path / "list.jsonl")
     assert "a list begins there; name it .json" in message
@@ -287,7 +287,7 @@ def test_a_list_in_a_jsonl_file_is_told_its_right_name_and_rows_in_a_json_file_t
 
 
 @pytest.mark.parametrize("key", ["data", "train", 'it\'s "rows"'])
-def test_a_list_within_an_object_is_found_and_the_command_that_is_named_takes_it_out(
+def test_a_list_within_an_object_is_found_and_the_command_in_the_message_takes_it_out(
     tmp_path, monkeypatch, key
 ):
     (tmp_path / "whole.json").write_text(json.dumps({"version": "1", key: [GOOD, GOOD]}))
@@ -349,7 +349,7 @@ def config_of(path: Path, seed: int = 42, seq_len: int = 19, **data) -> Config:
 
 @pytest.fixture
 def many(tmp_path) -> Path:
-    """37 rows, of which every third has the same texts as its neighbour: a row is known by its place."""
+    """37 rows, every third of which has the same texts as its neighbour: a row is known by its place."""
     return write(
         tmp_path / "many.jsonl",
         [{"instruction": f"i{n - (n % 3 == 1)}", "output": "o"} for n in range(1, 38)],
@@ -387,7 +387,7 @@ def test_the_split_is_drawn_by_the_seed(many):
     )
 
 
-def test_fewer_training_rows_are_the_first_of_them_beside_the_same_validation(many):
+def test_fewer_training_rows_are_the_first_ones_and_validation_stays_the_same(many):
     whole, limited = (split_pairs(config_of(many, val_docs=9, train_docs=n)) for n in (None, 11))
     assert limited[0] == whole[0][:11]
     assert limited[1] == whole[1]
@@ -600,7 +600,7 @@ def test_characters_that_the_tokenizer_lacks_are_refused_with_the_rows_place():
         (6, b"abAxyz", None),
         (5, b"bAxyz", None),
         (4, b"Axyz", None),
-        (3, None, None),  # the answer would stand there without any question
+        (3, None, None),  # the answer would be there without any question
         (2, None, None),
     ],
 )
@@ -645,7 +645,7 @@ def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, pack
 
 
 def pieces(made: InstructPairDataset, size: int = 3) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) of each pair, taken out of the batches: what fills up a row is checked and left out."""
+    """(inputs, labels) of each pair, taken out of the batches; the padding is checked and left out."""
     found = []
     for start in range(0, len(made), size):
         batch = made.batch(range(start, min(start + size, len(made))))
@@ -663,7 +663,7 @@ def pieces(made: InstructPairDataset, size: int = 3) -> list[tuple[list[int], li
                 one = [ids[t] for t in here], [labels[t] for t in here]
                 if set(one[1]) == {IGNORE}:
                     assert number == max(numbers) and set(one[0]) == {256}, (
-                        "filling stands at the end, and is EOS"
+                        "the padding is at the end, and is EOS"
                     )
                 else:
                     found.append(one)
@@ -689,7 +689,8 @@ def test_packing_and_padding_hold_the_same_pairs_with_the_same_labels():
 
 
 def test_a_block_is_full_when_the_next_pair_does_not_fit():
-    """Pairs of 4, 7, 5, 4 and 8 positions in blocks of 11: the first two fill one, the next two leave 2 free."""
+    """Pairs of 4, 7, 5, 4 and 8 positions in blocks of 11: the first two fill one, the next two leave two
+    positions free."""
     pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo"), pair("i", "o"), pair("abc", "xyz")]
     packed = InstructPairDataset(pairs, BYTE, SHORT, 11, packing=True)
     batch = packed.batch(range(len(packed)))
@@ -699,7 +700,7 @@ def test_a_block_is_full_when_the_next_pair_does_not_fit():
 
 
 @pytest.mark.parametrize("made_packed", [False, True])
-def test_the_first_pairs_can_be_had_padded_or_packed(made_packed):
+def test_the_first_pairs_are_given_padded_or_packed(made_packed):
     pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo")]
     made = InstructPairDataset(pairs, BYTE, SHORT, 11, packing=made_packed)
     assert made.example_batch(2, packing=False)["input_ids"].tolist() == [
@@ -751,7 +752,7 @@ def batches(made: InstructPairDataset, size: int) -> list[dict]:
 
 @torch.no_grad()
 def naive_scores(net: GPTMini, pairs: list[Pair]) -> list[float]:
-    """The five sums, one pair at a time and one token at a time, each from all that stands before it."""
+    """The five sums, one pair at a time and one token at a time, each from everything before it."""
     loss = n_targets = n_right = n_answers = n_answers_right = 0
     for p in pairs:
         before = FEW.encode(f"{p.instruction},{p.input}:" if p.input else f"{p.instruction}:")

@@ -36,7 +36,7 @@ def texts(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(texts) -> Path:
-    """What prepare.py makes of them."""
+    """The token files that prepare.py makes of these texts."""
     argv = [
         "--input",
         str(texts / "train.txt"),
@@ -63,9 +63,7 @@ def tokens_of(path: Path | str, *words: str) -> tuple[str, ...]:
     [(), ("data.stride=7",), ("training.seq_len=20", "data.document_mask=true")],
     ids=["blocks", "stride", "short, masked"],
 )
-def test_token_files_and_the_text_they_are_made_of_train_the_same_weights(
-    run, folder, texts, tmp_path, words
-):
+def test_token_files_and_their_text_train_the_same_weights(run, folder, texts, tmp_path, words):
     from_text = run(
         tmp_path / "a",
         f"data.path={texts / 'train.txt'}",
@@ -254,7 +252,7 @@ def large_id(folder: Path) -> None:
         (lambda f: None, ("x",), "does not exist; python3 prepare.py tokens"),
     ],
 )
-def test_a_file_that_is_something_else_is_told_in_words(run, tmp_path, make, words, message):
+def test_a_file_that_is_something_else_is_refused_in_words(run, tmp_path, make, words, message):
     make(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         run(tmp_path / "run", *tokens_of(tmp_path / words[0], *words[1:]))
@@ -262,19 +260,19 @@ def test_a_file_that_is_something_else_is_told_in_words(run, tmp_path, make, wor
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format_version": 1}', '{"format_version": 9}', "null"])
-def test_a_damaged_meta_json_is_told(folder, damage):
+def test_a_damaged_meta_json_is_refused(folder, damage):
     (folder / "meta.json").write_text(damage)
     with pytest.raises(UserError, match="make the folder again"):
         open_token_files(str(folder))
 
 
-def test_a_file_that_is_not_of_its_meta_json_is_told(folder):
+def test_a_file_of_another_size_than_its_meta_json_says_is_refused(folder):
     np.save(folder / "val.npy", np.load(folder / "val.npy")[:-1])
     with pytest.raises(UserError, match=r"has 500 tokens, and .*meta\.json says 501"):
         open_token_files(str(folder))
 
 
-def test_an_id_that_no_sample_showed_is_refused_when_it_is_met(tmp_path):
+def test_a_wrong_id_outside_the_samples_is_refused_when_it_is_read(tmp_path):
     """On a CPU it would be an index error, on a GPU a device-side assert that names nothing."""
     row = np.zeros(3_000_000, np.uint16)
     file_samples = TokenFile(save(tmp_path / "x.npy", row))
