@@ -263,7 +263,7 @@ class TrainingConfig(Section):
         0.02,
         gt=0,
         le=10,
-        description="Peak learning rate of the Muon part, at most 10; `lr` is that of the AdamW part.",
+        description="Peak learning rate of the Muon part, at most 10; `lr` is for the rest.",
     )
     weight_decay: float = Field(
         0.1,
@@ -404,7 +404,7 @@ class LoraConfig(Section):
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="Names of the matrices, e.g. `[q_proj, v_proj]`. Default: all in the blocks.",
+        description="Matrices to adapt, e.g. `[q_proj, v_proj]`. Default: all in the blocks.",
     )
 
 
