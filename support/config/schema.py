@@ -260,10 +260,7 @@ class TrainingConfig(Section):
         "a loss in fewer steps. `adamw_from_scratch`: the AdamW written out in from_scratch.py.",
     )
     muon_lr: float = Field(
-        0.02,
-        gt=0,
-        le=10,
-        description="Peak learning rate of the Muon part, at most 10; `lr` is for the rest.",
+        0.02, gt=0, le=10, description="Peak learning rate of Muon, at most 10; `lr` is for the rest."
     )
     weight_decay: float = Field(
         0.1,
@@ -402,9 +399,7 @@ class LoraConfig(Section):
     )
     alpha: float = Field(16.0, gt=0, description="The product of B and A is multiplied by `alpha / rank`.")
     targets: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Matrices to adapt, e.g. `[q_proj, v_proj]`. Default: all in the blocks.",
+        None, min_length=1, description="Matrices, e.g. `[q_proj, v_proj]`. Default: all in the blocks."
     )
 
 
