@@ -101,7 +101,7 @@ class Run:
 
 
 def tiny_argv(folder: Path, *words: str) -> list[str]:
-    """The command line of a tiny run: words that begin with -- are flags (with a value behind =), others
+    """The command line of a tiny run: words that begin with -- are flags (with a value after =), others
     overrides."""
     argv = ["--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"]
     for override in (

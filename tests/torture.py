@@ -42,8 +42,8 @@ COMMON = (
 SOURCES = {
     "text": ("tokenizer.kind=byte", "data.path={folder}/small.txt"),
     "stream": (
-        "tokenizer.kind=byte", "data.source=hf", "data.dataset=json", "data.path={folder}/rows.jsonl", "data.streaming=true", "data.val_docs=4",
-        "data.val_fraction=0.1",
+        "tokenizer.kind=byte", "data.source=hf", "data.dataset=json", "data.path={folder}/rows.jsonl",
+        "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1",
     ),
 }  # fmt: skip
 SIGNALS = (
@@ -64,7 +64,7 @@ class Case:
 
 
 def cases(folder: Path) -> list[Case]:
-    """Source x optimizer x accumulation, and for each source one that is extended while it is being killed."""
+    """Source x optimizer x accumulation, and for each source a run that is extended while it is killed."""
     made = []
     for source, optimizer, accum in itertools.product(SOURCES, ("adamw", "muon"), (1, 3)):
         words = (
@@ -200,7 +200,7 @@ def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: R
             return
     ended = Run(folder, code, log.read_text(), "")
     try:
-        if "weights sha256" not in ended.out:  # killed behind the last checkpoint: nothing was left to do
+        if "weights sha256" not in ended.out:  # killed after the last checkpoint: nothing was left
             ended.out = straight.out if same_weights(ended, straight) else ended.out
         assert_same_run(ended, straight)
     except AssertionError as error:

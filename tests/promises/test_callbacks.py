@@ -22,32 +22,32 @@ SAMPLES = ("training.sample_every=2", "training.sample_prompts=[The loss, A head
 
 
 class StandIn:
-    """In place of a Lightning logger: keeps what it is told, in a list that outlives it."""
+    """In place of a Lightning logger: keeps what it receives, in a list that outlives it."""
 
-    told: list = []
+    received: list = []
 
     def __init__(self, *args, **options):
         self.options = options
-        StandIn.told.append(options)
+        StandIn.received.append(options)
 
     def log_metrics(self, row, step):
-        StandIn.told.append((step, "val_loss" in row, row.get("loss", row.get("val_loss"))))
+        StandIn.received.append((step, "val_loss" in row, row.get("loss", row.get("val_loss"))))
 
     def save(self):
         pass
 
     def finalize(self, status):
-        StandIn.told.append(status)
+        StandIn.received.append(status)
 
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """A stand-in for the package, which is not installed: the list of what its loggers have been told."""
+    """In place of the package, which is not installed: the class whose list holds what its loggers received."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setattr(pl.loggers, "WandbLogger", StandIn)
-    monkeypatch.setattr(StandIn, "told", [])
+    monkeypatch.setattr(StandIn, "received", [])
     return StandIn
 
 
@@ -69,22 +69,22 @@ def test_wandb_goes_on_with_the_same_run_and_is_given_each_row_once(run, tmp_pat
     folder, words = tmp_path / "run", ("logging.wandb=true", "training.val_every=3")
     killed(run, monkeypatch, folder, *words)
     run(folder, *BYTE, *words, "--resume")
-    first, second = (entry for entry in wandb.told if isinstance(entry, dict))
+    first, second = (entry for entry in wandb.received if isinstance(entry, dict))
     assert first == second
     assert (first["resume"], first["id"]) == ("allow", (folder / "wandb_id.txt").read_text())
-    given = [entry for entry in wandb.told if isinstance(entry, tuple)]
+    given = [entry for entry in wandb.received if isinstance(entry, tuple)]
     rows = [
         (row["step"], "val_loss" in row, row.get("loss", row.get("val_loss")))
         for row in map(json.loads, (folder / "metrics.jsonl").open())
     ]
     assert given == rows
-    assert wandb.told.count("finished") == 2
+    assert wandb.received.count("finished") == 2
 
 
 def test_a_new_run_in_the_folder_is_another_run_of_wandb(run, tmp_path, wandb):
     for _ in range(2):
         run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0", "logging.wandb=true")
-    first, second = (entry["id"] for entry in wandb.told if isinstance(entry, dict))
+    first, second = (entry["id"] for entry in wandb.received if isinstance(entry, dict))
     assert first != second
     assert (tmp_path / "run" / "old-1" / "wandb_id.txt").read_text() == first
 

@@ -1,5 +1,5 @@
-"""Several processes train as one that accumulates; killed, told to stop or cut up differently, they go on to
-the same end.
+"""Several processes train as one that accumulates; killed, stopped or divided differently, they end the
+same.
 
 `launched` runs a command as a user would, and Lightning or torchrun starts the further processes. That takes
 ten seconds of imports for each of them, so most runs here are `forked` from this process, which has PyTorch
@@ -365,7 +365,7 @@ def assert_stopped(group: Group, ended: Run, signum: int) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_lightning_started_are_killed_resumed_and_told_to_stop(launched, forked, tmp_path):
+def test_processes_that_lightning_started_are_killed_resumed_and_stopped(launched, forked, tmp_path):
     """As a user starts them; the signal goes to the main process only."""
     group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER).until(r"step +8/")
     assert len(group.children()) == 1
@@ -423,7 +423,7 @@ def test_a_process_ends_when_whoever_started_it_is_gone(tmp_path):
         assert said.read() == "error: the process that started this one is gone; it ends too\n"
 
 
-# ---- told to stop --------------------------------------------------------------------------------
+# ---- stopped -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -440,7 +440,7 @@ def test_a_signal_to_all_processes_stops_them_behind_the_same_step(forked, tmp_p
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_processes_meet_is_told_once(forked, tmp_path, monkeypatch):
+def test_a_mistake_that_all_processes_meet_is_reported_once(forked, tmp_path, monkeypatch):
     """In the middle of the training, where each of them finds it."""
     step = train.LitCausalLM.training_step
 

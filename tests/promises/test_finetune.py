@@ -346,7 +346,7 @@ def gradient_of(sft, tmp_path, monkeypatch) -> Callable[..., dict[str, torch.Ten
     ids=["one batch", "6 micro-batches", "18 micro-batches"],
 )
 def test_a_step_is_that_of_the_mean_over_all_its_response_tokens(gradient_of, tiny_run, instructions, words):
-    """However it is cut up, though rows and answers have unequal lengths. All 18 training rows make one step."""
+    """Rows and answers have unequal lengths, and all 18 training rows make one step."""
     config = load_config("config_finetune.yaml", [f"data.path={instructions}", "data.val_docs=6", PLAIN])
     pairs = split_pairs(config)[0]
     expected = naive_gradient(tiny_run.folder / "final.ckpt", pairs, config.template)
@@ -522,7 +522,7 @@ def test_a_checkpoint_with_adapters_that_do_not_fit_is_one_line(sft, tmp_path, c
         load_model(tmp_path / "bad.ckpt")
 
 
-# ---- going on ------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 KINDS = pytest.mark.parametrize(
     "words",

@@ -1,5 +1,5 @@
 """A full disk, a kill between two writes, bad numbers: what was saved stays whole, and what was not is
-kept or told."""
+kept or reported."""
 
 import errno
 import fcntl
@@ -42,7 +42,7 @@ def straight(run, tmp_path_factory):
 
 
 def during_steps(monkeypatch, steps: range, begin, end) -> None:
-    """Call `begin()` before the first of these steps (from 1), `end()` before the step behind the last."""
+    """Call `begin()` before the first of these steps (from 1), `end()` before the step after the last."""
 
     def step(self, *args):
         if self.trainer.global_step + 1 == steps.start:
@@ -72,7 +72,7 @@ def file_limit():
 def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(
     run, tmp_path, monkeypatch, file_limit, straight
 ):
-    """It is full at steps 4 to 7: neither the checkpoint of step 4 nor the rows fit. All is well at step 8."""
+    """At steps 4 to 7 neither the checkpoint of step 4 nor the rows fit on it. At step 8 there is room."""
     during_steps(monkeypatch, range(4, 8), lambda: file_limit(700), lambda: file_limit(None))
     made = run(tmp_path / "run", *BYTE)
     assert_same_run(made, straight)
@@ -184,7 +184,7 @@ def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, 
 
 
 def test_best_is_not_replaced_by_a_worse_one_after_going_back(run, tmp_path, monkeypatch):
-    """Step 8 was the best; the run goes back to step 4, moves to another folder and validates at other steps."""
+    """Step 8 was the best; the run goes back to step 4, in another folder, and validates at other steps."""
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 5: 2.5, 10: 1.5}
     monkeypatch.setattr(
         train.LitCausalLM,
@@ -286,36 +286,36 @@ def test_a_worker_that_falls_to_the_signal_does_not_make_it_an_error():
 
 
 def test_data_workers_outlive_one_signal_and_not_two():
-    """A worker finishes the step in hand; one that waits for the network must not hold up the end of the run."""
-    ready, told = os.pipe()
+    """A worker finishes its step; one that waits for the network must not delay the end of the run."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         leave_signals_alone(0)
-        os.write(told, b"1")
+        os.write(writer, b"1")
         while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
             time.sleep(0.001)
-        os.write(told, b"2")
+        os.write(writer, b"2")
         time.sleep(60)
         os._exit(0)
-    os.read(ready, 1)
+    os.read(reader, 1)
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(pid, signum)
-    assert os.read(ready, 1) == b"2", "alive behind one of each"
+    assert os.read(reader, 1) == b"2", "alive after one of each"
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
 def test_a_killed_run_leaves_no_lock_though_its_data_workers_live_on(tmp_path):
-    ready, told = os.pipe()
+    reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         lock = claim_folder(tmp_path)
         worker = os.fork()  # what a data worker is
         if worker and lock:
-            os.write(told, str(worker).encode())
+            os.write(writer, str(worker).encode())
         time.sleep(60)
         os._exit(0)
-    worker = int(os.read(ready, 20))
+    worker = int(os.read(reader, 20))
     try:
         with pytest.raises(UserError, match="another run is writing"):
             claim_folder(tmp_path)

@@ -419,7 +419,7 @@ def test_resume_and_fresh_contradict_each_other(run, tmp_path, capsys):
 
 
 def test_a_checkpoint_file_alone_is_enough_to_go_on(run, tmp_path, monkeypatch, capsys):
-    """Its own config is used, and the run goes on in the folder that config names."""
+    """Its own config is used, and the run continues in the folder that config names."""
     folder = tmp_path / "run"
     straight = run(tmp_path / "straight", *BYTE)
     stopped_run(run, folder, *BYTE, at=6)

@@ -448,7 +448,7 @@ def test_text_samples_are_printed_and_do_not_change_the_run(run, tiny_run, tmp_p
 
 
 def test_each_sample_prompt_has_a_seed_of_its_own_and_the_same_in_each_run(run, tmp_path):
-    """Two models that write the same would else write the same behind each prompt: a model that has
+    """Otherwise two models that write the same would write the same after each prompt: a model that has
     learned nothing does."""
     samples = ("training.sample_every=3", "training.sample_prompts=[a, a, a]", "training.lr=1e-9")
     texts = []
