@@ -354,8 +354,8 @@ def test_without_warmup_the_first_step_has_the_peak(schedule):
     ],
 )
 def test_each_schedule_by_hand(schedule, quarter, half, at_80, at_90, last, beyond):
-    """10 steps of warmup, then 100 of the schedule: step 35 is a quarter of the way, 109 the last, 110 and later
-    after it."""
+    """10 steps of warmup, then 100 of the schedule: step 35 is a quarter of the way, 109 the last, 110 and
+    later after it."""
     at = factors(schedule)
     assert [at[35], at[60], at[90], at[100], at[109], at[110], at[114]] == pytest.approx(
         [quarter, half, at_80, at_90, last, beyond, beyond], rel=1e-5

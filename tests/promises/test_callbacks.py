@@ -42,7 +42,7 @@ class StandIn:
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """In place of the package, which is not installed: the class whose list holds what its loggers received."""
+    """In place of the package, which is not installed: the class whose list holds what loggers received."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
