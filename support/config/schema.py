@@ -181,13 +181,16 @@ class DataConfig(Section):
         return self
 
     def _check_text_is_named(self) -> None:
-        file_or_dataset = "path: a .json, .jsonl or .parquet file, or dataset: a name on the hub"
-        given, needed = {
+        needs = {
             "text": (self.path, "path: a .txt or .jsonl file, a folder or a glob"),
             "tokens": (self.path, "path: a folder that prepare.py made, or a .npy or .bin file"),
             "hf": (self.dataset, "dataset: a name on the hub, or json, parquet or text with path"),
-            "instructions": (self.path or self.dataset, file_or_dataset),
-        }[self.source]
+            "instructions": (
+                self.path or self.dataset,
+                "path: a .json, .jsonl or .parquet file, or dataset: a name on the hub",
+            ),
+        }
+        given, needed = needs.get(self.source, (True, ""))
         if not given:
             raise ValueError(f"source={self.source} needs {needed}")
 
