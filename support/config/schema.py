@@ -13,7 +13,7 @@ from model import GPTConfig
 from support.config.values import NUMBER, section_of_keys
 from support.text.chat_template import DEFAULT_TEMPLATE, TEMPLATES, Template
 from support.text.hub import LOCAL_FORMATS
-from support.text.sources import keys_of_other_sources
+from support.text.sources import SOURCES, keys_of_other_sources
 
 # Keys that are paths: ~ at their start is the home folder.
 PATHS = ("base_ckpt", "tokenizer.path", "data.path", "data.val_path", "checkpoint.dir")
@@ -181,18 +181,9 @@ class DataConfig(Section):
         return self
 
     def _check_text_is_named(self) -> None:
-        needs = {
-            "text": (self.path, "path: a .txt or .jsonl file, a folder or a glob"),
-            "tokens": (self.path, "path: a folder that prepare.py made, or a .npy or .bin file"),
-            "hf": (self.dataset, "dataset: a name on the hub, or json, parquet or text with path"),
-            "instructions": (
-                self.path or self.dataset,
-                "path: a .json, .jsonl or .parquet file, or dataset: a name on the hub",
-            ),
-        }
-        given, needed = needs.get(self.source, (True, ""))
-        if not given:
-            raise ValueError(f"source={self.source} needs {needed}")
+        source = SOURCES[self.source]
+        if source.needs and not any(getattr(self, key) for key in source.needs):
+            raise ValueError(f"source={self.source} needs {source.hint}")
 
     def _check_val_split(self) -> None:
         if self.source == "instructions" and self.val_split and (self.path or self.val_path):

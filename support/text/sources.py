@@ -28,10 +28,12 @@ Documents = tuple[list[str] | DocumentStream, list[str] | None]
 class Source:
     """A row of the table: the keys of the config's `data` section that belong to this source, and its loader,
     which is given that section and the seed. A source without a loader gives no documents: its rows are read
-    elsewhere."""
+    elsewhere. One of the keys in `needs` must be given; `hint` says what to write."""
 
     keys: set[str]
     load: Callable[[Any, int], Documents] | None = None
+    needs: tuple[str, ...] = ()
+    hint: str = ""
 
 
 def load_documents(data: Any, seed: int) -> Documents:
@@ -180,10 +182,23 @@ SOURCES = {
     "text": Source(
         keys={"path", "val_path", "text_field", "val_fraction", "errors", "stride", "document_mask"},
         load=load_text,
+        needs=("path",),
+        hint="path: a .txt or .jsonl file, a folder or a glob",
     ),
-    "hf": Source(keys=HUB_KEYS | {"text_field", "streaming", "stride", "document_mask"}, load=load_dataset),
-    "tokens": Source(keys={"path", "val_path", "val_fraction", "dtype", "stride", "document_mask"}),
+    "hf": Source(
+        keys=HUB_KEYS | {"text_field", "streaming", "stride", "document_mask"},
+        load=load_dataset,
+        needs=("dataset",),
+        hint="dataset: a name on the hub, or json, parquet or text with path",
+    ),
+    "tokens": Source(
+        keys={"path", "val_path", "val_fraction", "dtype", "stride", "document_mask"},
+        needs=("path",),
+        hint="path: a folder that prepare.py made, or a .npy or .bin file",
+    ),
     "instructions": Source(
-        keys=HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"}
+        keys=HUB_KEYS | {"val_path", "fields", "errors", "packing", "mask_prompt", "too_long"},
+        needs=("path", "dataset"),
+        hint="path: a .json, .jsonl or .parquet file, or dataset: a name on the hub",
     ),
 }
