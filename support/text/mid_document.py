@@ -2,11 +2,12 @@
 
 A part of a document cannot be encoded or decoded as if it were a whole text, for three reasons:
 
-- A tokenizer may treat the start of a text differently. Those of Llama 2 and Mistral put a space before each
-  text and take the first space away when they decode: encoded on its own, the "s" of "ticks" becomes " s".
-- A character can be split over several tokens: "é" is two bytes, so two tokens of kind `byte`. Many tokenizers
-  have a token for each byte, for characters that their vocabulary lacks (byte fallback). The first half of a
-  character alone decodes to U+FFFD.
+- A tokenizer may treat the start of a text differently. Those of Llama 2 and Mistral put a space before
+  each text, and take the first space away when they decode: encoded on its own, the "s" of "ticks" becomes
+  " s".
+- A character can be split over several tokens: "é" is two bytes, so two tokens of kind `byte`. Many
+  tokenizers have a token for each byte, for characters that their vocabulary lacks (byte fallback). The first
+  half of a character alone decodes to U+FFFD.
 - A token can reach over the border between two parts: "tick" and "s" may be one token together.
 
 So the functions here look at the text before the part. `ids_after` is text to ids, `text_after` is ids to

@@ -140,7 +140,9 @@ def test_an_exported_tokenizer_that_is_not_ours_fails_and_leaves_nothing(
 
 
 @CHANGES
-def test_an_imported_tokenizer_that_is_not_the_one_in_the_folder_fails(saved, tmp_path, monkeypatch, change, said):
+def test_an_imported_tokenizer_that_is_not_the_one_in_the_folder_fails(
+    saved, tmp_path, monkeypatch, change, said
+):
     call("--ckpt", saved(bpe()), "--to", "hf", "--output", tmp_path / "hf")
     right = read_tokenizer
 

@@ -360,7 +360,7 @@ def test_a_second_process_in_the_same_folder_is_refused(library, tmp_path):
     from support.files.atomic import claim_folder
 
     lock = claim_folder(tmp_path / "out")
-    with pytest.raises(UserError, match=r"another run is writing to .*by --output "):
+    with pytest.raises(UserError, match=r"another run is writing to .*with --output "):
         tokens(tmp_path / "out", *flags_for(library))
     lock.release()
 

@@ -117,7 +117,7 @@ def test_the_line_of_the_docs_replaces_all_that_the_config_says_of_its_own_sourc
     said = capsys.readouterr()
     assert end.value.code == 0
     assert "the lazy dog" in said.out
-    assert "tokenizer.kind=gpt2, and" in said.err
+    assert "tokenizer.kind=gpt2, but" in said.err
     with pytest.raises(UserError, match="dataset does not belong to source=tokens"):
         load_config(REPO / "config.yaml", ["data.source=tokens", f"data.path={folder}", "data.dataset=a/b"])
 

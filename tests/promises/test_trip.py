@@ -1,4 +1,5 @@
-"""docs/ARCHITECTURE.md follows one batch from the config file to the optimizer's step. Here that trip is made.
+"""docs/ARCHITECTURE.md follows one batch from the config file to the step of the optimizer. Here that trip is
+made.
 
 The page lists the steps of the trip as "1. `file.py`: `symbol`, ...". A short training run is watched: each
 symbol must really be called, the steps in the order of the page.
