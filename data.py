@@ -96,11 +96,11 @@ def document_segments(input_ids: np.ndarray, eos_id: int) -> np.ndarray:
     return segments
 
 
-def make_batch(rows: np.ndarray, labels: np.ndarray, mask_eos: int | None) -> Batch:
+def make_batch(rows: np.ndarray, labels: np.ndarray, segment_end_id: int | None) -> Batch:
     """Tensors for blocks (B, T + 1): input_ids, labels and, with a document mask, segments, each (B, T)."""
     arrays = {"input_ids": rows[:, :-1], "labels": labels}
-    if mask_eos is not None:
-        arrays["segments"] = document_segments(rows[:, :-1], mask_eos)
+    if segment_end_id is not None:
+        arrays["segments"] = document_segments(rows[:, :-1], segment_end_id)
     batch = {}
     for name, array in arrays.items():
         batch[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
@@ -112,7 +112,7 @@ class PackedLMDataset(Dataset):
 
     The tokens after the last full block are left out (`n_dropped`), or, with `pad_last`, they make one more
     block whose missing labels are -100. So every token but the first is predicted exactly once when stride
-    equals seq_len. `mask_eos` is the id of EOS if attention is to stay inside each document.
+    equals seq_len. `segment_end_id` is the id of EOS if attention is to stay inside each document.
     """
 
     def __init__(
@@ -121,9 +121,9 @@ class PackedLMDataset(Dataset):
         seq_len: int,
         stride: int | None = None,
         pad_last: bool = False,
-        mask_eos: int | None = None,
+        segment_end_id: int | None = None,
     ):
-        self.tokens, self.seq_len, self.mask_eos = tokens, seq_len, mask_eos
+        self.tokens, self.seq_len, self.segment_end_id = tokens, seq_len, segment_end_id
         self.stride = stride or seq_len
         n_labels = max(0, len(tokens) - 1)  # every token but the first
         after_first = n_labels - seq_len  # labels after those of block 0, negative if block 0 is not full
@@ -149,7 +149,7 @@ class PackedLMDataset(Dataset):
         # Only a padded block reaches beyond the last token: there it repeats that token, without a label.
         rows = self.tokens[np.minimum(positions, len(self.tokens) - 1)].astype(np.int64)
         labels = np.where(positions[:, 1:] < len(self.tokens), rows[:, 1:], IGNORE)
-        return make_batch(rows, labels, self.mask_eos)
+        return make_batch(rows, labels, self.segment_end_id)
 
     def fingerprint(self) -> str:
         """sha256 of the tokens."""
@@ -267,11 +267,11 @@ class StreamingPackedLMDataset(IterableDataset):
         shape: StepShape,
         seed: int,
         shuffle: bool = True,
-        mask_eos: int | None = None,
+        segment_end_id: int | None = None,
         state: str | None = None,
     ):
         self.documents, self.tokenizer, self.shape = documents, tokenizer, shape
-        self.seq_len, self.stride, self.mask_eos = seq_len, stride, mask_eos
+        self.seq_len, self.stride, self.segment_end_id = seq_len, stride, segment_end_id
         self.seed, self.shuffle = seed, shuffle
         start = {"epoch": 0, "group": 0, "source": None, "used": 0, "piece": 0, "tokens": [], "taken": 0}
         self.state = start | (json.loads(state) if state else {})  # older states lack piece and taken
@@ -302,7 +302,7 @@ class StreamingPackedLMDataset(IterableDataset):
         for micro in range(self.shape.grad_accum_steps):
             samples = self.shape.samples(0, micro)
             share = rows[samples.start : samples.stop]
-            micro_batches.append(make_batch(share, share[:, 1:], self.mask_eos))
+            micro_batches.append(make_batch(share, share[:, 1:], self.segment_end_id))
         return Step(micro_batches, state)
 
     def _pieces(self) -> Iterator[tuple[str, bool, dict]]:
@@ -383,7 +383,7 @@ class PackedData:
         return [f"train: {train}", f"val:   {self.val.describe(self.n_val_docs)}"]
 
 
-def mask_eos_of(config: Config, tokenizer: Tokenizer) -> int | None:
+def segment_end_id_of(config: Config, tokenizer: Tokenizer) -> int | None:
     """The id after which a new segment begins, or None without a document mask."""
     return tokenizer.eos_id if config.data.document_mask else None
 
@@ -391,9 +391,9 @@ def mask_eos_of(config: Config, tokenizer: Tokenizer) -> int | None:
 @memory_for_text()
 def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedData:
     """Tokenize and cut into blocks. Raises UserError if the text is too short for one block."""
-    mask_eos = mask_eos_of(config, tokenizer)
+    segment_end_id = segment_end_id_of(config, tokenizer)
     val_row = tokenize(corpus.val, tokenizer)
-    val = PackedLMDataset(val_row, config.seq_len, pad_last=True, mask_eos=mask_eos)
+    val = PackedLMDataset(val_row, config.seq_len, pad_last=True, segment_end_id=segment_end_id)
     if len(val) == 0:
         raise UserError("the validation text is empty; raise data.val_fraction, or give it a text of its own")
     if isinstance(corpus.train, DocumentStream):
@@ -405,7 +405,7 @@ def pack_corpus(corpus: Corpus, tokenizer: Tokenizer, config: Config) -> PackedD
             sample_text=corpus.val[0][:SAMPLE_CHARS],
         )
     return PackedData(
-        train=training_blocks(tokenize(corpus.train, tokenizer), config, mask_eos),
+        train=training_blocks(tokenize(corpus.train, tokenizer), config, segment_end_id),
         val=val,
         n_train_docs=len(corpus.train),
         n_val_docs=len(corpus.val),
@@ -417,15 +417,15 @@ def pack_token_files(files: TokenFiles, tokenizer: Tokenizer, config: Config) ->
     """Token files cut into blocks, without reading them. Raises UserError if their ids are not the
     tokenizer's, or too few."""
     files.check(tokenizer)
-    mask_eos = mask_eos_of(config, tokenizer)
-    val = PackedLMDataset(files.val, config.seq_len, pad_last=True, mask_eos=mask_eos)
+    segment_end_id = segment_end_id_of(config, tokenizer)
+    val = PackedLMDataset(files.val, config.seq_len, pad_last=True, segment_end_id=segment_end_id)
     if len(val) == 0:
         raise UserError(
             f"{files.val.path} has no tokens to validate on; raise data.val_fraction, or name others by "
             "data.val_path"
         )
     return PackedData(
-        train=training_blocks(files.train, config, mask_eos),
+        train=training_blocks(files.train, config, segment_end_id),
         val=val,
         n_train_docs=files.n_documents("train"),
         n_val_docs=files.n_documents("val"),
@@ -433,9 +433,11 @@ def pack_token_files(files: TokenFiles, tokenizer: Tokenizer, config: Config) ->
     )
 
 
-def training_blocks(tokens: np.ndarray | TokenFile, config: Config, mask_eos: int | None) -> PackedLMDataset:
+def training_blocks(
+    tokens: np.ndarray | TokenFile, config: Config, segment_end_id: int | None
+) -> PackedLMDataset:
     """Raises UserError if there is not one block."""
-    train = PackedLMDataset(tokens, config.seq_len, config.stride, mask_eos=mask_eos)
+    train = PackedLMDataset(tokens, config.seq_len, config.stride, segment_end_id=segment_end_id)
     if len(train) == 0:
         raise UserError(
             f"the training text has {len(tokens)} tokens, fewer than one block of seq_len + 1 = "
@@ -487,7 +489,7 @@ def make_dataloaders(
             shape=shape,
             seed=config.seed,
             shuffle=config.data.shuffle,
-            mask_eos=mask_eos_of(config, tokenizer),
+            segment_end_id=segment_end_id_of(config, tokenizer),
             state=stream_state,
         )
         return DataLoader(stream, num_workers=min(workers, 1), **options), val

@@ -119,8 +119,8 @@ def text_blocks(
         n_documents = len(documents)
         n_bytes = sum(len(document.encode()) for document in documents)
         n_bytes -= n_first_bytes(tokens[:4].tolist(), tokenizer)
-    mask_eos = tokenizer.eos_id if config.data.document_mask else None
-    blocks = PackedLMDataset(tokens, seq_len, pad_last=True, mask_eos=mask_eos)
+    segment_end_id = tokenizer.eos_id if config.data.document_mask else None
+    blocks = PackedLMDataset(tokens, seq_len, pad_last=True, segment_end_id=segment_end_id)
     if len(blocks) == 0:
         raise UserError(
             f"the text has {len(tokens)} tokens with its end, and at least two are needed; give more text"

@@ -173,7 +173,7 @@ def test_nothing_to_predict_makes_no_block(n):
 
 
 def test_a_batch_is_its_blocks_stacked():
-    blocks = PackedLMDataset(positions(100), SEQ_LEN, mask_eos=30)
+    blocks = PackedLMDataset(positions(100), SEQ_LEN, segment_end_id=30)
     batch = blocks.batch([5, 2, 2])
     for name, tensor in batch.items():
         assert torch.equal(tensor, torch.stack([blocks[i][name] for i in (5, 2, 2)]))
