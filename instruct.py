@@ -42,23 +42,29 @@ FIELDS_HINT = "data.fields says what they are called, e.g. {instruction: prompt,
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of an instruction file, and where it is."""
+    """A row of an instruction file: what is asked, a text that it is about (or ""), and the answer."""
 
     instruction: str
     input: str
     output: str
-    where: str
+    where: str  # for messages: "rows.json, row 3"
 
     def n_chars(self) -> int:
+        """Its length in characters: how much text it is."""
         return len(self.instruction) + len(self.input) + len(self.output)
 
 
 def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: str) -> list[Pair]:
-    """Rows to pairs. A row without an instruction or an output (null or blank) teaches nothing: it is left
-    out, and counted in a warning. `fields` says what the rows call instruction, input and output. Raises
-    UserError for a row that lacks a field or holds something else there, or if no pair remains."""
+    """The pairs in (row, where it is) of a file or dataset. `fields` says what its rows call instruction,
+    input and output; `source` is its name, for messages. A row without an instruction or an output (null or
+    blank) teaches nothing: it is left out, and counted in a warning.
+
+    Raises UserError if a field is missing or does not hold a text, if no pair remains, or if no row has the
+    input that `fields` names.
+    """
     names = {name: fields.get(name, name) for name in ROW_FIELDS}
-    pairs, left_out, has_input = [], [], False
+    pairs, left_out = [], []
+    has_input = False
     for row, where in rows:
         pair = pair_of(row, where, names)
         has_input = has_input or row.get(names["input"]) is not None
@@ -68,6 +74,7 @@ def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: s
             left_out.append(where)
     if not pairs:
         raise UserError(f"{source} holds no instruction with an output; give rows like {ROW_EXAMPLE}")
+    # A missing input counts as empty, so a misspelled name for it would go unnoticed without this check.
     if "input" in fields and not has_input:
         raise UserError(
             f"no row of {source} has {names['input']!r}, which data.fields names as input; correct it, or "
@@ -82,7 +89,9 @@ def pairs_of(rows: Iterable[tuple[dict, str]], fields: dict[str, str], source: s
 
 
 def pair_of(row: dict, where: str, names: dict[str, str]) -> Pair:
-    """A row as a pair, with an empty text for a field that is null, and for an input that is missing."""
+    """A row as a pair. A field that is null is an empty text; so is a missing input, which many rows do not
+    need. `names` says what the row calls each field: {"instruction": "prompt", ...}. Raises UserError if
+    another field is missing, or if one holds something else than text."""
     texts = {}
     for name, field in names.items():
         is_null = field in row and row[field] is None
@@ -95,13 +104,14 @@ def pair_of(row: dict, where: str, names: dict[str, str]) -> Pair:
 
 
 def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, validation pairs). Validation has a file or a split of its own, or else rows drawn by
-    `seed` are held out."""
+    """(training pairs, validation pairs) that the config names. Validation has a file or a split of its own;
+    without one, a part of the rows is held out for it. Raises UserError."""
     data = config.data
     if data.path:
         pairs = pairs_of_files(data.path, "data.path", config)
     else:
         pairs = pairs_of_split(data.split, config)
+    # val_docs and train_docs limit how many are used; a limit that is not set is None, and [:None] is all.
     if data.val_path:
         val = pairs_of_files(data.val_path, "data.val_path", config)[: data.val_docs]
     elif data.val_split:
@@ -112,15 +122,18 @@ def split_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
 
 
 def pairs_of_files(path: str, key: str, config: Config) -> list[Pair]:
+    """The pairs in local files; `key` is the config key that named `path`, for messages."""
     return pairs_of(read_files(path, key, config.data.errors), config.data.fields, path)
 
 
 def pairs_of_split(split: str, config: Config) -> list[Pair]:
+    """The pairs in one split (a named part, such as "train") of the dataset that the config names."""
     return pairs_of(read_hub(config.data, split), config.data.fields, config.data.dataset)
 
 
 def hold_out_pairs(pairs: list[Pair], config: Config) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, validation pairs), `val_docs` of them or `val_fraction` of the rows."""
+    """(training pairs, validation pairs). `val_docs` rows are held out for validation, or the share
+    `val_fraction` of all; `seed` draws which. Raises UserError if no row is left to train on."""
     data = config.data
     n_val = data.val_docs or max(1, round(data.val_fraction * len(pairs)))
     if n_val >= len(pairs):
@@ -134,6 +147,7 @@ def hold_out_pairs(pairs: list[Pair], config: Config) -> tuple[list[Pair], list[
         order=np.random.default_rng(config.seed).permutation(len(pairs)),
         n_held=n_val,
     )
+    # Rows are counted, but they differ in length: a few long ones may be most of the text.
     warn_of_share(
         held=sum(pair.n_chars() for pair in val),
         total=sum(pair.n_chars() for pair in pairs),
@@ -149,40 +163,49 @@ def hold_out_pairs(pairs: list[Pair], config: Config) -> tuple[list[Pair], list[
 
 @dataclass(frozen=True)
 class Example:
-    """A pair as ids: prompt, response, EOS. The first `n_prompt` of them are the prompt."""
+    """A pair as ids: prompt, response, EOS (the token that ends a text). The first `n_prompt` ids are the
+    prompt."""
 
     ids: np.ndarray
     n_prompt: int
 
     def __len__(self) -> int:
-        """Positions it takes in a row: the last id is only a label."""
+        """How many positions of a row it takes: one less than its ids, for the last id is only a label."""
         return len(self.ids) - 1
 
     def labels(self, mask_prompt: bool) -> np.ndarray:
-        """For each position the id that follows; -100 where that id belongs to the prompt."""
+        """For each position the id that follows. With `mask_prompt` it is IGNORE (-100, not scored) where
+        that id belongs to the prompt."""
         labels = self.ids[1:].copy()
         if mask_prompt:
-            labels[: max(0, self.n_prompt - 1)] = IGNORE
+            # One less than n_prompt: from its last position, the prompt predicts the response's first token.
+            n_masked = max(0, self.n_prompt - 1)
+            labels[:n_masked] = IGNORE
         return labels
 
 
 def encode_pair(pair: Pair, tokenizer: Tokenizer, template: Template) -> Example:
-    """Raises UserError, which names the row, for characters that the tokenizer does not know."""
+    """The ids of prompt, response and EOS. The response is encoded as it reads after the prompt: some
+    tokenizers give a word other ids at the beginning of a text. Raises UserError, which names the row, for
+    characters that the tokenizer does not know."""
     try:
         parts = first_prompt_parts(template, tokenizer, pair.instruction, pair.input)
         prompt = tokenizer.encode_parts(parts)
         response = ids_after(tokenizer, parts, pair.output)
     except UserError as error:
         raise UserError(f"{pair.where}: {error}") from None
-    return Example(np.array([*prompt, *response, tokenizer.eos_id], np.int64), len(prompt))
+    ids = np.array([*prompt, *response, tokenizer.eos_id], np.int64)
+    return Example(ids, n_prompt=len(prompt))
 
 
 class InstructPairDataset(Dataset):
-    """Item i is a pair, padded to the longest of its batch, or with `packing` a block of several pairs.
+    """Instruction pairs as rows to train on. Item i is one pair, or with `packing` a block of `seq_len`
+    positions that is filled with several pairs.
 
-    A pair longer than `seq_len` positions loses the start of its prompt (`n_cut` counts them). It is left out
-    (`n_dropped`) if its response alone is too long, or in any case with `too_long="drop"`: half an answer
-    would teach to stop in the middle. Raises UserError if none remains.
+    A pair longer than `seq_len` positions loses the start of its prompt (`n_cut` counts such pairs). It is
+    left out (`n_dropped`) if its response alone is too long, or in any case with `too_long="drop"`. An answer
+    is never cut: without its beginning it would teach the model to begin in the middle, and without its EOS,
+    never to stop. Raises UserError if no pair remains.
     """
 
     def __init__(
@@ -196,11 +219,14 @@ class InstructPairDataset(Dataset):
         mask_prompt: bool = True,
         too_long: str = "cut",
     ):
-        self.seq_len, self.packing, self.mask_prompt = seq_len, packing, mask_prompt
-        self.pad_id = tokenizer.eos_id
+        self.seq_len = seq_len
+        self.packing = packing
+        self.mask_prompt = mask_prompt
+        self.pad_id = tokenizer.eos_id  # any id would do: padding is not scored
         self.examples: list[Example] = []
-        self.n_cut = self.n_dropped = 0
-        self.n_bytes = 0  # of the responses that are kept
+        self.n_cut = 0
+        self.n_dropped = 0
+        self.n_bytes = 0  # UTF-8 bytes of the kept responses, for bits per byte
         for pair in pairs:
             example = self._fitted(encode_pair(pair, tokenizer, template), too_long)
             if example is not None:
@@ -214,7 +240,8 @@ class InstructPairDataset(Dataset):
         self.blocks = self._blocks(self.examples, packing)
 
     def _fitted(self, example: Example, too_long: str) -> Example | None:
-        """The example without so much of its prompt's start that it fits, or None if it is left out."""
+        """The example, with as much cut from the start of its prompt as is needed to fit; None if it is left
+        out. Counts both kinds."""
         surplus = len(example) - self.seq_len
         if surplus <= 0:
             return example
@@ -225,9 +252,10 @@ class InstructPairDataset(Dataset):
         return Example(example.ids[surplus:], example.n_prompt - surplus)
 
     def _blocks(self, examples: list[Example], packing: bool) -> list[list[Example]]:
-        """One pair in each block, or packed: whole pairs in the order of the rows; a pair that does not fit
-        any more begins the next block."""
-        blocks, room = [], 0
+        """The pairs of each block: one, or with `packing` as many as fit. They keep the order of the rows,
+        and none is cut: a pair that no longer fits begins the next block."""
+        blocks: list[list[Example]] = []
+        room = 0  # free positions in the last block
         for example in examples:
             if not packing or len(example) > room:
                 blocks.append([])
@@ -237,49 +265,54 @@ class InstructPairDataset(Dataset):
         return blocks
 
     def __len__(self) -> int:
+        """The number of rows to train on."""
         return len(self.blocks)
 
     def __getitem__(self, i: int) -> Batch:
+        """Row i alone: the tensors of `batch`, without their first dimension."""
         return {name: tensor[0] for name, tensor in self.batch([i]).items()}
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """input_ids and labels (B, T), T the longest of the batch. With packing T is `seq_len`, and segments
-        (B, T) number the pairs of each row. A row is filled up with EOS, which is not scored and is a segment
+        """The rows with these numbers: input_ids and labels, (B, T). T is the length of the longest row; with
+        packing it is `seq_len`, and segments, (B, T), say which pair of its row a position belongs to.
+        Attention stays inside a segment. The rest of a row is padding: EOS that is not scored, in a segment
         of its own."""
         return self.batch_of([self.blocks[i] for i in indices], self.packing)
 
     def batch_of(self, blocks: list[list[Example]], packing: bool) -> Batch:
+        """These blocks as a batch, one a row; see `batch`."""
         width = self.seq_len if packing else max(len(block[0]) for block in blocks)
         ids = np.full((len(blocks), width), self.pad_id, np.int64)
         labels = np.full_like(ids, IGNORE)
         segments = np.empty_like(ids)
         for row, block in enumerate(blocks):
-            start = 0
+            start = 0  # where the next pair of this row begins
             for number, example in enumerate(block):
                 place = slice(start, start + len(example))
                 ids[row, place] = example.ids[:-1]
                 labels[row, place] = example.labels(self.mask_prompt)
                 segments[row, place] = number
                 start = place.stop
-            segments[row, start:] = len(block)
+            segments[row, start:] = len(block)  # padding: one more than the last pair's number
         arrays = {"input_ids": ids, "labels": labels}
         if packing:
             arrays["segments"] = segments
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def example_batch(self, n: int, packing: bool) -> Batch:
-        """The first `n` pairs as one batch, packed or not."""
+        """The first `n` pairs as one batch, packed or not: to show what packing does."""
         return self.batch_of(self._blocks(self.examples[:n], packing), packing)
 
     def fingerprint(self) -> str:
-        """sha256 of all ids and of where the responses begin."""
+        """sha256 of all ids and of where the responses begin. A run that is resumed compares it, to notice
+        that its training data is another."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(example.ids.tobytes() + example.n_prompt.to_bytes(8, "little"))
         return digest.hexdigest()
 
     def describe(self, n_rows: int) -> str:
-        """Sizes, on one line."""
+        """Sizes, on one line; `n_rows` is how many pairs there were before any was dropped."""
         n_tokens = sum(len(example.ids) for example in self.examples)
         n_scored = sum(int((example.labels(self.mask_prompt) != IGNORE).sum()) for example in self.examples)
         text = f"{n_rows:,} instructions, {n_tokens:,} tokens, {n_scored:,} of them scored"
@@ -292,7 +325,9 @@ class InstructPairDataset(Dataset):
             counts.append(f"{self.n_cut:,} cut at the start of their prompt")
         if self.n_dropped:
             counts.append(f"{self.n_dropped:,} dropped")
-        return f"{text} ({' and '.join(counts)}: longer than {self.seq_len})" if counts else text
+        if counts:
+            text += f" ({' and '.join(counts)}: longer than {self.seq_len})"
+        return text
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -300,24 +335,29 @@ class InstructPairDataset(Dataset):
 
 @torch.no_grad()
 def score_responses(net: torch.nn.Module, batch: Batch) -> Tensor:
-    """(5,) float32: the summed loss; the number of targets; how many of them the model finds most likely; the
-    number of responses; how many of these it gets right from beginning to end, so that greedy decoding would
-    write exactly them."""
+    """(5,) float32, the sums of a batch: the loss; the number of targets (response tokens, EOS included);
+    how many of them the model finds likeliest; the number of responses; how many of these have only such
+    tokens, so that greedy decoding (always taking the likeliest token) would write exactly these responses.
+
+    `batch` is as `InstructPairDataset.batch` makes it: with segments, a row holds several pairs.
+    """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]  # (B, T)
-    scored = labels != IGNORE
+    scored = labels != IGNORE  # (B, T), of which n are true
     targets = labels[scored]  # (n,)
     logits = net(**inputs)[scored].float()  # (n, V)
+    # A number for each pair of the batch: row * T + segment. A row has T segments at most, so no two pairs
+    # get the same one. The counts below are by this number; those that belong to no pair stay 0.
     segments = batch.get("segments", torch.zeros_like(labels))
     row = torch.arange(len(labels), device=labels.device)[:, None]
-    pair = segments + labels.shape[1] * row  # (B, T), one number for each pair
+    pair = row * labels.shape[1] + segments  # (B, T)
     zeros = torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
     n_targets = zeros.index_add(0, pair[scored], torch.ones_like(targets))  # of each pair
     n_right = zeros.index_add(0, pair[scored], (logits.argmax(dim=-1) == targets).long())
-    answered = n_targets > 0
+    is_response = n_targets > 0
     loss = F.cross_entropy(logits, targets, reduction="sum")
-    all_right = answered & (n_right == n_targets)
-    sums = [loss, n_targets.sum(), n_right.sum(), answered.sum(), all_right.sum()]
+    all_right = is_response & (n_right == n_targets)
+    sums = [loss, n_targets.sum(), n_right.sum(), is_response.sum(), all_right.sum()]
     return torch.stack(sums).float()
 
 
@@ -327,7 +367,8 @@ def score_responses(net: torch.nn.Module, batch: Batch) -> Tensor:
 def validation_pairs(
     pairs: list[Pair], tokenizer: Tokenizer, config: Config, seq_len: int
 ) -> InstructPairDataset:
-    """Validation scores responses alone, whatever was trained on, so that losses can be compared."""
+    """Pairs to validate on. Only responses are scored, also if prompts are trained on (data.mask_prompt is
+    false), so that the losses of both kinds of training can be compared."""
     return InstructPairDataset(
         pairs,
         tokenizer,
@@ -341,7 +382,7 @@ def validation_pairs(
 
 @memory_for_text()
 def load_instructions(config: Config, tokenizer: Tokenizer) -> PackedData:
-    """The pairs that the config names, ready to train on. Raises UserError."""
+    """The pairs that the config names, ready to train and validate on. Raises UserError."""
     pairs, val_pairs = split_pairs(config)
     train = InstructPairDataset(
         pairs,

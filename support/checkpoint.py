@@ -35,7 +35,7 @@ from support.text.chat_template import Template
 from support.weights import load_weights, oversized
 from tokenizer import Tokenizer, tokenizer_from_dict
 
-KEY = "tiny_transformer"
+KEY = "tiny_transformer"  # checkpoint[KEY] holds the fields that this project adds to Lightning's
 FORMAT_VERSION = 1
 
 # ---- reading -------------------------------------------------------------------------------------
