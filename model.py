@@ -25,20 +25,16 @@ from support.chunked_loss import CHUNKED_FROM_VOCAB, IGNORE, chunked_cross_entro
 
 
 class GPTConfig(BaseModel):
-    """Everything that decides the shape of the network: the contract between config, model and checkpoint."""
+    """The settings of the network: the `model` section of a config, and a part of every checkpoint."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    vocab_size: int = Field(
-        0, ge=0, description="Rows of the embedding table. Set by the tokenizer, never by a config file."
-    )
+    vocab_size: int = Field(0, ge=0, description="Rows of the embedding table. The tokenizer sets it.")
     d_model: int = Field(
         128, gt=0, description="Width of the residual stream. Parameters and time grow with its square."
     )
     n_layers: int = Field(4, gt=0, description="Number of transformer blocks.")
-    n_heads: int = Field(
-        4, gt=0, description="Query heads per block. `d_model` must be a multiple, or set `head_dim`."
-    )
+    n_heads: int = Field(4, gt=0, description="Query heads. `d_model` must be a multiple, or set `head_dim`.")
     n_kv_heads: int | None = Field(
         None, gt=0, description="Key/value heads; fewer make the cache smaller (GQA). Default: `n_heads`."
     )
@@ -53,7 +49,7 @@ class GPTConfig(BaseModel):
         0.0, ge=0, lt=1, description="Share of activations dropped in training. Helps when data is repeated."
     )
     rope_theta: float = Field(
-        10000.0, gt=0, description="Base of the rotary frequencies. Larger: slower, for longer contexts."
+        10000.0, gt=0, description="Rotary base. A larger one turns pairs more slowly, for longer texts."
     )
     norm_eps: float = Field(1e-5, gt=0, description="Added inside the square root of the normalization.")
     tie_embeddings: bool = Field(
@@ -69,7 +65,7 @@ class GPTConfig(BaseModel):
         "swiglu", description="`swiglu`: gated, three matrices. `gelu`: GPT-2's, two matrices."
     )
     position: Literal["rope", "learned", "sinusoidal"] = Field(
-        "rope", description="How order enters: rotated q and k, a learned table, or sinusoids."
+        "rope", description="How token order enters: rotated q and k, a learned table, or sinusoids."
     )
     bias: bool = Field(
         False, description="Biases in the linear layers and in LayerNorm (GPT-2 has them, Llama does not)."
@@ -105,7 +101,7 @@ class GPTConfig(BaseModel):
                 f"d_model={D} is odd, but sinusoidal positions come in pairs; try d_model={D + 1}"
             )
         if self.d_ff is None and self.mlp == "swiglu":
-            # Three matrices of 8/3 D have as many weights as two of 4 D. Rounded up to a multiple of 32.
+            # Three matrices of D x 8/3 D have as many weights as two of D x 4 D. In steps of 32.
             self.d_ff = 32 * math.ceil(8 * D / (3 * 32))
         elif self.d_ff is None:
             self.d_ff = 4 * D
@@ -118,8 +114,8 @@ class GPTConfig(BaseModel):
 class RMSNorm(nn.Module):
     """Divide by the root of the mean square, then scale: x / sqrt(mean(x^2) + eps) * weight, in float32.
 
-    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019): LayerNorm without the mean to subtract
-    and the bias to add, cheaper and as good.
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). Unlike LayerNorm it subtracts no mean
+    and adds no bias: cheaper, and as good.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -143,6 +139,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
+    """A new norm of the kind that `config.norm` names."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, config.norm_eps)
     if config.norm == "layernorm":
@@ -150,7 +147,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
     raise ValueError(f"norm={config.norm!r} is unknown; make_norm in model.py has rmsnorm and layernorm")
 
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines of the rotary positions
+Rope = tuple[Tensor, Tensor]  # the cosines and the sines that `rope_tables` returns
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> Rope:
@@ -169,8 +166,8 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> Rope:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs of each head: (a, b) becomes (a cos - b sin, b cos + a sin). x: (B, H, T, hd).
 
-    Dimension i is paired with dimension i + hd/2. This is the "halves" convention, Hugging Face's; the paper
-    pairs neighbours, 2i with 2i + 1.
+    Dimension i is paired with dimension i + hd/2, as in Hugging Face's code. The paper pairs neighbours, 2i
+    with 2i + 1 (from_scratch.py has both).
     """
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, hd/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -188,17 +185,19 @@ def segment_positions(segments: Tensor) -> Tensor:
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_start = torch.ones_like(segments, dtype=torch.bool)
     is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    start_of_mine = torch.where(is_start, index, 0).cummax(dim=1).values  # 0 0 2 2 2
+    start_of_mine = torch.where(is_start, index, 0).cummax(dim=1).values  # 0 0 2 0 0 -> 0 0 2 2 2
     return index - start_of_mine
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """True where a query may look, (T, S). The queries are the last T of the S positions.
+    """True where a query may look, (T, S). With a cache, only the T new positions ask; all S answer.
 
-    With T=2, S=4:   1 1 1 0
-                     1 1 1 1
+    T=2, S=4:   1 1 1 0
+                1 1 1 1
     """
-    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+    n_past = n_keys - n_queries  # query 0 sees these and itself; each later query sees one more
+    everywhere = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return everywhere.tril(n_past)  # row i keeps True in columns 0 .. n_past + i
 
 
 def segment_mask(segments: Tensor) -> Tensor:
@@ -210,14 +209,13 @@ def segment_mask(segments: Tensor) -> Tensor:
                         . . 1 1
     """
     T = segments.shape[1]
-    same = segments[:, None, :, None] == segments[:, None, None, :]
+    same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, 1) == (B, 1, 1, T)
     return same & causal_mask(T, T, segments.device)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(hd)) v, written out. q (B, H, T, hd); k and v (B, H, S, hd). It also runs on MPS,
-    where the fused kernel has leaked future positions and mishandled strides (pytorch issues 195910, 181133).
-    """
+    """softmax(q k^T / sqrt(hd)) v, written out. q (B, H, T, hd); k, v (B, H, S, hd). For Apple's GPUs (mps),
+    where the fused kernel has leaked future positions and mishandled strides (pytorch 195910, 181133)."""
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, T, S)
     if mask is None:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -227,16 +225,16 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The same with PyTorch's fused kernel, which never stores the (T, S) scores."""
-    # is_causal aligns its triangle to the top left: with a cache, a single query would see only key 0.
+    # is_causal lets query 0 see only key 0. That is wrong for a single query after a cache: it sees all keys.
     is_causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, so that a new token costs one position, not all of them.
+    """Keys and values of the positions seen so far: for a new token only its own position is computed.
 
-    One pair of buffers per layer, allocated once and filled in place. They have K heads, not H: that is what
-    grouped-query attention saves. `length` is the number of positions filled.
+    Each layer has two buffers, allocated once and filled in place. They have K heads, not H: this is where
+    grouped-query attention saves memory. `length` is the number of positions filled.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str, dtype: torch.dtype):
@@ -276,6 +274,7 @@ class GQAMultiheadAttention(nn.Module):
         self.k_norm = RMSNorm(hd, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (B, T, D) to (B, T, D). `mask` is True where a query may look; None means causal."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
@@ -311,7 +310,8 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """GPT-2's MLP: up, GELU (its tanh approximation), down."""
+    """GPT-2's MLP: widen to d_ff, bend, narrow again. GELU is a smooth ReLU (Hendrycks and Gimpel, 2016);
+    GPT-2 computes it with a formula that uses tanh, so we do too."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -323,6 +323,7 @@ class GeluMLP(nn.Module):
 
 
 def make_mlp(config: GPTConfig) -> nn.Module:
+    """A new MLP of the kind that `config.mlp` names."""
     if config.mlp == "swiglu":
         return SwiGLU(config)
     if config.mlp == "gelu":
@@ -335,7 +336,7 @@ def make_mlp(config: GPTConfig) -> nn.Module:
 
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). The residual stream x itself is never normalized, only
-    what branches off from it."""
+    the copy that attention or the MLP reads."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -371,35 +372,33 @@ class GPTMini(nn.Module):
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size={config.vocab_size} must be at least 1; take it from the tokenizer")
         self.config = config
-        # from_pretrained, since nn.Embedding(V, D) draws numbers at once: on the meta device, where there are
-        # none, that imports half of torch's compiler.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.d_model), freeze=False
-        )
+        V, D = config.vocab_size, config.d_model
+        # An empty table; reset_parameters fills it. nn.Embedding(V, D) would fill it here already, and that
+        # starts slowly on the "meta" device (tensors with a shape but no numbers, which a loader replaces).
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
         if config.position == "learned":
-            self.embed_positions = nn.Embedding.from_pretrained(
-                torch.empty(config.max_seq_len, config.d_model), freeze=False
-            )
+            table = torch.empty(config.max_seq_len, D)
+            self.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = make_norm(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        large = config.vocab_size >= CHUNKED_FROM_VOCAB
-        self.loss_sum = chunked_cross_entropy_sum if large else cross_entropy_sum  # the same number
-        if not self.embed_tokens.weight.is_meta:
+        self.lm_head = nn.Linear(D, V, bias=False)  # no bias, whatever config.bias says
+        # Two ways to compute one loss; the chunked one needs less memory.
+        large_vocab = V >= CHUNKED_FROM_VOCAB
+        self.loss_sum = chunked_cross_entropy_sum if large_vocab else cross_entropy_sum
+        if not self.embed_tokens.weight.is_meta:  # a meta model has no numbers to set
             self.reset_parameters()
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let head and embedding be one tensor, if the config says so. Loading into a meta-device model
-        breaks the tie, so a loader calls this again."""
+        """Make the head's weight and the embedding table one tensor, if the config says so. Loading into a
+        meta model replaces both, so a loader calls this again."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialization: normal with std 0.02. The matrices that write into the residual stream
-        start smaller by 1/sqrt(2 n_layers), so that the stream does not grow with depth (Radford et al.,
-        2019)."""
+        """GPT-2's initialization (Radford et al., 2019): normal with std 0.02; the matrices that write into
+        the residual stream start smaller by 1/sqrt(2 n_layers), so that it does not grow with depth."""
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
@@ -408,19 +407,19 @@ class GPTMini(nn.Module):
             if writes_to_stream:
                 std /= (2 * self.config.n_layers) ** 0.5
             if self.config.zero_init and (writes_to_stream or name == "lm_head"):
-                std = 0.0  # a tied head gets the embedding's tensor afterwards
+                std = 0.0  # without effect on a tied head: tie_weights gives it the embedding's tensor
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def n_params(self) -> int:
-        """The number of trainable numbers, a tied head counted once."""
+        """How many numbers the weights hold; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations to train on one token, forward and backward: 6 for each weight of a
-        matrix that multiplies, and 6 n_layers seq_len (H hd) for causal attention. Norms, softmax and the
-        optimizer are not counted."""
+        """Floating-point operations to train on one token. Each weight of a matrix costs 2 forward and 4
+        backward; causal attention costs 6 n_layers seq_len (H hd). Norms, softmax and the optimizer are not
+        counted."""
         c = self.config
         matrix_weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * matrix_weights + 6 * c.n_layers * seq_len * c.n_heads * c.head_dim
@@ -430,7 +429,7 @@ class GPTMini(nn.Module):
     ) -> Tensor:
         """Everything but the head: token ids (B, T) to (B, T, D). Raises ValueError beyond `max_seq_len`."""
         c, T, device = self.config, input_ids.shape[1], input_ids.device
-        past = cache.length if cache is not None else 0
+        past = cache.length if cache is not None else 0  # the positions before input_ids
         if past + T > c.max_seq_len:
             raise ValueError(
                 f"sequence of {past + T} tokens is longer than max_seq_len={c.max_seq_len}; cut it, or "
@@ -458,6 +457,7 @@ class GPTMini(nn.Module):
         x = self.dropout(x)
         for block in self.layers:
             if c.gradient_checkpointing and self.training:
+                # Only the block's input is kept; backward computes the rest again.
                 x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
@@ -475,9 +475,9 @@ class GPTMini(nn.Module):
         """Logits (B, T, V); with `labels`, (summed loss, number of targets) instead.
 
         labels (B, T): `labels[b, t]` is the token that follows `input_ids[b, t]` (the data shifts them, not
-        this function); -100 is not scored. segments (B, T): the document of each position; attention stays
-        inside it, and positions start again with it. cache: keys and values of earlier positions, extended in
-        place.
+        this function); -100 is not scored. segments (B, T): the number of each token's document; attention
+        stays inside a document, and positions start again in each. cache: keys and values of earlier
+        positions; those of `input_ids` are added.
         """
         x = self.hidden_states(input_ids, segments, cache)  # (B, T, D)
         if labels is None:
@@ -492,7 +492,7 @@ class GPTMini(nn.Module):
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, sampling: SamplingConfig | None = None, **options
     ) -> Tensor:
-        """The prompts (B, T) and up to `max_new_tokens` tokens after each; `options` are `eos_id` and
+        """The prompts (B, T) with up to `max_new_tokens` new tokens after each. `options` are `eos_id` and
         `generator`, as in `generate_tokens`. Call `eval()` first."""
         tokens = generate_tokens(self, input_ids, max_new_tokens, sampling, **options)
         return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)

@@ -70,14 +70,14 @@ LESSONS: list[tuple[str, str, str, str, Callable[[ModuleType], None]]] = [
     (
         "a causal mask that lets one future token through",
         "model.py",
-        ".tril(n_keys - n_queries)",
-        ".tril(n_keys - n_queries + 1)",
+        ".tril(n_past)",
+        ".tril(n_past + 1)",
         check_segments_isolate,
     ),
     (
         "a mask aligned to the top left",
         "model.py",
-        ".tril(n_keys - n_queries)",
+        ".tril(n_past)",
         ".tril()",
         cached_in_two_pieces,
     ),
