@@ -44,7 +44,8 @@ SHAPES = {
 
 
 def random_model(seed: int = 3, **switches) -> GPTMini:
-    """Weights large enough that logits differ, norms and biases not at their first values."""
+    """A model with weights so large that logits differ, and with norms and biases that are not at their
+    first values."""
     torch.manual_seed(seed)
     model = GPTMini(GPTConfig(**(SIZES | switches)))
     with torch.no_grad():
@@ -61,7 +62,7 @@ def call(*argv: str) -> str:
 
 
 def save_checkpoint(folder: Path, name: str, model: GPTMini, tokenizer: Tokenizer | None = None) -> Path:
-    """The path of a new checkpoint, name.ckpt, which no run has made."""
+    """The path of a new checkpoint, name.ckpt, written without a run."""
     write_model(folder / f"{name}.ckpt", model, tokenizer or ByteTokenizer(), {})
     return folder / f"{name}.ckpt"
 
@@ -76,7 +77,7 @@ def train_bpe() -> BPETokenizer:
 
 
 def with_bos(tokenizer: BPETokenizer) -> FileTokenizer:
-    """Its rules put <s> before each text, as those of Llama and Mistral do."""
+    """The tokenizer with rules that put <s> before each text, like those of Llama and Mistral."""
     backend = Backend.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     backend.post_processor = processors.TemplateProcessing(

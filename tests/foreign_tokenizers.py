@@ -1,5 +1,5 @@
-"""Small tokenizers built like those of published models. What they do at the start of a text is what the
-tests need."""
+"""Small tokenizers built like those of published models. The tests need their behaviour at the start of a
+text."""
 
 import functools
 import json

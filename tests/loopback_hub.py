@@ -72,8 +72,8 @@ class LoopbackHub:
         self.server.server_close()
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """The variables with which a child process takes this hub for the real one, with a cache of its
-        own."""
+        """The variables that make a child process use this hub instead of the real one, with its own
+        cache."""
         return dict.fromkeys(OFFLINE_SWITCHES, "0") | {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cache),

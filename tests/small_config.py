@@ -1,4 +1,4 @@
-"""The smallest config, with changes, and what is said of a wrong one."""
+"""The smallest config, with changes, and the error for a wrong one."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Evaluations that no model made: any number of checkpoints and cases, with every kind of case, for tests
-of what shows them."""
+"""Made-up evaluations with any number of checkpoints and every kind of case, for tests of reports and
+plots."""
 
 import math
 import random
@@ -12,8 +12,8 @@ CATEGORIES = ("geography", "spelling", "style")
 
 
 def make_case(number: int, **changes: Any) -> Case:
-    """In turn: a target alone, four choices, a text to contain. Not validated, so that a test may put
-    anything in."""
+    """A case that has in turn only a target, four choices, or a text that the answer should contain. It is
+    not validated, so a test may put anything into it."""
     kinds = (
         {"target": " Paris"},
         {"target": " Sea", "choices": [" Sea", " Moon", " Sky", " House"]},

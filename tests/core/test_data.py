@@ -1,5 +1,5 @@
-"""What a step trains on: every token once, the same for every worker, rank and resume, in memory and from
-a stream."""
+"""What a step trains on: every token once, and the same steps for any number of workers, any number of
+ranks and after a resume, from memory or from a stream."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ SEQ_LEN = 7
 
 
 def positions(n: int) -> np.ndarray:
-    """Tokens that are their own position, so that a label tells which token of the text it is."""
+    """The ids 0 to n - 1, so that a label tells which token of the text it is."""
     return np.arange(n)
 
 
@@ -60,7 +60,8 @@ def same(one: list[dict], other: list[dict]) -> bool:
 
 
 def same_steps(one: list[Step], other: list[Step]) -> bool:
-    """Whether the steps train on the same; the same position of a stream may be written in several ways."""
+    """Whether the steps have equal micro-batches. Their stream states may differ: one position can be
+    written in several ways."""
     return len(one) == len(other) and all(
         same(a.micro_batches, b.micro_batches) for a, b in zip(one, other, strict=True)
     )
@@ -75,7 +76,7 @@ def test_eos_follows_every_document_and_is_nowhere_else():
     assert row == [*b"ab", EOS, *b"c", EOS, *b"<|endoftext|>", EOS]
 
 
-def test_validation_documents_that_are_trained_on_are_warned_of(tmp_path, capsys):
+def test_a_warning_counts_validation_documents_that_are_also_trained_on(tmp_path, capsys):
     texts = [f"text number {i} is told here\n<|endoftext|>\n" for i in range(9)]
     (tmp_path / "all.txt").write_text("".join(texts))
     (tmp_path / "other.txt").write_text("".join(texts[:2]) + "another text\n<|endoftext|>\n")
@@ -90,8 +91,8 @@ def test_validation_documents_that_are_trained_on_are_warned_of(tmp_path, capsys
     assert "trained on too" not in capsys.readouterr().err
 
 
-def test_many_documents_are_tokenized_as_one_by_one():
-    """More than one batch of the tokenizer's."""
+def test_tokenizing_many_documents_equals_tokenizing_one_by_one():
+    """The documents fill more than one batch of the tokenizer."""
     documents = [f"document {i}" * (i % 3 + 1) for i in range(2500)]
     tokenizer = build_tokenizer("bpe", documents, 300)
     expected = [i for d in documents for i in [*tokenizer.encode(d), tokenizer.eos_id]]
@@ -101,7 +102,7 @@ def test_many_documents_are_tokenized_as_one_by_one():
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(257, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)]
 )
-def test_tokens_take_two_bytes_where_the_vocabulary_allows(vocab_size, dtype):
+def test_a_token_takes_two_bytes_if_the_vocabulary_is_small_enough(vocab_size, dtype):
     class Wide(ByteTokenizer):
         eos_id = vocab_size - 1
 
@@ -116,7 +117,7 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(vocab_size, dtype):
 
 @pytest.mark.parametrize("n", [*range(8, 31), 100, 127])
 def test_each_token_is_predicted_exactly_once_in_an_epoch(n):
-    """But the first, which nothing precedes, and the tail, which is counted."""
+    """Except the first, which has nothing before it, and the tail, which is counted."""
     blocks = PackedLMDataset(positions(n), SEQ_LEN)
     labels = flat([blocks[i] for i in range(len(blocks))])
     assert labels == list(range(1, n - blocks.n_dropped))
@@ -131,11 +132,8 @@ def test_a_text_shorter_than_a_block_gives_no_block(n):
 
 @pytest.mark.parametrize("pad_last", [False, True])
 def test_labels_are_the_input_shifted_by_one(pad_last):
-    for item in (
-        PackedLMDataset(positions(95), SEQ_LEN, stride=3, pad_last=pad_last).batch([0, 4, 9, 28]).items()
-    ):
-        assert item[0] in ("input_ids", "labels")
     batch = PackedLMDataset(positions(95), SEQ_LEN, stride=3, pad_last=pad_last).batch([0, 4, 9, 28])
+    assert set(batch) == {"input_ids", "labels"}
     assert batch["input_ids"].shape == batch["labels"].shape == (4, SEQ_LEN)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert torch.equal(batch["labels"], batch["input_ids"] + 1)
@@ -155,20 +153,20 @@ def test_blocks_start_every_stride_tokens_and_overlap_by_the_rest(n, stride):
 @pytest.mark.parametrize("stride", [7, 3])
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 14, 15, 16, 50])
 def test_padding_keeps_the_last_tokens_and_has_no_labels(n, stride):
-    """Validation counts every token: the last block is filled up, and what fills it has no label."""
+    """Validation counts every token: the last block is padded, and the padding has no labels."""
     blocks = PackedLMDataset(positions(n), SEQ_LEN, stride, pad_last=True)
     labels = torch.stack([blocks[i]["labels"] for i in range(len(blocks))])
     real = labels[labels != -100]
     assert set(real.tolist()) == set(range(1, n))
-    assert stride < SEQ_LEN or len(real) == n - 1, "each once, without overlap"
+    assert stride < SEQ_LEN or len(real) == n - 1, "without overlap, each token once"
     assert blocks.n_dropped == 0
     for row, ids in zip(labels, (blocks[i]["input_ids"] for i in range(len(blocks))), strict=True):
-        assert (row != -100).any(), "no block of padding alone"
+        assert (row != -100).any(), "no block is only padding"
         assert ((row == -100) | (row == ids + 1)).all()
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_nothing_to_predict_makes_no_block(n):
+def test_no_block_is_made_if_there_is_nothing_to_predict(n):
     assert len(PackedLMDataset(positions(n), SEQ_LEN, pad_last=True)) == 0
 
 
@@ -183,8 +181,8 @@ def test_a_batch_is_its_blocks_stacked():
 
 
 def test_a_segment_ends_with_its_eos():
-    """By hand: the EOS belongs to the document it closes; E E is an empty document; a block may begin with
-    EOS."""
+    """Worked out by hand: an EOS belongs to the document it closes, E E holds an empty document, and a
+    block may begin with an EOS."""
     a, b, E = 97, 98, 256
     rows = np.array([[a, E, b, b, E, a, a], [a, a, a, a, a, a, E], [E, E, a, E, E, E, b]])
     assert document_segments(rows, E).tolist() == [[0, 0, 1, 1, 1, 2, 2], [0] * 7, [0, 1, 2, 2, 3, 4, 5]]
@@ -240,12 +238,12 @@ def test_without_shuffling_the_blocks_come_in_order():
     assert blocks_of(batches_of([steps[i] for i in range(20)])) == [k % 25 for k in range(120)]
 
 
-def test_another_seed_is_another_order():
+def test_another_seed_gives_another_order():
     orders = {tuple(blocks_of(batches_of([indexed(seed=seed)[i] for i in range(4)]))) for seed in range(10)}
     assert len(orders) == 10
 
 
-def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for():
+def test_a_step_does_not_depend_on_the_order_in_which_steps_are_read():
     in_order = [indexed()[i] for i in range(20)]
     steps = indexed()
     for i in (19, 3, 3, 11, 0, 19, 4):
@@ -253,16 +251,17 @@ def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for():
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 19, 20])
-def test_the_sampler_begins_at_the_step_and_counts_the_whole_run(start):
-    """Lightning restores its own count of steps: a length of what remains would end the run early."""
+def test_the_sampler_begins_at_the_start_step_and_its_length_is_the_whole_run(start):
+    """Lightning restores its own count of steps, so a sampler as long as the remaining steps would end the
+    run early."""
     sampler = StepSampler(start, 20)
     assert (list(sampler), len(sampler)) == (list(range(start, 20)), 20)
 
 
 @pytest.mark.parametrize(("world", "accum"), [(2, 1), (2, 3), (3, 2)])
 def test_processes_together_see_what_one_process_accumulates(world, accum):
-    """Micro-batch m of rank r is micro-batch m * world + r of the one process, number for number (dropout
-    hangs on it)."""
+    """Micro-batch m of rank r is micro-batch m * world + r of the single process, and has the same number,
+    on which dropout depends."""
     alone = indexed(StepShape(2, accum * world))
     ranks = [indexed(StepShape(2, accum, rank, world)) for rank in range(world)]
     for step in range(20):
@@ -342,8 +341,8 @@ def test_a_loader_that_starts_later_continues_the_run(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_and_workers_together_see_every_block_of_an_epoch_once(tmp_path, world, workers):
-    """The number of blocks is no multiple of the ranks or of their steps; still all ranks have equally many
-    steps."""
+    """The number of blocks is not a multiple of the ranks or of their steps; all ranks still have the same
+    number of steps."""
     packed = text_data(tmp_path)
     packed.train = PackedLMDataset(positions(7 * 25 + 1), SEQ_LEN)
     config = text_config(tmp_path, workers=workers)
@@ -362,8 +361,8 @@ def test_ranks_and_workers_together_see_every_block_of_an_epoch_once(tmp_path, w
 
 
 def test_making_loaders_leaves_the_global_random_state_alone(tmp_path):
-    """Dropout draws from it, seeded by the step: a loader that drew from it would make runs depend on
-    their workers."""
+    """Dropout draws from it, seeded by the step. If a loader drew from it too, a run would depend on its
+    workers."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -390,7 +389,7 @@ def test_training_and_validation_share_no_document(tmp_path):
     assert (packed.n_train_docs, packed.n_val_docs) == (len(train), len(val))
 
 
-def test_sizes_are_described(tmp_path):
+def test_the_description_names_the_sizes(tmp_path):
     packed = text_data(tmp_path)
     train, val = packed.describe()
     assert (
@@ -408,7 +407,7 @@ def test_sizes_are_described(tmp_path):
 
 
 @pytest.mark.parametrize("seq_len", [40, 400])
-def test_too_little_text_is_answered_with_a_seq_len_that_works(tmp_path, seq_len):
+def test_the_error_for_too_little_text_proposes_a_seq_len_that_works(tmp_path, seq_len):
     (tmp_path / "corpus.txt").write_text("only thirty characters of text")
     config = text_config(tmp_path, max_seq_len=seq_len)
     corpus = load_corpus(config)
@@ -431,7 +430,7 @@ def test_the_fingerprint_tells_one_text_from_another(tmp_path):
     assert one.fingerprint == again.fingerprint != other.fingerprint
 
 
-def test_a_char_tokenizer_knows_the_validation_text_and_a_bpe_tokenizer_never_saw_it(tmp_path):
+def test_a_char_tokenizer_sees_the_validation_text_and_a_bpe_tokenizer_does_not(tmp_path):
     (tmp_path / "corpus.txt").write_text("abc\n<|endoftext|>\nabd")
     (tmp_path / "val.txt").write_text("xyz")
     corpus = load_corpus(text_config(tmp_path, val_path=str(tmp_path / "val.txt")))
@@ -447,24 +446,22 @@ def test_a_char_tokenizer_knows_the_validation_text_and_a_bpe_tokenizer_never_sa
 def test_every_validation_token_counts_once_over_all_ranks(world, n_tokens):
     blocks = PackedLMDataset(positions(n_tokens), SEQ_LEN, pad_last=True)
     ranks = [ValBatches(blocks, 4, rank, world, None) for rank in range(world)]
-    assert len({len(rank) for rank in ranks}) == 1, "equally many, or one would wait for another"
+    assert len({len(rank) for rank in ranks}) == 1, "the same number, or one rank would wait for another"
     labels = [label for rank in ranks for i in range(len(rank)) for label in flat([rank[i]]) if label != -100]
     assert sorted(labels) == list(range(1, n_tokens))
-    assert all(rank[i]["input_ids"].numel() for rank in ranks for i in range(len(rank))), (
-        "no batch without rows"
-    )
+    assert all(rank[i]["input_ids"].numel() for rank in ranks for i in range(len(rank))), "no batch is empty"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 2, 5, 100])
-def test_a_limited_validation_takes_the_first_batches_whatever_the_ranks(world, limit):
+def test_a_limited_validation_takes_the_first_batches_for_any_number_of_ranks(world, limit):
     blocks = PackedLMDataset(positions(7 * 26 + 1), SEQ_LEN, pad_last=True)
     ranks = [ValBatches(blocks, 4, rank, world, limit) for rank in range(world)]
     labels = [label for rank in ranks for i in range(len(rank)) for label in flat([rank[i]]) if label != -100]
     assert sorted(labels) == list(range(1, min(limit * 4, 26) * 7 + 1))
 
 
-def test_the_validation_loader_is_the_same_each_time(tmp_path):
+def test_the_validation_loader_gives_the_same_batches_each_time(tmp_path):
     _, val = make_dataloaders(text_config(tmp_path), text_data(tmp_path), BYTE, 3)
     assert same(list(val), list(val))
     _, limited = make_dataloaders(text_config(tmp_path, val_batches=1), text_data(tmp_path), BYTE, 3)
@@ -498,8 +495,7 @@ def library(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch, tmp_path):
-    """Groups of 8 documents, so that an epoch has several; and no cache of datasets outside the test's
-    folder."""
+    """Groups of 8 documents, so that an epoch has several. The cache of datasets is in the test's folder."""
     import datasets
 
     monkeypatch.setattr(data_module, "SHUFFLE_GROUP", 8)
@@ -524,7 +520,7 @@ def stream_config(library: Path, kind: str = "json", workers: int = 0, accum: in
 def stream_steps(
     library: Path, n: int, state: str | None = None, rank: int = 0, world: int = 1, **options
 ) -> list[Step]:
-    """The first n steps of a stream opened anew, as a resumed process would."""
+    """The first n steps of a newly opened stream, as in a resumed process."""
     config = stream_config(library, **options)
     packed = pack_corpus(load_corpus(config), BYTE, config)
     train, _ = make_dataloaders(config, packed, BYTE, 1000, rank=rank, world=world, stream_state=state)
@@ -567,8 +563,9 @@ def test_a_stream_has_segments_like_text_in_memory(library):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_no_document_is_lost_or_doubled_in_an_epoch_of_a_stream(library, shuffle):
-    """What is left of one epoch is packed together with the beginning of the next: nothing is dropped."""
+def test_no_document_is_lost_or_repeated_in_an_epoch_of_a_stream(library, shuffle):
+    """The tokens left over from one epoch are packed with the beginning of the next, so nothing is
+    dropped."""
     n = N_DOCS - N_VAL
     read = documents_of(batches_of(stream_steps(library, steps_of_epochs(3.2), shuffle=shuffle)))
     epochs = [read[i : i + n] for i in range(0, 3 * n, n)]
@@ -595,8 +592,7 @@ def test_a_stream_is_shuffled_by_the_seed_within_its_groups(library):
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_stream_resumes_from_every_step(library, kind, shuffle):
-    """A document half used, a group's end, a file's end, an epoch's end: the state after each step
-    continues alike."""
+    """Also in the middle of a document, and at the end of a group, of a file and of an epoch."""
     whole = stream_steps(library, steps_of_epochs(2.5), kind=kind, shuffle=shuffle)
     for at in range(0, len(whole) - 1, 1 if kind == "json" else 3):
         resumed = stream_steps(library, 4, states(whole)[at], kind=kind, shuffle=shuffle)
@@ -604,7 +600,7 @@ def test_a_stream_resumes_from_every_step(library, kind, shuffle):
 
 
 def test_a_stream_resumed_again_and_again_is_still_the_same(library):
-    """Two steps at a time, each from the state of the last, over two epochs."""
+    """Two steps at a time over two epochs, each time from the last state."""
     whole = stream_steps(library, steps_of_epochs(2.2))
     pieces, state = [], None
     while len(pieces) < len(whole):
@@ -614,7 +610,7 @@ def test_a_stream_resumed_again_and_again_is_still_the_same(library):
 
 
 def test_the_state_of_a_stream_is_plain_json(library):
-    """It rides in a checkpoint that opens with plain types only."""
+    """It is stored in a checkpoint, which may hold only plain types."""
     state = json.loads(states(stream_steps(library, 3))[-1])
     assert isinstance(state["epoch"], int)
     assert state["tokens"] == [int(i) for i in state["tokens"]]
@@ -629,17 +625,17 @@ def test_a_stream_read_by_a_worker_is_the_same_and_so_is_its_state(library, kind
     at = steps_of_epochs(0.9)
     assert same_steps(
         stream_steps(library, len(whole) - at - 1, states(whole)[at], kind=kind, workers=1), whole[at + 1 :]
-    ), "0 then 1"
+    ), "no worker, then one"
     assert same_steps(
         stream_steps(library, len(whole) - at - 1, states(by_worker)[at], kind=kind), whole[at + 1 :]
-    ), "1 then 0"
+    ), "workers, then none"
 
 
 def test_two_ranks_share_the_blocks_of_a_stream(library):
     n = steps_of_epochs(1.2)
     alone = stream_steps(library, n, accum=2)
     ranks = [stream_steps(library, n, accum=1, rank=rank, world=2) for rank in range(2)]
-    assert states(ranks[0]) == states(ranks[1]), "whichever rank saves, the position is that of all"
+    assert states(ranks[0]) == states(ranks[1]), "any rank may save: all have the same position"
     together = [Step([*one.micro_batches, *other.micro_batches]) for one, other in zip(*ranks, strict=True)]
     assert same_steps(together, alone)
     at = 5
@@ -650,8 +646,8 @@ def test_two_ranks_share_the_blocks_of_a_stream(library):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_and_workers_share_a_stream_of_uneven_files(tmp_path, world, workers):
-    """Files of 5, 2, 29 and 11 documents: each is read once an epoch by all ranks together, and none runs
-    dry before the others."""
+    """Files of 5, 2, 29 and 11 documents: together the ranks read each document once an epoch, and no rank
+    runs out of data before the others."""
     rest = iter(STORIES)
     for n, size in enumerate((5, 2, 29, 11)):
         rows = itertools.islice(rest, size)
@@ -712,7 +708,7 @@ def test_empty_rows_are_skipped_wherever_they_are(tmp_path):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_null_row_is_left_out_and_counted(tmp_path, capsys, streaming):
-    """It ended the run in the middle, and each resume at the same row."""
+    """Before, such a row ended the run, and every resume ended at the same row."""
     rows = [{"text": f"story {i}"} for i in range(7)] + [{"text": None}, {"text": "the end"}, {"text": ""}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = load_corpus(stream_config(tmp_path, val_docs=2, streaming=streaming))
@@ -725,11 +721,11 @@ def test_a_null_row_is_left_out_and_counted(tmp_path, capsys, streaming):
     if streaming:
         corpus.train.seek(None)
         assert corpus.train.take(100) == train
-        assert capsys.readouterr().err == "", "warned of once, not in each epoch"
+        assert capsys.readouterr().err == "", "one warning, not one in each epoch"
 
 
 class Rows:
-    """A stream of anything, as a data set without types gives it."""
+    """A stream of rows of any types, like a dataset that declares no types."""
 
     def __init__(self, rows: list[dict]):
         self.rows, self.at = rows, 0
@@ -782,7 +778,7 @@ def test_a_stream_resumes_exactly_between_rows_without_text():
         assert same_steps(steps(3, whole[at].stream_state), whole[at + 1 : at + 4])
 
 
-def test_a_stream_whose_first_row_has_no_such_field_is_refused():
+def test_a_stream_whose_first_row_lacks_the_field_is_refused():
     with pytest.raises(
         UserError,
         match=r"row 1 has no text in field 'text' \(fields: text\), it holds 5; remove the row, or set "
@@ -791,15 +787,15 @@ def test_a_stream_whose_first_row_has_no_such_field_is_refused():
         DocumentStream(Rows([{"text": 5}, {"text": "one"}]), "text").take(1)
 
 
-def test_a_stream_that_is_mostly_held_out_is_warned_of_with_both_sizes(tmp_path, capsys):
-    """By default its first 200 rows validate, however few follow."""
+def test_the_warning_for_a_stream_that_is_mostly_held_out_names_both_sizes(tmp_path, capsys):
+    """By default the first 200 rows are for validation, even if few rows follow."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:07}..."}) + "\n" for i in range(230)))
     corpus = load_corpus(stream_config(tmp_path, val_docs=None))
     assert (
         "the first 200 rows of the stream are held out for validation (2,000 characters), and 300 "
         "characters are left" in capsys.readouterr().err
     )
-    assert corpus.train.take(1) == ["0000200..."], "reading has not moved"
+    assert corpus.train.take(1) == ["0000200..."], "counting the rows does not move the stream"
     load_corpus(stream_config(tmp_path, val_docs=20))
     assert capsys.readouterr().err == ""
 
@@ -819,7 +815,7 @@ def test_a_document_that_is_most_of_a_dataset_is_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_missing_text_field_lists_the_fields_there_are(library, streaming):
+def test_the_error_for_a_missing_text_field_lists_the_existing_fields(library, streaming):
     with pytest.raises(
         UserError, match=r"row 1 has no text in field 'story' \(fields: text, id\); set data\.text_field"
     ):
@@ -834,7 +830,7 @@ def test_validation_that_leaves_nothing_to_train_on_is_refused(library, streamin
 
 
 @pytest.mark.parametrize("path", ["nothing-*.jsonl", ""])
-def test_local_files_that_are_not_there_are_named(tmp_path, path):
+def test_missing_local_files_are_named(tmp_path, path):
     config = stream_config(tmp_path)
     config.data.path = str(tmp_path / path) if path else None
     with pytest.raises(UserError, match=r"data\.path"):
@@ -853,7 +849,7 @@ def test_local_files_that_are_damaged_are_refused(tmp_path, kind, content, strea
 
 
 def test_a_validation_split_of_local_files_is_refused():
-    """The files have no splits: every name would open the same documents, for training and for validation."""
+    """Local files have no splits: any name would open the same documents for training and validation."""
     with pytest.raises(UserError, match="val_split"):
         validate_config(
             {
@@ -879,11 +875,11 @@ def test_a_dataset_in_memory_gives_whole_documents_to_one_side_only(library):
     assert (len(train), len(val)) == (N_DOCS - 9, 9)
     assert sorted(train + val) == sorted(STORIES)
     assert train == [s for s in STORIES if s in train], "training keeps its order"
-    assert val != STORIES[:9], "drawn, not the first ones"
-    assert val != load_dataset(config.data, config.seed + 1)[1], "by the seed"
+    assert val != STORIES[:9], "drawn at random, not the first ones"
+    assert val != load_dataset(config.data, config.seed + 1)[1], "another seed draws others"
 
 
-def test_a_dataset_in_memory_is_cut_by_fraction_without_val_docs(library):
+def test_without_val_docs_a_dataset_in_memory_is_cut_by_fraction(library):
     corpus = load_corpus(stream_config(library, streaming=False, val_fraction=0.3))
     assert sorted(corpus.train + corpus.val) == sorted(STORIES)
     assert 0.3 * sum(map(len, STORIES)) <= sum(map(len, corpus.val))
@@ -895,7 +891,7 @@ def test_a_dataset_in_memory_can_be_limited(library):
     assert not set(train) & set(val)
 
 
-def test_text_files_of_the_datasets_library_are_a_document_each(tmp_path):
+def test_each_text_file_read_by_the_datasets_library_is_one_document(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.text").write_text(f"{name}\n\nsecond line\n")
     config = stream_config(tmp_path, kind="text", val_docs=1)

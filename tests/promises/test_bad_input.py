@@ -39,8 +39,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def refusal(here, capsys, monkeypatch):
-    """refusal(argv) is what train.py says of it; it must leave the folder as it was, without a folder of a
-    run."""
+    """refusal(argv) is the error of train.py, which must leave the folder as it was, without a run folder."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # `guarded` sets it
 
     def call(argv: list[str], lines: int = 3) -> str:
@@ -66,7 +65,7 @@ def overridden(*overrides: str) -> list[str]:
 # ---- the config ----------------------------------------------------------------------------------
 
 
-# A few of each kind: the rules of the schema are in test_config.py, how values are read in test_values.py.
+# A few of each kind; the rules of the schema are in test_config.py, how values are read in test_values.py.
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def overridden(*overrides: str) -> list[str]:
     ],
     ids=["missing", "empty", "syntax", "unknown key", "not UTF-8", "binary"],
 )
-def test_a_file_that_is_not_a_config(refusal, content, words):
+def test_a_file_that_is_not_a_config_is_refused(refusal, content, words):
     if content is not None:
         Path("bad.yaml").write_bytes(content)
     message = refusal(["--config", "bad.yaml"])
@@ -108,7 +107,7 @@ def test_each_key_of_an_unknown_section_is_listed(refusal):
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_a_wrong_override(refusal, overrides, words):
+def test_a_wrong_override_is_refused(refusal, overrides, words):
     message = refusal(overridden(*overrides))
     assert all(word in message for word in words), message
 
@@ -118,7 +117,7 @@ def test_all_mistakes_in_a_config_are_listed_at_once(refusal):
     assert all(word in message for word in ("model.d_modle", "training.lr=-1", "seed='x'"))
 
 
-def test_no_config_is_an_error_that_names_one(refusal):
+def test_the_error_without_a_config_names_one(refusal):
     assert "--config config_smoke.yaml" in refusal([])
 
 
@@ -145,30 +144,30 @@ def test_no_config_is_an_error_that_names_one(refusal):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_is_not_a_text(refusal, name, content, words):
+def test_a_file_that_is_not_a_text_is_refused(refusal, name, content, words):
     if content is not None:
         Path(name).write_bytes(content)
     message = refusal(overridden(f"data.path={name}"))
     assert all(word in message for word in words), message
 
 
-def test_a_folder_without_texts(refusal):
+def test_a_folder_without_texts_is_refused(refusal):
     Path("folder").mkdir()
     Path("folder/picture.png").write_bytes(b"\x89PNG")
     assert "data.path=folder" in refusal(overridden("data.path=folder"))
 
 
-def test_a_missing_validation_text(refusal):
+def test_a_missing_validation_text_is_refused(refusal):
     assert "data.val_path=nowhere.txt" in refusal(overridden("data.val_path=nowhere.txt"))
 
 
-def test_a_corpus_of_one_character_leaves_no_validation_text(refusal):
+def test_a_corpus_of_one_character_is_refused(refusal):
     Path("one.txt").write_text("a")
     refusal(overridden("data.path=one.txt"))
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
-def test_a_hub_dataset_without_network(refusal, monkeypatch, streaming):
+def test_a_hub_dataset_without_network_is_refused(refusal, monkeypatch, streaming):
     """The hub is a port of this machine where nothing answers."""
     if streaming == "true":
         monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -185,7 +184,7 @@ def test_a_hub_dataset_without_network(refusal, monkeypatch, streaming):
 
 
 @pytest.mark.parametrize("name", ["json", "parquet", "text"])
-def test_missing_local_data_files(refusal, name):
+def test_missing_local_data_files_are_refused(refusal, name):
     overrides = ("data.path=nowhere.*", "data.source=hf", f"data.dataset={name}")
     message = refusal(overridden(*overrides))
     assert "data.path=nowhere.*" in message
@@ -196,7 +195,7 @@ def test_missing_local_data_files(refusal, name):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda", "gpu", ""])
 @pytest.mark.parametrize("flag", ["--device", "--override"])
-def test_a_missing_device(refusal, monkeypatch, name, flag):
+def test_a_missing_device_is_refused(refusal, monkeypatch, name, flag):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     value = name if flag == "--device" else f"hardware.accelerator={name}"
     message = refusal(["--config", "good.yaml", flag, value])
@@ -205,7 +204,7 @@ def test_a_missing_device(refusal, monkeypatch, name, flag):
 
 
 @pytest.mark.parametrize("folder", ["text.txt", "text.txt/run"])
-def test_a_checkpoint_folder_that_is_a_file(refusal, folder):
+def test_a_checkpoint_folder_that_is_a_file_is_refused(refusal, folder):
     assert folder in refusal(overridden(f"checkpoint.dir={folder}"))
 
 
@@ -222,7 +221,7 @@ def test_a_checkpoint_folder_that_is_a_file(refusal, folder):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_flags_that_name_something_missing(refusal, argv, words):
+def test_flags_that_name_something_missing_are_refused(refusal, argv, words):
     message = refusal(argv)
     assert all(word in message for word in words), message
 
@@ -314,7 +313,7 @@ def test_help_and_wrong_flags_answer_before_torch_is_imported(here, name, argv, 
 
 
 @pytest.mark.slow
-def test_a_malicious_checkpoint_as_a_process(here):
+def test_no_script_runs_the_code_in_a_malicious_checkpoint(here):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {here / 'touched'}",)

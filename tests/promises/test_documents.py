@@ -35,7 +35,7 @@ def write(path: Path, content: bytes | str) -> Path:
 
 @pytest.fixture
 def library(tmp_path) -> Path:
-    """b.txt, a.txt, rows.jsonl, deep/er/c.txt, and three files that are no documents."""
+    """b.txt, a.txt, rows.jsonl, deep/er/c.txt, and three files that are not documents."""
     for name in ("b.txt", "a.txt", "deep/er/c.txt"):
         write(tmp_path / name, f"text of {name}")
     write(tmp_path / "rows.jsonl", '{"text": "row"}\n')
@@ -58,7 +58,7 @@ def library(tmp_path) -> Path:
     ids=["a file", "a folder", "a folder below", "a glob", "a recursive glob", "a class of characters"],
 )
 def test_a_path_is_a_file_a_folder_or_a_glob(library, path, found):
-    """In the order of their names, so that a corpus is the same on every machine."""
+    """Files come in the order of their names, so that a corpus is the same on every machine."""
     assert find_files(str(library / path)) == [library / name for name in found]
 
 
@@ -81,15 +81,16 @@ def test_a_path_without_files_is_an_error_that_names_it(tmp_path, path):
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.json"])
-def test_a_file_for_another_source_is_answered_with_how_to_read_it(tmp_path, name):
+def test_the_error_for_a_file_of_another_source_says_how_to_read_it(tmp_path, name):
     with pytest.raises(
         UserError, match=rf"data\.source=hf --override data\.dataset={name.partition('.')[2]}"
     ):
         documents(write(tmp_path / name, "[]"))
 
 
-def test_an_ending_counts_in_any_case_and_ndjson_is_jsonl(tmp_path):
-    """Rows were trained on as plain text, braces and all, and a folder's .TXT passed over."""
+def test_file_endings_ignore_case_and_ndjson_is_jsonl(tmp_path):
+    """Before, such rows were trained on as plain text, with their braces, and a .TXT in a folder was
+    skipped."""
     for name in ("a.ndjson", "b.JSONL", "c.NdJson"):
         write(tmp_path / name, '{"text": "a row"}\n{"text": "another"}\n')
         assert documents(tmp_path / name) == ["a row", "another"]
@@ -115,9 +116,9 @@ def test_an_ending_counts_in_any_case_and_ndjson_is_jsonl(tmp_path):
         ("final.ckpt", "holds a model"),
     ],
 )
-def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, said):
-    """It was read as text, or called binary, with the advice to replace what is not UTF-8. In a folder it
-    is left out."""
+def test_an_unsupported_kind_of_file_is_refused_by_its_name(tmp_path, name, said):
+    """Before, it was read as text, or called binary with the advice to replace what is not UTF-8. In a
+    folder such a file is left out."""
     path = write(tmp_path / name, "not a text")
     with pytest.raises(UserError) as caught:
         documents(path)
@@ -125,7 +126,7 @@ def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, 
     with pytest.raises(UserError) as caught:
         documents(tmp_path)
     assert f"no .txt or .jsonl file there (found: 1 {path.suffix})" in str(caught.value)
-    assert said in str(caught.value), "and what to do with the files that are there"
+    assert said in str(caught.value), "also for a folder, the error says what to do with its files"
 
 
 @pytest.mark.parametrize(
@@ -137,13 +138,8 @@ def test_a_kind_of_file_that_is_not_read_is_refused_by_its_name(tmp_path, name, 
         (b"PK\3\4", "unzip"),
         (b"%PDF-1.7", "save its text"),
     ],
-    ids=[
-        "gz",
-        "bz2",
-        "xz",
-        "zip",
-        "pdf",
-    ],  # not their bytes: those of a .gz hold the time, and two processes would not agree
+    # Without these ids the bytes would be the ids, and a .gz holds the time: two processes would not agree.
+    ids=["gz", "bz2", "xz", "zip", "pdf"],
 )
 @pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "book"])
 @pytest.mark.parametrize("errors", ["strict", "replace"])
@@ -161,7 +157,7 @@ def test_rows_in_a_file_named_like_a_text_are_read_with_a_warning(tmp_path, caps
     assert capsys.readouterr().err == ""
 
 
-def test_files_of_a_folder_that_are_not_read_are_reported_in_one_line(tmp_path, capsys):
+def test_skipped_files_of_a_folder_are_reported_in_one_line(tmp_path, capsys):
     for name in ("a.txt", "deep/b.txt", "c.jsonl"):
         write(tmp_path / name, '{"text": "row"}' if name == "c.jsonl" else "text")
     assert len(documents(tmp_path)) == 3
@@ -180,8 +176,8 @@ def test_files_of_a_folder_that_are_not_read_are_reported_in_one_line(tmp_path, 
 
 
 def test_linked_folders_are_followed_and_each_file_is_read_once(tmp_path):
-    """Also where a link leads back to where it is, and where several names lead to one file: a text that
-    is read twice would be trained on and validated on."""
+    """Also if a link leads back to its own folder, or if several names lead to one file: a text that is
+    read twice could be both trained on and validated on."""
     write(tmp_path / "elsewhere" / "book.txt", "a book")
     write(tmp_path / "texts" / "a.txt", "a note")
     write(tmp_path / "texts" / "real" / "b.txt", "another")
@@ -255,7 +251,7 @@ def test_a_corpus_without_text_is_an_error(tmp_path, content):
         documents(write(tmp_path / "a.txt", content))
 
 
-# ---- what is no text -----------------------------------------------------------------------------
+# ---- bytes that are not text ---------------------------------------------------------------------
 
 BROKEN = {
     "first byte": (b"\xff", 0),
@@ -284,7 +280,7 @@ def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_with_errors_replace_they_are_read_as_the_replacement_character(tmp_path, name):
+def test_with_errors_replace_bad_bytes_become_the_replacement_character(tmp_path, name):
     """As Python itself reads the whole file."""
     content, _ = BROKEN[name]
     expected = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
@@ -296,7 +292,7 @@ def test_with_errors_replace_they_are_read_as_the_replacement_character(tmp_path
     ("content", "offset"),
     [(b"ab\0c", 2), (b"line\nab\0", 7), ("text".encode("utf-16-le"), 1), (b"\xef\xbb\xbf\0", 3)],
 )
-def test_a_nul_byte_is_binary_and_named_with_its_offset(tmp_path, content, offset):
+def test_a_file_with_a_nul_byte_is_called_binary_and_the_offset_is_named(tmp_path, content, offset):
     with pytest.raises(UserError, match=rf"NUL byte at offset {offset}, .*UTF-16"):
         documents(write(tmp_path / "a.txt", content))
     assert "\0" in documents(tmp_path / "a.txt", errors="replace")[0]
@@ -305,7 +301,7 @@ def test_a_nul_byte_is_binary_and_named_with_its_offset(tmp_path, content, offse
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def test_a_jsonl_row_is_a_document_whatever_is_in_it(tmp_path):
+def test_each_jsonl_row_is_a_document_whatever_it_holds(tmp_path):
     texts = [
         "one\ntwo",
         "<|endoftext|>",
@@ -321,7 +317,7 @@ def test_a_jsonl_row_is_a_document_whatever_is_in_it(tmp_path):
 
 
 def test_rows_without_text_are_left_out_and_counted_and_the_field_can_be_chosen(tmp_path, capsys):
-    """A blank line is no row."""
+    """A blank line is not a row."""
     path = write(
         tmp_path / "a.jsonl",
         '{"story": "one"}\n\n{"story": ""}\n{"story": null}\n{"story": "  \\n"}\n{"story": "two"}\n\n',
@@ -403,7 +399,7 @@ def test_validation_is_whole_documents_that_hold_about_the_fraction(fraction, se
     assert wanted <= size < wanted + max(map(len, STORIES)), "within one document of the share asked for"
 
 
-def test_the_cut_depends_on_the_seed_alone():
+def test_the_cut_depends_only_on_the_seed():
     assert split_documents(STORIES, 0.2, 3) == split_documents(list(STORIES), 0.2, 3)
     assert len({tuple(split_documents(STORIES, 0.2, seed)[1]) for seed in range(20)}) == 20
 
@@ -446,9 +442,9 @@ CORPORA = {
 
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_about_nine_tenths_are_trained_on_whatever_the_seed(name, capsys):
-    """Documents were drawn until validation held its share, so with half of the seeds the book was held
-    out whole, and the notes alone were trained on."""
+def test_about_nine_tenths_are_trained_on_with_any_seed(name, capsys):
+    """Before, documents were drawn until validation held its share, so half of the seeds held out the
+    whole book and trained only on the notes."""
     documents_, total = CORPORA[name], sum(map(len, CORPORA[name]))
     for seed in range(30):
         train, val = split_documents(documents_, 0.1, seed)
@@ -472,7 +468,7 @@ def drawn_until_full(documents_: list[str], fraction: float, seed: int) -> list[
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
-def test_of_many_similar_documents_the_same_ones_are_held_out_as_before(fraction):
+def test_many_similar_documents_are_split_as_before(fraction):
     """Published losses were measured on these."""
     corpus = text_documents("data/tiny_corpus.txt", DataConfig(path="data/tiny_corpus.txt"))
     for documents_ in (corpus, STORIES, [f"{i} " + "word " * (i * i * 7 % 31 + 20) for i in range(1000)]):
@@ -482,7 +478,7 @@ def test_of_many_similar_documents_the_same_ones_are_held_out_as_before(fraction
             )
 
 
-def test_a_share_that_cannot_be_met_is_warned_of_with_both_sizes(capsys):
+def test_the_warning_for_a_share_that_cannot_be_met_names_both_sizes(capsys):
     warn_of_share(100, 1000, 0.1, "characters", "give more")
     assert capsys.readouterr().err == ""
     for held in (20, 400):
@@ -505,7 +501,7 @@ def corpus_of(folder: Path, **data):
     )
 
 
-def test_validation_text_of_its_own_is_taken_whole(tmp_path):
+def test_a_separate_validation_text_is_used_whole(tmp_path):
     write(tmp_path / "a.txt", "one\n<|endoftext|>\ntwo")
     write(tmp_path / "v.txt", "three")
     corpus = corpus_of(tmp_path, path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "v.txt"))

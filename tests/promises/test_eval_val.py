@@ -53,7 +53,7 @@ def test_the_loss_is_what_training_logged_at_that_step(run, tmp_path, score, wor
 
 
 def test_the_whole_set_is_scored_if_training_validated_on_a_part(run, tmp_path, score, tiny_run):
-    """The weights are the same: validation has no part in training."""
+    """Both runs have the same weights, because validation has no part in training."""
     part = run(tmp_path / "run", "training.val_batches=1")
     found = score("--ckpt", part.folder / "final.ckpt")
     whole = score("--ckpt", tiny_run.folder / "final.ckpt")
@@ -68,7 +68,7 @@ def test_the_loss_does_not_depend_on_the_batch(score, tiny_run):
     assert {row["n_tokens"] for row in found} == {found[0]["n_tokens"]}
 
 
-def test_the_loss_is_that_of_a_naive_loop(run, tmp_path, score):
+def test_the_loss_equals_a_naive_loop(run, tmp_path, score):
     made = run(tmp_path / "run", *BYTE)
     model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
     documents = load_corpus(load_config(None, [], metadata["config"])).val
@@ -132,7 +132,7 @@ def test_bytes_are_counted_for_all_predicted_text(name, text, n_unpredicted):
     assert (n_documents, n_bytes) == (2, len(text.encode()) + 4 - n_unpredicted)
 
 
-def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_path, capsys):
+def test_any_text_or_the_validation_text_of_another_config_is_scored(score, tiny_run, tmp_path, capsys):
     ckpt = tiny_run.folder / "final.ckpt"
     text = "It was a dark and stormy night. " * 9
     (tmp_path / "book.txt").write_text(text)
@@ -141,7 +141,7 @@ def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_
     other = score(
         "--ckpt", ckpt, "--config", REPO / "config_smoke.yaml", "--override", f"data.path={tmp_path}/book.txt"
     )
-    assert other["n_bytes"] < found["n_bytes"], "a tenth is validation"
+    assert other["n_bytes"] < found["n_bytes"], "only a tenth of it is validation text"
     assert (
         eval_val.main(["--ckpt", str(ckpt), "--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"])
         == 0
@@ -151,7 +151,7 @@ def test_any_text_or_the_validation_text_of_another_config(score, tiny_run, tmp_
     assert "blocks of 32" in said.out
 
 
-def test_the_printed_report(tiny_run, capsys):
+def test_the_printed_report_has_the_size_the_loss_and_the_logged_loss(tiny_run, capsys):
     assert (
         eval_val.main(
             ["--ckpt", str(tiny_run.folder / "best.ckpt"), "--tokenizer", "gpt2", "--device", "cpu"]
@@ -178,7 +178,7 @@ def test_the_printed_report(tiny_run, capsys):
         (["--device", "tpu"], "device 'tpu' is unknown"),
     ],
 )
-def test_mistakes_are_answered(tiny_run, tmp_path, argv, said):
+def test_mistakes_are_refused_with_a_reason(tiny_run, tmp_path, argv, said):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=said.replace(".", r"\.").replace("?", r"\?")):
         eval_val.main(

@@ -1,5 +1,5 @@
-"""A flag of another program, or one of ours in another spelling, is answered with what to write here; in a
-path ~ is the home folder."""
+"""The error for a flag of another program, or for one of ours in another spelling, says what to write
+here; ~ in a path is the home folder."""
 
 import argparse
 import re
@@ -79,8 +79,8 @@ TRAIN = [
 
 
 @pytest.mark.parametrize(("typed", "answer"), TRAIN, ids=[typed for typed, _ in TRAIN])
-def test_a_foreign_flag_of_training_is_answered_with_ours_and_the_value(capsys, typed, answer):
-    """The parser and the config accept what is proposed."""
+def test_the_error_for_a_foreign_training_flag_gives_our_flag_with_the_value(capsys, typed, answer):
+    """The parser and the config accept the proposal."""
     assert answers(capsys, "train", typed) == [f"for {typed} write {answer}"]
     args = train.parse_args(shlex.split(answer))
     overrides = [
@@ -148,18 +148,18 @@ OTHERS = [
 @pytest.mark.parametrize(
     ("script", "typed", "said"), OTHERS, ids=[f"{script} {typed}" for script, typed, _ in OTHERS]
 )
-def test_a_foreign_flag_of_any_script_is_answered(capsys, script, typed, said):
+def test_each_script_answers_foreign_flags_with_its_own(capsys, script, typed, said):
     assert answers(capsys, script, typed) == said
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flag", ["--nonsense", "--verbose", "--zzz 3", "--port 80"])
-def test_where_nothing_is_near_nothing_is_proposed(capsys, script, flag):
+def test_a_flag_that_resembles_none_of_ours_gets_no_proposal(capsys, script, flag):
     assert answers(capsys, script, flag) == []
 
 
 def parsers(monkeypatch) -> dict[str, list[Parser]]:
-    """The parsers of each script, those of its jobs too."""
+    """The parsers of each script, with those of its jobs."""
     found: dict[str, list[Parser]] = {}
 
     def keep(self, argv, *_):
@@ -189,7 +189,7 @@ def test_every_flag_of_the_table_is_a_flag_or_a_key(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_whatever_name_is_typed_the_answer_is_a_flag_of_that_script(capsys, monkeypatch, script):
+def test_every_proposed_flag_is_a_flag_of_that_script(capsys, monkeypatch, script):
     with monkeypatch.context() as patch:
         known = {
             option for name, action in flags(patch) if name == script for option in action.option_strings
@@ -200,7 +200,7 @@ def test_whatever_name_is_typed_the_answer_is_a_flag_of_that_script(capsys, monk
         assert set(re.findall(r"(?:write|^) (--[\w-]+)", line)) <= known, line
 
 
-def test_every_flag_that_takes_a_path_knows_the_home_folder(monkeypatch, tmp_path):
+def test_every_flag_that_takes_a_path_expands_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = [
         (name, action)

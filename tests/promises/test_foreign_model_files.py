@@ -1,4 +1,5 @@
-"""A model of another program, given to any flag that takes one, is named, with a next step that works."""
+"""If a flag that takes a model is given a model of another program, the error names its kind and a next
+step that works."""
 
 import contextlib
 import gzip
@@ -45,7 +46,7 @@ def tiny_model() -> GPTMini:
 
 
 def model_folder(folder: Path, **changes) -> Path:
-    """As transformers saves a model; `changes` go into its config.json."""
+    """A model folder as transformers saves it; `changes` go into its config.json."""
     folder.mkdir(parents=True)
     model = tiny_model()
     (folder / "config.json").write_text(json.dumps(config_json(model.config, 256) | changes))
@@ -261,7 +262,7 @@ FOREIGN = {
 
 
 def said_by(main: Callable, *argv: object) -> str:
-    """What a script says that has to refuse, as an error or as a line of its report."""
+    """The refusal of a script, printed as an error or as a line of its report."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -305,21 +306,20 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_each_flag_that_takes_a_model_names_what_it_was_given(tmp_path, kind):
+def test_each_flag_that_takes_a_model_names_the_kind_of_a_foreign_file(tmp_path, kind):
     name, make, what, then = FOREIGN[kind]
     path = make(tmp_path / name)
     for script, flags in FLAGS.items():
         if script == "convert --from" and kind in ("hf", "hf-bert", "hf-no-weights", "hf-tf"):
-            continue  # it reads these, or says more of them
+            continue  # it reads these, or says more about them
         said = said_by(*flags(path))
         assert what in said and then in said, f"{script}: {said}"
         assert "Traceback" not in said and not (tmp_path / "new.ckpt").exists()
 
 
 @pytest.mark.parametrize("kind", sorted(FOREIGN.keys() - {"hf", "hf-bert", "hf-no-weights"}))
-def test_what_is_no_tokenizer_is_refused_as_one(tmp_path, kind):
-    """`prepare.py --tokenizer` and `tokenizer.path` read a tokenizer.json; whatever else they get, they
-    say so."""
+def test_a_model_file_given_as_a_tokenizer_is_refused(tmp_path, kind):
+    """`prepare.py --tokenizer` reads a tokenizer.json, and refuses anything else."""
     name, make, _, _ = FOREIGN[kind]
     path = make(tmp_path / name)
     with pytest.raises((UserError, FileNotFoundError)):
@@ -338,7 +338,7 @@ def test_what_is_no_tokenizer_is_refused_as_one(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf-weights", "hf-config", "hf-cache", "hf-trainer"])
-def test_the_command_in_the_answer_works(tmp_path, kind, monkeypatch):
+def test_the_convert_command_in_the_error_works(tmp_path, kind, monkeypatch):
     name, make, _, _ = FOREIGN[kind]
     path = make(tmp_path / name)
     [command] = re.findall(
@@ -350,7 +350,7 @@ def test_the_command_in_the_answer_works(tmp_path, kind, monkeypatch):
     assert torch.equal(load_model(argv[-1])[0].norm.weight, tiny_model().norm.weight)
 
 
-def test_checkpoints_of_ours_are_sent_to_ckpt(tmp_path, monkeypatch):
+def test_convert_tells_users_of_our_checkpoints_to_use_ckpt(tmp_path, monkeypatch):
     for name in ("step-0000004", "final"):
         write_model(tmp_path / "run" / f"{name}.ckpt", tiny_model(), ByteTokenizer(), {})
     for given in (tmp_path / "run", tmp_path / "run" / "final.ckpt"):
@@ -370,7 +370,7 @@ def test_checkpoints_of_ours_are_sent_to_ckpt(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "some/model"])
-def test_a_name_of_the_hub_is_sent_to_convert(name):
+def test_the_error_for_a_hub_name_gives_the_convert_command(name):
     said = said_by(infer.main, "--ckpt", name, "--prompt", "x")
     assert (
         "does not exist; python3 list.py shows those there are; if it is a model of the Hugging Face hub: "
@@ -382,7 +382,7 @@ def test_a_name_of_the_hub_is_sent_to_convert(name):
     )
 
 
-def test_a_folder_of_runs_is_listed(tmp_path):
+def test_the_error_for_a_folder_of_runs_gives_the_list_command(tmp_path):
     write_model(tmp_path / "runs" / "a" / "final.ckpt", tiny_model(), ByteTokenizer(), {})
     said = said_by(infer.main, "--ckpt", tmp_path / "runs", "--prompt", "x")
     assert (
@@ -391,7 +391,7 @@ def test_a_folder_of_runs_is_listed(tmp_path):
     assert "final.ckpt" in said_by(listing.main, tmp_path / "runs")
 
 
-def test_folders_that_are_not_whole_are_named_where_they_are_read(tmp_path):
+def test_incomplete_folders_are_refused_with_what_is_missing(tmp_path):
     for kind, said in (
         ("hf-no-weights", "holds no weights"),
         ("hf-tf", "cannot be read"),
@@ -417,7 +417,7 @@ def test_folders_that_are_not_whole_are_named_where_they_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04" + b"\x00" * 40, b"\x80\x02", b"\x80", b"{", b"\x00" * 600])
-def test_damaged_files_are_still_one_answer(tmp_path, content):
+def test_damaged_files_are_refused_without_a_traceback(tmp_path, content):
     path = file_of(content)(tmp_path / "odd.ckpt")
     for flags in FLAGS.values():
         assert "Traceback" not in said_by(*flags(path))

@@ -1,6 +1,6 @@
-"""Files made to do harm: a checkpoint or a config that would run code, fill the memory, wait for ever, or
-write to the terminal is one line, at once. What runs out of memory does so in a process of its own, which
-may have little."""
+"""Files made to do harm: a checkpoint or a config that would run code, fill the memory, never end or write
+to the terminal is refused at once, in one line. Tests that could run out of memory use another process
+with a memory limit."""
 
 import importlib
 import io
@@ -36,7 +36,7 @@ NAME = "net.layers.1.self_attn.k_proj.weight"
 
 
 def checkpoint_of(**changes) -> dict:
-    """The least that is a checkpoint of ours; `changes` go into our fields."""
+    """The smallest checkpoint of ours; `changes` go into our fields."""
     torch.manual_seed(0)
     model = GPTMini(
         GPTConfig(vocab_size=257, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16)
@@ -61,7 +61,7 @@ def with_weight(weight: object, name: object = NAME) -> dict:
 
 def one_line(error: BaseException) -> str:
     message = str(error)
-    assert message.isprintable(), message  # one line, and nothing that a terminal would obey
+    assert message.isprintable(), message  # one line, without control characters
     assert len(message) < 500
     return message
 
@@ -97,7 +97,7 @@ for path in sys.argv[1:]:
 
 
 def in_little_memory(*paths: Path) -> list[str]:
-    """What a process that has 8 GiB of addresses and a minute of computing says of each file."""
+    """What a process with 8 GiB of address space and a minute of computing says about each file."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
@@ -136,14 +136,15 @@ def write_archive(
 
 
 def test_an_archive_written_by_another_zip_writer_opens(tmp_path):
-    """The tests below change such archives: they are refused for the change, and not for their writer."""
+    """The tests below change such archives. They are refused because of the change, and not because of
+    their writer."""
     assert (
         load_model(write_archive(tmp_path / "plain.ckpt", entries_of(checkpoint_of())))[2]["metrics"]["step"]
         == 3
     )
 
 
-def test_what_unfolds_is_refused(tmp_path):
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path):
     """256 MB of weights, or of pickle, in less than a megabyte."""
     entries = entries_of(checkpoint_of())
     bomb = write_archive(
@@ -162,13 +163,13 @@ def test_what_unfolds_is_refused(tmp_path):
         assert "an entry of it is compressed" in line
 
 
-def test_the_format_from_before_1_6_is_held_to_the_same_rules(tmp_path):
-    """A number of it poses as two billion; a function takes the place of a tensor; a tuple of tuples takes
-    for ever; it just ends."""
+def test_the_format_of_torch_before_1_6_follows_the_same_rules(tmp_path):
+    """A length claims to be two billion; a function takes the place of a tensor; a tuple of tuples would
+    be hashed forever; the file is cut off."""
     torch.save(with_weight(torch.zeros(777)), tmp_path / "whole.ckpt", _use_new_zipfile_serialization=False)
     whole = (tmp_path / "whole.ckpt").read_bytes()
     assert "expected (12, 24), provided (777,)" in refusal(tmp_path / "whole.ckpt"), (
-        "it opens: what follows is refused for its change"
+        "the whole file opens, so the others are refused for their change"
     )
     (tmp_path / "long.ckpt").write_bytes(whole.replace(b"M\x09\x03", b"J" + struct.pack("<i", 2**31 - 1)))
     torch.save(with_weight(os.system), tmp_path / "code.ckpt", _use_new_zipfile_serialization=False)
@@ -202,7 +203,7 @@ def directory_record(path: Path, number: int) -> int:
 
 
 def test_a_directory_that_lies_about_a_size_is_refused(saved):
-    """Of an entry in the file (field at 20) or unpacked (at 24), of the pickle or of a weight."""
+    """About the size in the file (field at 20) or unpacked (at 24), of the pickle or of a weight."""
     path = saved(checkpoint_of())
     places = [directory_record(path, number) + field for number in (0, 5) for field in (20, 24)]
     for line in in_little_memory(*(changed(path, place, "<I", 2**31 - 1) for place in places)):
@@ -220,8 +221,8 @@ def test_entries_that_overlap_are_refused(saved):
 
 
 def test_a_local_header_that_lies_does_no_harm(saved):
-    """torch finds a weight after its local header. A name (26) or extra field (28) that is longer than it
-    was moves that place: other numbers, or none, but no crash."""
+    """torch finds a weight after its local header. A longer name (26) or extra field (28) moves that
+    place: the numbers are wrong or there are none, but nothing crashes."""
     path = saved(checkpoint_of())
     with zipfile.ZipFile(path) as archive:
         offsets = [archive.infolist()[number].header_offset for number in (0, 6, -3)]
@@ -236,7 +237,7 @@ def test_two_headers_are_refused(tmp_path):
     assert "damaged" in refusal(path)
 
 
-def test_thousands_of_entries_are_no_trouble(tmp_path):
+def test_an_archive_of_thousands_of_entries_opens(tmp_path):
     path = write_archive(
         tmp_path / "many.ckpt",
         entries_of(checkpoint_of()) + [(f"archive/data/x{i}", b"") for i in range(20_000)],
@@ -248,7 +249,7 @@ def test_thousands_of_entries_are_no_trouble(tmp_path):
 
 
 class Call:
-    """Pickled, it is the call of a function."""
+    """Its pickle is the call of a function."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -279,29 +280,28 @@ def with_pickle(path: Path, data: bytes) -> Path:
     ids=["system", "eval", "bytearray", "size", "sparse", "quantized", "complex", "meta", "set"],
 )
 @pytest.mark.filterwarnings("ignore")  # some of these kinds are deprecated
-def test_a_name_that_no_checkpoint_of_ours_holds_is_refused_and_told(saved, content, name):
-    """torch's own list of what is safe is longer: with weights_only=True too, a file can ask for a
-    terabyte."""
+def test_a_name_that_no_checkpoint_of_ours_holds_is_refused_and_named(saved, content, name):
+    """torch's own list of safe names is longer: even with weights_only=True a file can ask for a terabyte."""
     message = refusal(saved(with_weight(content())))
     assert "it would run code when opened" in message
     assert name in message
 
 
 def tuples_of_tuples(levels: int) -> bytes:
-    """A dict whose key is a pair of pairs of pairs ... of one: 4 bytes a level, and 2**levels steps to
-    hash it."""
+    """The pickle of a dict whose key is a pair of pairs of pairs ...: 4 bytes a level, and 2**levels steps
+    to hash it."""
     pickled = b"\x80\x02}K\x01"
     for level in range(levels):
         pickled += b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86"
     return pickled + b"K\x01s."
 
 
-def test_a_tuple_of_tuples_that_takes_for_ever_to_hash_is_refused(tmp_path):
+def test_a_tuple_of_tuples_that_takes_forever_to_hash_is_refused(tmp_path):
     assert pickle.loads(tuples_of_tuples(3)) == {(((1, 1), (1, 1)), ((1, 1), (1, 1))): 1}
     assert "unfold without end" in refusal(with_pickle(tmp_path / "tuples.ckpt", tuples_of_tuples(60)))
 
 
-def test_the_size_of_a_pickle_is_counted_as_if_all_was_written_out():
+def test_the_size_of_a_pickle_is_counted_as_if_everything_were_printed():
     text = "x" * 2**16
     check_pickle(pickle.dumps([text] * 1000, protocol=2))  # 65 MB if printed
     with pytest.raises(ValueError, match="unfold"):
@@ -312,7 +312,7 @@ def lists_in_lists(depth: int) -> bytes:
     return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
-def test_nesting_without_end_is_refused(tmp_path):
+def test_very_deep_nesting_is_refused(tmp_path):
     paths = [with_pickle(tmp_path / f"{depth}.ckpt", lists_in_lists(depth)) for depth in (10**3, 10**6)]
     assert all("no 'tiny_transformer' in it" in line for line in in_little_memory(*paths))
 
@@ -353,8 +353,8 @@ def holds_itself() -> list:
     ids=["shared", "loop", "nested", "tensor"],
 )
 @pytest.mark.parametrize("field", ["format_version", "run", "config", "extra"])
-def test_fields_that_are_no_plain_tree_are_refused(saved, value, field):
-    """Whatever prints a field would print it in full: a hundred bytes, ten to the twelfth characters."""
+def test_fields_that_are_not_a_plain_tree_are_refused(saved, value, field):
+    """Printing such a field would turn a hundred bytes into 10**12 characters."""
     if value == [[[]]] and field != "format_version":
         for _ in range(200):
             value = [value]
@@ -362,8 +362,8 @@ def test_fields_that_are_no_plain_tree_are_refused(saved, value, field):
 
 
 def test_lists_that_are_filled_only_after_they_were_shared_are_refused(tmp_path):
-    """Written by hand, a pickle may put ten of an empty list into the one above, and fill it later: no
-    part of it is large."""
+    """A pickle written by hand may put an empty list ten times into the list above it, and fill it later:
+    no part of it is large."""
 
     def text(word: str) -> bytes:
         return b"X" + struct.pack("<I", len(word)) + word.encode()
@@ -387,7 +387,7 @@ def test_lists_that_are_filled_only_after_they_were_shared_are_refused(tmp_path)
 
 
 class Covered(dict):
-    """Pickled, it is an OrderedDict with an attribute `items`, which hides the method from the next loop
+    """Its pickle is an OrderedDict with an attribute `items`, which hides the method from the next loop
     over it."""
 
     def __reduce__(self):
@@ -408,8 +408,8 @@ def test_a_dict_whose_methods_are_hidden_is_refused(saved, name):
 
 
 def lengthened(checkpoint: dict, numel: int) -> bytes:
-    """The pickle of a checkpoint whose first weight has 12 * 24 = 288 elements, with another number in
-    their place."""
+    """The pickle of a checkpoint whose first weight has 12 * 24 = 288 elements, with `numel` instead of
+    288."""
     [data] = [content for name, content in entries_of(checkpoint) if name.endswith("data.pkl")]
     old, new = b"M" + struct.pack("<H", 288), b"J" + struct.pack("<i", numel)
     assert data.count(old) >= 1
@@ -427,7 +427,7 @@ def test_a_tensor_that_claims_a_longer_storage_does_no_harm(tmp_path, numel):
     assert "longer.ckpt" in line
 
 
-def test_a_tensor_of_one_number_that_poses_as_a_terabyte_is_refused(saved):
+def test_a_tensor_of_one_number_that_claims_to_be_a_terabyte_is_refused(saved):
     assert f"{NAME} claims more elements than the file holds" in refusal(
         saved(with_weight(torch.ones(1).expand(10**6, 10**6)))
     )
@@ -439,7 +439,7 @@ def test_a_tensor_of_one_number_that_poses_as_a_terabyte_is_refused(saved):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_that_are_no_numbers_are_refused(saved, bad, dtype):
+def test_weights_that_are_nan_or_infinite_are_refused(saved, bad, dtype):
     checkpoint = checkpoint_of()
     checkpoint["state_dict"] = {name: weight.to(dtype) for name, weight in checkpoint["state_dict"].items()}
     load_model(saved(checkpoint))
@@ -450,7 +450,7 @@ def test_weights_that_are_no_numbers_are_refused(saved, bad, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_weights_of_any_one_float_open_and_answer(saved, dtype):
+def test_weights_of_any_single_float_type_open_and_answer(saved, dtype):
     checkpoint = checkpoint_of()
     checkpoint["state_dict"] = {name: weight.to(dtype) for name, weight in checkpoint["state_dict"].items()}
     model = load_model(saved(checkpoint))[0]
@@ -459,7 +459,7 @@ def test_weights_of_any_one_float_open_and_answer(saved, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool], ids=str)
-def test_weights_of_mixed_kinds_are_refused(saved, dtype):
+def test_weights_of_mixed_types_are_refused(saved, dtype):
     message = refusal(saved(with_weight(torch.ones(12, 24, dtype=dtype))))
     assert str(dtype).removeprefix("torch.") in message
 
@@ -469,9 +469,9 @@ def test_a_weight_without_a_name_is_refused(saved, name):
     assert repr(name) in refusal(saved(with_weight(torch.ones(3), name)))
 
 
-# ---- what a file says of itself ------------------------------------------------------------------
+# ---- fields of a checkpoint ----------------------------------------------------------------------
 
-ESCAPE = "\x1b[2J\n\udcff\u202e"  # clears the screen, a second line, no character, text from right to left
+ESCAPE = "\x1b[2J\n\udcff\u202e"  # clear the screen, a new line, no character, right-to-left text
 MODEL = checkpoint_of()[KEY]["model"]
 HUGE = [
     {"d_model": 10**9},
@@ -527,12 +527,12 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
-def test_fields_of_the_wrong_type_or_size_are_one_line(saved, fields):
+def test_fields_of_the_wrong_type_or_size_are_refused_in_one_line(saved, fields):
     refusal(saved(checkpoint_of(**fields)))
 
 
 @pytest.mark.parametrize("state", TOKENIZERS.values(), ids=TOKENIZERS.keys())
-def test_a_damaged_tokenizer_is_one_line(saved, state):
+def test_a_damaged_tokenizer_is_refused_in_one_line(saved, state):
     """A panic of the tokenizers library is not an Exception."""
     refusal(saved(checkpoint_of(tokenizer=state)))
 
@@ -552,9 +552,8 @@ def test_escape_sequences_in_the_names_of_weights_are_shown_as_escapes(saved):
         assert "x1b[2J" in refusal(saved(checkpoint))
 
 
-def test_list_has_a_row_for_each_of_them(saved, tmp_path, capsys):
-    """Whatever is in the folder: two lines for each file, its row and the reason, and nothing that a
-    terminal obeys."""
+def test_list_shows_a_row_for_each_hostile_file(saved, tmp_path, capsys):
+    """Two lines for each file, its row and the reason, without control characters."""
     for number, fields in enumerate(FIELDS.values()):
         saved(checkpoint_of(**fields), f"{number}.ckpt")
     saved(with_weight(torch.ones(1).expand(10**12)), "wide.ckpt")
@@ -575,11 +574,11 @@ def test_list_has_a_row_for_each_of_them(saved, tmp_path, capsys):
     assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == n_files
 
 
-def test_what_a_model_says_cannot_command_the_terminal(monkeypatch):
+def test_generated_text_cannot_control_the_terminal(monkeypatch):
     import infer
 
     text = "a\x1b[2J\nb\té\r\u202e"
-    assert infer.safe_to_show(text) == text  # a pipe or a file gets what the model said
+    assert infer.safe_to_show(text) == text  # a pipe or a file gets the text unchanged
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert infer.safe_to_show(text) == "a\\x1b[2J\nb\té\\r\\u202e"
@@ -610,7 +609,7 @@ def make(kind: str, path: Path) -> None:
     "kind", ["folder", "link to nothing", "link to itself", "pipe", "socket", "device", "text"]
 )
 @pytest.mark.parametrize("name", ["step-0000009.ckpt", "last.ckpt"])
-def test_the_newest_checkpoint_is_found_after_files_that_are_not_one(
+def test_the_newest_checkpoint_is_found_among_files_that_are_not_checkpoints(
     saved, tmp_path, capsys, monkeypatch, kind, name
 ):
     good = saved(checkpoint_of(), "step-0000003.ckpt" if name.startswith("step") else "final.ckpt")
@@ -618,9 +617,7 @@ def test_the_newest_checkpoint_is_found_after_files_that_are_not_one(
     make(kind, tmp_path / name)
     assert find_latest_checkpoint(tmp_path) == good
     err = capsys.readouterr().err
-    if name.startswith("step") or not kind.startswith(
-        "link"
-    ):  # a link to nothing named last is as if it was not there
+    if name.startswith("step") or not kind.startswith("link"):  # a broken link named last counts as missing
         [line] = err.splitlines()
         assert line.startswith("warning: ")
         assert name in line
@@ -637,7 +634,7 @@ def test_a_checkpoint_that_may_not_be_read_is_skipped(saved, tmp_path, capsys):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_skipped(saved, tmp_path, capsys, monkeypatch):
-    """As above, for those who may read everything: the disk fails."""
+    """As above, but the disk fails, which also stops a user who may read everything."""
     good, broken = saved(checkpoint_of(), "step-0000003.ckpt"), saved(checkpoint_of(), "step-0000009.ckpt")
 
     def failing(path, *args, **kwargs):
@@ -661,7 +658,7 @@ def test_names_that_only_look_like_steps_are_left_alone(saved, tmp_path):
 
 
 def laughs(form: str, first: str) -> str:
-    """Ten levels of ten aliases each: a kilobyte, ten billion values."""
+    """YAML of ten levels of ten aliases each: a kilobyte that stands for ten billion values."""
     lines = [f"a0: &a0 {first}"]
     lines += [f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, 11)]
     return "\n".join(lines)
@@ -694,7 +691,7 @@ YAML = {
 
 
 @pytest.mark.parametrize("text", YAML.values(), ids=YAML.keys())
-def test_yaml_made_to_do_harm_is_one_line(tmp_path, monkeypatch, text):
+def test_yaml_made_to_do_harm_is_refused_in_one_line(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
@@ -704,7 +701,7 @@ def test_yaml_made_to_do_harm_is_one_line(tmp_path, monkeypatch, text):
 
 
 @pytest.mark.parametrize("key", ["training", "training.lr", "nothing.there", "seed"])
-def test_an_override_made_to_do_harm_is_one_line(key):
+def test_an_override_made_to_do_harm_is_refused_in_one_line(key):
     base = {"data": {"path": "x"}, "training": {"max_steps": 1}}
     for value in (INLINE, "&a [*a]", "0x" + "f" * 10_000, "[" * 10_000):
         with pytest.raises(UserError, match=rf"--override|config: {key}=|unknown key {key}") as caught:
@@ -720,7 +717,7 @@ def test_a_config_of_megabytes_is_refused_before_it_is_read(tmp_path):
     one_line(caught.value)
 
 
-def test_a_pipe_is_no_config_and_is_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_as_a_config_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(UserError):
         read_config_file(tmp_path / "pipe.yaml")
@@ -731,7 +728,7 @@ def test_a_pipe_is_no_config_and_is_not_waited_for(tmp_path):
     ["0x" + "f" * 10_000, "1" + ":1" * 100_000, "9" * 100_000],
     ids=["hexadecimal", "sixties", "decimal"],
 )
-def test_a_number_without_end_is_never_computed(tmp_path, number):
+def test_a_number_of_thousands_of_digits_is_refused_without_computing_it(tmp_path, number):
     (tmp_path / "c.yaml").write_text(f"data: {{path: x}}\ntraining: {{max_steps: 1}}\nseed: {number}")
     with pytest.raises(UserError, match="seed=") as caught:
         load_config(tmp_path / "c.yaml")

@@ -1,8 +1,8 @@
 """Text of a size or a kind that nobody planned for is trained on in bounded memory, or refused in one line
 that says why.
 
-Long documents are encoded in pieces. Here the pieces are a few characters long, so that every rule about them
-is met often; the slow half runs train.py on lines of 200 MB and looks at the memory it took.
+Long documents are encoded in pieces. Here the pieces are a few characters long, so that every rule about
+them applies often. The slow tests run train.py on lines of 200 MB and measure its memory.
 """
 
 import itertools
@@ -68,10 +68,10 @@ ATOMS = [
     "🙂",
 ]
 ATOMS += ["👩‍👩‍👧", "🇩🇪", "!?", "...", "_", "ﬁ", "\ufeff", "\ufffd", "<|endoftext|>", "</s>"]
-ATOMS += list(
-    "\x0b\x0c\x1b\x1c\x1d\x1f\x85\u00a0\u1680\u180e\u200b\u2003\u2028\u2029\u3000"
-)  # blank to one library, not to another
-GPT4 = (  # digits by threes, and line ends stay with the punctuation before them
+# Blank for one library and not for another.
+ATOMS += list("\x0b\x0c\x1b\x1c\x1d\x1f\x85\u00a0\u1680\u180e\u200b\u2003\u2028\u2029\u3000")
+# Digits in groups of three; line ends stay with the punctuation before them.
+GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
     r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -128,9 +128,9 @@ def joined(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("limit", [20, 60])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_ids_of_the_pieces_are_the_ids_of_the_whole(tokenizers, monkeypatch, kind, limit):
-    """Where a word ends within the limit; bpe and gpt2 also cut a longer stretch, and what they lose there
-    is the next test."""
+def test_the_ids_of_the_pieces_equal_the_ids_of_the_whole(tokenizers, monkeypatch, kind, limit):
+    """If a word ends within the limit. bpe and gpt2 also cut longer stretches; the next test shows what
+    that costs."""
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", limit)
     tokenizer, compared = tokenizers[kind], 0
     for seed in range(300):
@@ -161,13 +161,15 @@ def test_a_stretch_without_words_is_cut_anywhere_and_still_the_same_text(
     pieces = list(tokenizer.pieces(stretch))
     ids, whole = joined(tokenizer, pieces), tokenizer.encode(stretch)
     assert tokenizer.decode(ids) == stretch
-    assert len(whole) <= len(ids) <= len(whole) + 3 * len(pieces), "a few tokens more where it was cut"
+    assert len(whole) <= len(ids) <= len(whole) + 3 * len(pieces), (
+        "at most a few more tokens where it was cut"
+    )
     if kind in ("file", "like gpt4"):
         assert ids == whole
 
 
 def test_lines_of_chinese_are_cut_where_a_line_begins(tokenizers, monkeypatch):
-    """In a tokenizer with a token for a full stop and the line's end, no word ends in front of a blank."""
+    """If a tokenizer has a token for a full stop with the line's end, no word ends before a blank."""
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 100)
     tokenizer, text = tokenizers["like gpt4"], "语言模型。\n" * 400
     assert tokenizer.encode("言。\n模") != tokenizer.encode("言。") + tokenizer.encode("\n模")
@@ -176,7 +178,7 @@ def test_lines_of_chinese_are_cut_where_a_line_begins(tokenizers, monkeypatch):
     assert joined(tokenizer, pieces) == tokenizer.encode(text)
 
 
-def test_a_document_that_a_tokenizer_file_cannot_cut_is_refused_when_it_is_too_long(tokenizers, monkeypatch):
+def test_a_document_that_a_tokenizer_file_cannot_cut_is_refused_if_it_is_too_long(tokenizers, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 10)
     monkeypatch.setattr(tokenizer_module, "WHOLE_CHARS", 500)
     tokenizer = tokenizers["space before"]
@@ -197,7 +199,7 @@ def test_an_empty_document_is_one_empty_piece_and_one_eos(tokenizers, kind):
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "like gpt4", "sentencepiece"])
-def test_a_corpus_is_the_same_row_whatever_the_sizes_of_pieces_and_batches(tokenizers, monkeypatch, kind):
+def test_a_corpus_gives_the_same_ids_for_any_size_of_pieces_and_batches(tokenizers, monkeypatch, kind):
     tokenizer, documents = tokenizers[kind], [mixture(seed, seed * 7 % 200) for seed in range(60)]
     witness = [i for document in documents for i in [*tokenizer.encode(document), tokenizer.eos_id]]
     for pieces, chars, batch in ((2**16, 2**20, 1000), (13, 50, 1000), (50, 2**20, 3), (9, 1, 1)):
@@ -208,7 +210,7 @@ def test_a_corpus_is_the_same_row_whatever_the_sizes_of_pieces_and_batches(token
 
 
 def test_bpe_learns_from_evenly_spread_parts_of_a_corpus_that_is_too_long(monkeypatch):
-    """Both halves of this corpus are heard, and the merges are nearly those of the whole."""
+    """Both halves of this corpus are used, and the merges are nearly those of the whole."""
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 500)
     whole = BPETokenizer.train([CORPUS, "qzqzqz " * 4000], 500)
     monkeypatch.setattr(tokenizer_module, "TRAIN_CHARS", 30000)
@@ -223,7 +225,7 @@ def test_bpe_learns_from_evenly_spread_parts_of_a_corpus_that_is_too_long(monkey
 
 
 def long_documents(seed: int) -> list[str]:
-    """Most of many pieces, some of one, some empty of words."""
+    """Texts: most take many pieces, some take one, some hold no words."""
     random_ = random.Random(seed)
     return [mixture(100 * seed + i, random_.choice([1, 5, 60, 400])) or "x" for i in range(9)]
 
@@ -263,8 +265,8 @@ def small_pieces(monkeypatch):
     ("kind", "stride", "seed"), [("byte", 7, 1), ("byte", 3, 2), ("file", 7, 3), ("file", 2, 4)]
 )
 def test_a_stream_of_long_documents_resumes_from_any_step(tokenizers, small_pieces, kind, stride, seed):
-    """In the middle of a piece, at its end, between documents, groups and epochs; and what the state
-    carries stays small."""
+    """In the middle of a piece, at its end, and between documents, groups and epochs; and the state stays
+    small."""
     texts, tokenizer = long_documents(seed), tokenizers[kind]
     n = 2 * sum(len(tokenizer.encode(text)) + 1 for text in texts) // (4 * stride)
     whole = list(itertools.islice(stream(texts, tokenizer, stride=stride), n))
@@ -278,7 +280,7 @@ def test_a_stream_of_long_documents_resumes_from_any_step(tokenizers, small_piec
         assert [step.stream_state for step in resumed] == states[at + 1 : at + 4]
 
 
-def test_a_stream_in_pieces_is_the_row_that_tokenize_makes(tokenizers, small_pieces):
+def test_a_stream_in_pieces_equals_the_row_of_tokenize(tokenizers, small_pieces):
     texts, tokenizer = long_documents(5), tokenizers["byte"]
     row = tokenize(texts, tokenizer).tolist()
     steps = list(itertools.islice(stream(texts, tokenizer, shuffle=False), len(row) // 28))
@@ -286,7 +288,8 @@ def test_a_stream_in_pieces_is_the_row_that_tokenize_makes(tokenizers, small_pie
 
 
 def test_the_state_of_an_older_checkpoint_still_loads(tokenizers, small_pieces):
-    """It has the tokens left over, and counts whole documents: no piece, nothing taken."""
+    """Such a state holds the tokens left over and a count of whole documents, and no position within a
+    document."""
     texts, tokenizer = long_documents(6), tokenizers["byte"]
     old = {"epoch": 0, "group": 0, "source": None, "used": 2, "tokens": [7, 8, 9]}
     row = [7, 8, 9, *tokenize(texts[2:], tokenizer).tolist()]
@@ -296,7 +299,7 @@ def test_the_state_of_an_older_checkpoint_still_loads(tokenizers, small_pieces):
     )
 
 
-# ---- what is read --------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -312,7 +315,7 @@ def refusal(path: Path, **keys) -> str:
     with pytest.raises(UserError) as caught:
         read(path, **keys)
     message = str(caught.value)
-    assert message.isprintable(), "one line, and nothing that a terminal would obey"
+    assert message.isprintable(), "one line, without control characters"
     return message
 
 
@@ -322,7 +325,8 @@ def refusal(path: Path, **keys) -> str:
 )
 @pytest.mark.parametrize("name", ["a.txt", "folder", "rows.jsonl"])
 def test_a_bad_byte_is_named_with_file_and_offset_and_replaced_on_request(tmp_path, name, byte, what, offset):
-    """In the first, a middle, or the last byte of a long line; in a .jsonl that offset is the file's too."""
+    """As the first, a middle or the last byte of a long line. In a .jsonl too, the offset counts from the
+    start of the file."""
     text = b"x" * offset + byte + b"x" * (139_999 - offset)
     first = b'{"text": "good"}\n' if name == "rows.jsonl" else b"good\n"
     path = tmp_path / name
@@ -369,7 +373,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path, text):
     "broken", [b'{"text": "\xff"}', rb'{"text": "\ud800"}', b'{"text": "a\0"}'], ids=ascii
 )
 @pytest.mark.parametrize("streaming", [True, False])
-def test_rows_of_a_local_dataset_that_hold_no_text_are_one_line_of_error(
+def test_rows_of_a_local_dataset_without_text_give_one_line_of_error(
     tmp_path, monkeypatch, broken, streaming
 ):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -384,7 +388,7 @@ def test_rows_of_a_local_dataset_that_hold_no_text_are_one_line_of_error(
 
 
 def test_a_million_empty_documents_are_left_out(tmp_path, monkeypatch):
-    """Between two texts they are nothing; alone they are an error; and none of them is ever held."""
+    """Between two texts they are ignored; alone they are an error; and none is kept in memory."""
     marks = b"<|endoftext|>\n" * 1_000_000
     assert read(write(tmp_path / "a.txt", b"one\n" + marks + b"two")) == ["one", "two"]
     assert refusal(write(tmp_path / "b.txt", marks[:1_400_000])).startswith(
@@ -395,7 +399,9 @@ def test_a_million_empty_documents_are_left_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("last", [b"", b'{"text": "one"}\n'])
-def test_a_stream_of_empty_rows_is_left_out_or_refused(tmp_path, monkeypatch, last):
+def test_empty_rows_of_a_stream_are_left_out_and_a_stream_of_only_such_rows_is_refused(
+    tmp_path, monkeypatch, last
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write(tmp_path / "a.jsonl", b'{"text": "val"}\n' + b'{"text": ""}\n' * 20_000 + last)
     config = DataConfig(source="hf", dataset="json", path=str(path), streaming=True, val_docs=1)
@@ -434,7 +440,7 @@ def test_the_memory_is_no_more_than_a_container_or_a_ulimit_allows(tmp_path, mon
     assert hardware.memory_total("cpu") == 2**27
 
 
-def test_memory_that_runs_out_while_text_is_prepared_is_one_line(tmp_path, monkeypatch):
+def test_running_out_of_memory_while_preparing_text_is_reported_in_one_line(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", b"text " * 100)
     config = validate_config(
         {
@@ -468,9 +474,9 @@ SMALL = [
 ]
 
 
-# The kernel's own count since the program was loaded; what wait4 tells holds the memory of the process that
-# forked it, too.
-TELLS_ITS_PEAK = """
+# The peak that the kernel counts since the program was loaded. The peak that wait4 reports includes the
+# memory of the process that forked it.
+TRAIN_AND_PRINT_PEAK = """
 import sys, train
 from support.cli import guarded
 code = guarded(train.main, sys.argv[1:])
@@ -481,13 +487,13 @@ sys.exit(code)
 
 
 def train_process(folder: Path, *overrides: str) -> tuple[int, str, int]:
-    """(exit status, what it said, peak memory in bytes) of train.py with the smoke config and a very small
+    """(exit status, output, peak memory in bytes) of train.py with the smoke config and a very small
     model."""
     argv = ["--config", "config_smoke.yaml", "--device", "cpu", "--fresh"]
     for override in (*SMALL, "training.val_batches=1", f"checkpoint.dir={folder}", *overrides):
         argv += ["--override", override]
     done = subprocess.run(
-        [sys.executable, "-c", TELLS_ITS_PEAK, *argv],
+        [sys.executable, "-c", TRAIN_AND_PRINT_PEAK, *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -502,10 +508,10 @@ def one_line(path: Path, size: int, before: bytes = b"", after: bytes = b"") -> 
     return write(path, before + (words * (size // len(words) + 1))[:size] + after)
 
 
-# Text, and the two parts it is cut into for a moment: 2 bytes a byte. Then one part and the ids, 2 bytes
-# each, and a quarter more while their row grows: 3.5 for `byte`, with one token a byte, and less for the
-# others. Of a stream, the library that reads it holds the row several times over, as bytes, as a table and as
-# text.
+# For a moment memory holds the text and the two parts it is cut into: 2 bytes for each byte of text. Then it
+# holds one part and the ids, 2 bytes each, and a quarter more while their row grows: 3.5 for `byte`, which
+# has one token a byte, and less for the others. The library that reads a stream holds the row several times:
+# as bytes, as a table and as text.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "multiple", "overrides"),
@@ -528,8 +534,8 @@ def one_line(path: Path, size: int, before: bytes = b"", after: bytes = b"") -> 
     ids=["byte", "gpt2", "bpe", "stream"],
 )
 def test_a_single_line_of_hundreds_of_megabytes_trains_in_bounded_memory(tmp_path, size, multiple, overrides):
-    """Beside what the same run takes with little text: PyTorch and the rest, which grow from version to
-    version."""
+    """Compared with the same run on little text, because the memory of PyTorch and other libraries differs
+    between versions."""
     peaks = {}
     for n_bytes in (MB // 10, size):
         if "data.dataset=json" in overrides:
@@ -565,7 +571,7 @@ for extra in map(int, sys.argv[1].split(",")):
 
 @pytest.mark.slow
 def test_a_process_with_too_little_memory_says_so_in_one_line(tmp_path):
-    """At each step of the way: while reading, cutting off validation, encoding."""
+    """At each stage: reading, cutting off validation, encoding."""
     path = one_line(tmp_path / "a.txt", 40 * MB)
     argv = [
         "--config",

@@ -67,8 +67,8 @@ def tiny_model(vocab_size: int, **changes) -> GPTMini:
 
 
 def always(path: Path, token: int, tokenizer: Tokenizer | None = None) -> str:
-    """A checkpoint (of bytes) whose model says `token` whatever it reads: the last norm gives only its bias,
-    and the head is zero but for the row of that token."""
+    """A checkpoint (of bytes) whose model says `token` after any text: the last norm gives only its bias,
+    and the head is zero except in the row of that token."""
     tokenizer = tokenizer or ByteTokenizer()
     model = tiny_model(tokenizer.vocab_size, norm="layernorm", bias=True, tie_embeddings=False)
     with torch.no_grad():
@@ -90,13 +90,13 @@ def test_stdout_is_the_prompt_and_its_continuation_and_nothing_else(say, ckpt):
     assert err == ""
 
 
-def test_one_seed_one_text(say, ckpt):
+def test_the_same_seed_gives_the_same_text(say, ckpt):
     assert say(*short(ckpt)) == say(*short(ckpt)) == say(*short(ckpt, "--seed", "42"))
     assert say(*short(ckpt, "--seed", "1")) != say(*short(ckpt, "--seed", "2"))
 
 
 @pytest.mark.parametrize("length", [12, 60], ids=["in the window", "past the window"])
-def test_greedy_text_is_that_of_generate_whatever_the_seed(say, ckpt, length):
+def test_greedy_text_equals_generate_for_any_seed(say, ckpt, length):
     model, tokenizer, _ = load_model(ckpt)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     whole = model.generate(ids, length, SamplingConfig(temperature=0), eos_id=tokenizer.eos_id)[0].tolist()
@@ -107,7 +107,7 @@ def test_greedy_text_is_that_of_generate_whatever_the_seed(say, ckpt, length):
         assert out == expected + "\n"
 
 
-def test_sampled_text_is_that_of_generate_with_the_same_generator(say, ckpt):
+def test_sampled_text_equals_generate_with_the_same_generator(say, ckpt):
     model, tokenizer, _ = load_model(ckpt)
     sampling = SamplingConfig(temperature=0.7, top_k=30, top_p=0.9, repetition_penalty=1.3)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
@@ -130,7 +130,7 @@ def test_samples_are_numbered_and_each_is_the_text_of_its_seed(say, ckpt):
     assert out == "".join(f"--- sample {i + 1} (seed {7 + i}) ---\n{text}" for i, text in enumerate(texts))
 
 
-def test_generate_text_is_the_continuation_alone(say, ckpt):
+def test_generate_text_returns_only_the_continuation(say, ckpt):
     model, tokenizer, _ = load_model(ckpt)
     text = infer.generate_text(
         model, tokenizer, PROMPT, max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3
@@ -161,9 +161,7 @@ def test_half_a_character_is_never_shown(say, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama + bos", "space first"])
-def test_the_space_after_the_prompt_is_kept_where_a_decoder_drops_the_first_space_of_a_text(
-    say, tmp_path, name
-):
+def test_the_space_after_the_prompt_is_kept_if_a_decoder_drops_the_first_space_of_a_text(say, tmp_path, name):
     tokenizer = tokenizer_like(name)
     [tock] = ids_after(tokenizer, ["tick"], " tock")
     ckpt = always(tmp_path / "always.ckpt", tock, tokenizer)
@@ -171,7 +169,7 @@ def test_the_space_after_the_prompt_is_kept_where_a_decoder_drops_the_first_spac
     assert out == "tick tock tock tock\n"
 
 
-def test_a_text_may_end_the_generation(ckpt):
+def test_generation_ends_before_the_eos_token_given_as_text(ckpt):
     model, tokenizer, _ = load_model(ckpt)
     greedy = {"max_new_tokens": 12, "temperature": 0}
     plain = infer.generate_text(model, tokenizer, PROMPT, **greedy)
@@ -202,10 +200,10 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(say, ckpt, tmp_path, 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
 @pytest.mark.parametrize("source", ["file", "pipe", "flag", "interactive", "chat"])
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(
+def test_a_byte_order_mark_and_windows_line_ends_are_not_part_of_a_prompt(
     say, monkeypatch, tmp_path, source, mark
 ):
-    """Nor are they of texts for training. This tokenizer knows neither of them."""
+    """Nor of texts for training. This tokenizer knows neither of them."""
     tokenizer = CharTokenizer.train(["abc\n"])
     path = craft(tmp_path / "char.ckpt", tiny_model(tokenizer.vocab_size, max_seq_len=64), tokenizer)
     checkpoint = torch.load(path, weights_only=True)
@@ -283,7 +281,7 @@ def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_piec
     n_stopped = n_whole = 0
     for pieces, text, stops in texts_and_stops(1, 4000):
         if any(one in other[1:-1] for one in stops for other in stops):
-            continue  # a stop inside a stop: which of the two comes first is a matter of definition
+            continue  # a stop inside a stop: which of the two comes first is not defined
         found = "".join(pieces_before_stop(pieces, stops))
         assert found == up_to(text, stops), (pieces, stops)
         n_stopped, n_whole = n_stopped + (found != text), n_whole + (found == text != "" and bool(stops))
@@ -291,8 +289,8 @@ def test_an_answer_is_the_text_before_the_first_stop_however_it_is_cut_into_piec
 
 
 def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
-    """At each moment the pieces so far are a beginning of the answer. What is missing is shorter than the
-    longest stop."""
+    """At each moment the pieces given so far are the beginning of the answer. The text held back is
+    shorter than the longest stop."""
     for pieces, text, stops in texts_and_stops(2, 2000):
         asked, shown = [], ""
 
@@ -310,8 +308,8 @@ def test_no_stop_is_ever_shown_and_only_what_may_be_one_is_held_back():
                 assert len(read) - len(shown) < max(map(len, stops), default=1)
 
 
-def test_after_a_stop_nothing_more_is_asked_for():
-    """The model need not write what nobody will see."""
+def test_after_a_stop_no_more_text_is_generated():
+    """The model need not write text that nobody will see."""
     pieces = iter(["one", "#", "#two", "three", "four"])
     assert "".join(pieces_before_stop(pieces, ["##"])) == "one"
     assert list(pieces) == ["three", "four"]
@@ -321,13 +319,13 @@ def test_text_that_only_looked_like_a_stop_is_given_at_the_end():
     assert "".join(pieces_before_stop(["a#", "#"], ["###"])) == "a##"
     assert "".join(pieces_before_stop(["a##", "##b"], ["####"])) == "a"
     assert "".join(pieces_before_stop(["#a#", "a#a", "b"], ["#a#ab"])) == "#a", (
-        "a beginning inside a beginning"
+        "the beginning of a stop inside the beginning of a stop"
     )
     assert "".join(pieces_before_stop(["a", "", "b"], [])) == "ab"
     assert "".join(pieces_before_stop([], ["#"])) == ""
     for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
         assert "".join(pieces_before_stop(pieces, ["abcd", "c"])) == "ab", (
-            "the one that is complete first, however it arrives"
+            "the stop that is complete first, for any pieces"
         )
 
 
@@ -346,7 +344,7 @@ GREEDY = ("--temperature", "0", "--top-p", "1", "--max-new-tokens", "5")
 @pytest.fixture
 def chatty(tiny_run, tmp_path) -> Callable[..., str]:
     """chatty(stop=["x"]): the tiny run with a template, and with large random weights. After 12 steps of
-    training a model writes blanks whatever it reads; here each answer has to depend on all text before it."""
+    training a model writes blanks after any text; here each answer has to depend on all text before it."""
 
     def make(**changes: object) -> str:
         checkpoint, generator = tiny_run.checkpoint(), torch.Generator().manual_seed(4)
@@ -416,12 +414,12 @@ def test_each_question_is_answered_and_the_end_of_input_ends_the_chat(chat, chat
     assert first != second and len(first) > 1
     assert chat(ckpt, "who") == (first + "\n\n", "")
     assert chat(ckpt, "  who ", "why") == (f"{first}\n{second}\n\n", ""), (
-        "blanks around a question do not belong to it"
+        "blanks around a question are not part of it"
     )
     assert chat(ckpt) == ("\n", "")
 
 
-def test_a_question_that_is_not_text_is_answered_by_an_error_and_forgotten(chat, chatty):
+def test_a_question_that_is_not_text_gets_an_error_and_is_forgotten(chat, chatty):
     """Bytes that are not UTF-8 arrive as halves of characters."""
     ckpt = chatty()
     out, err = chat(ckpt, "a\udcffb", "who")
@@ -434,7 +432,7 @@ def test_chat_without_standard_input_says_so(chatty, monkeypatch):
         infer.main(["--ckpt", chatty(), "--chat", "--device", "cpu"])
 
 
-def test_an_answer_depends_on_what_was_said_unless_it_is_forgotten(chat, chatty):
+def test_an_answer_depends_on_earlier_turns_until_a_reset(chat, chatty):
     ckpt = chatty()
     who, how, alone = (answer_to(ckpt, question) for question in ("who", "how", "why"))
     after_who, after_how = answer_to(ckpt, "who", "why"), answer_to(ckpt, "how", "why")
@@ -480,7 +478,7 @@ def test_a_stop_ends_an_answer_and_is_neither_shown_nor_remembered(chat, chatty)
     assert conversation.turns == [("who", plain[:place].strip())]
 
 
-def test_samples_follow_the_seed_and_each_question_has_another(chat, chatty):
+def test_samples_follow_the_seed_and_each_question_has_its_own_seed(chat, chatty):
     ckpt, drawn = chatty(), ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "5")
     assert chat(ckpt, "who", "why", flags=drawn) == chat(ckpt, "who", "why", flags=(*drawn, "--seed", "42"))
     assert chat(ckpt, "who", flags=drawn) != chat(ckpt, "who", flags=(*drawn, "--seed", "43"))
@@ -530,7 +528,7 @@ def test_a_conversation_stays_within_the_context_and_remembers_as_much_as_fits(
         assert given[-1] == (expected, n)
         kept.append(n_kept)
         said.append([*tokenizer.encode(f"Ask {question} Say {answer.strip()}"), tokenizer.eos_id])
-    assert (max(kept) > 0) == (wanted == 3), "room for some, never for all"
+    assert (max(kept) > 0) == (wanted == 3), "some earlier turns fit, but never all"
     assert max(kept) < 7
 
 
@@ -604,7 +602,7 @@ def test_ctrl_c_ends_an_answer_on_a_terminal_and_elsewhere_the_program(chatty, m
         ASK | {"more": "\n\x1b[2J" * 99},
     ],
 )
-def test_a_damaged_template_is_one_line(chatty, capsys, template):
+def test_a_damaged_template_is_refused_in_one_line(chatty, capsys, template):
     ckpt = chatty(template=template)
     with pytest.raises(UserError) as error:
         infer.main(["--ckpt", ckpt, "--chat", "--device", "cpu"])

@@ -1,5 +1,5 @@
-"""instruct.py: rows of a file to pairs, pairs to ids and labels, and how a model scores on them, one pair
-at a time."""
+"""instruct.py: rows of a file become pairs, pairs become ids and labels, and a model is scored on them one
+pair at a time."""
 
 import codecs
 import json
@@ -38,7 +38,7 @@ KINDS = pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
 
 
 @pytest.fixture(autouse=True)
-def _a_cache_of_its_own(tmp_path, monkeypatch):
+def own_dataset_cache(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -91,7 +91,7 @@ ROWS = [
 
 
 @KINDS
-def test_each_kind_of_file_gives_its_rows_in_order_with_their_places(tmp_path, kind):
+def test_each_kind_of_file_gives_its_rows_in_order_with_their_row_or_line_numbers(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", ROWS)
     place = "line" if kind == "jsonl" else "row"
     expected = [
@@ -102,7 +102,7 @@ def test_each_kind_of_file_gives_its_rows_in_order_with_their_places(tmp_path, k
 
 
 @KINDS
-def test_the_input_may_be_missing_and_what_no_field_names_is_left_alone(tmp_path, kind):
+def test_the_input_may_be_missing_and_other_fields_are_ignored(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", [{"id": 7, "output": "b", "instruction": "a", "text": "c"}])
     assert [(p.instruction, p.input, p.output) for p in read(path)] == [("a", "", "b")]
 
@@ -214,7 +214,7 @@ def test_a_file_that_does_not_hold_rows_is_refused(tmp_path, name, content, said
     assert str(tmp_path / name) in message
 
 
-def test_a_name_that_looks_like_a_glob_is_a_name(tmp_path):
+def test_a_name_that_looks_like_a_glob_is_a_file_name(tmp_path):
     for kind in ("json", "parquet"):
         assert len(read(write(tmp_path / f"rows[1]*.{kind}", [GOOD]))) == 1
 
@@ -232,11 +232,11 @@ def test_a_field_that_no_row_has_is_not_silently_empty(tmp_path):
     )
 
 
-def test_a_prompt_without_a_token_masks_nothing():
+def test_a_prompt_without_tokens_masks_nothing():
     assert Example(np.array([5, 6, 7]), 0).labels(True).tolist() == [6, 7]
 
 
-def test_a_file_that_is_not_there_is_refused_by_the_key_that_names_it(tmp_path):
+def test_the_error_for_a_missing_or_unsupported_file_names_its_key(tmp_path):
     (tmp_path / "rows.txt").write_text("no rows")
     for key in ("data.path", "data.val_path"):
         for path, said in (
@@ -265,7 +265,7 @@ SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     ids=["a", "b", "c"],
 )
 @KINDS
-def test_a_conversation_is_refused_as_what_it_is(tmp_path, kind, row):
+def test_the_error_for_a_conversation_calls_it_one(tmp_path, kind, row):
     """Renaming fields cannot help, since the text is in a list."""
     message = refusal(write(tmp_path / f"rows.{kind}", [row]))
     assert (
@@ -276,7 +276,7 @@ def test_a_conversation_is_refused_as_what_it_is(tmp_path, kind, row):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_named_jsonl_and_rows_named_json_are_told_their_right_names(tmp_path, indent):
+def test_the_error_for_a_list_named_jsonl_or_rows_named_json_gives_the_right_name(tmp_path, indent):
     (tmp_path / "list.jsonl").write_text(json.dumps([GOOD, GOOD], indent=indent))
     message = refusal(tmp_path / "list.jsonl")
     assert "a list begins there; name it .json" in message
@@ -287,7 +287,7 @@ def test_a_list_named_jsonl_and_rows_named_json_are_told_their_right_names(tmp_p
 
 
 @pytest.mark.parametrize("key", ["data", "train", 'it\'s "rows"'])
-def test_a_list_within_an_object_is_found_and_the_command_in_the_message_takes_it_out(
+def test_a_list_within_an_object_is_found_and_the_command_in_the_message_extracts_it(
     tmp_path, monkeypatch, key
 ):
     (tmp_path / "whole.json").write_text(json.dumps({"version": "1", key: [GOOD, GOOD]}))
@@ -349,7 +349,8 @@ def config_of(path: Path, seed: int = 42, seq_len: int = 19, **data) -> Config:
 
 @pytest.fixture
 def many(tmp_path) -> Path:
-    """37 rows, every third of which has the same texts as its neighbour: a row is known by its place."""
+    """A file of 37 rows. Every third row has the same texts as its neighbour, so only its place identifies
+    a row."""
     return write(
         tmp_path / "many.jsonl",
         [{"instruction": f"i{n - (n % 3 == 1)}", "output": "o"} for n in range(1, 38)],
@@ -378,12 +379,12 @@ def test_validation_rows_are_drawn_whole_and_the_rest_is_trained_on(many, data, 
     assert (train, val) == (sorted(train), sorted(val)), "in the order of the file"
 
 
-def test_the_split_is_drawn_by_the_seed(many):
+def test_the_seed_decides_the_split(many):
     splits = [lines(split_pairs(config_of(many, seed, val_docs=9))[1]) for seed in (1, 1, 2, 3)]
     assert splits[0] == splits[1]
     assert len({tuple(split) for split in splits}) == 3
     assert splits[0] != list(range(1, 10)) and splits[0] != list(range(29, 38)), (
-        "drawn, not the first or the last"
+        "drawn at random, not the first or the last"
     )
 
 
@@ -393,7 +394,7 @@ def test_fewer_training_rows_are_the_first_ones_and_validation_stays_the_same(ma
     assert limited[1] == whole[1]
 
 
-def test_validation_may_have_a_file_of_its_own(many, tmp_path):
+def test_validation_may_have_its_own_file(many, tmp_path):
     other = write(tmp_path / "val.json", [{"instruction": f"v{n}", "output": "o"} for n in range(8)])
     train, val = split_pairs(config_of(many, val_path=str(other)))
     assert lines(train) == list(range(1, 38))
@@ -452,7 +453,8 @@ def test_validation_that_leaves_nothing_to_train_on_is_refused(many, n_val):
 
 @pytest.mark.parametrize("data", [{}, {"val_docs": 4}], ids=str)
 def test_a_row_that_is_most_of_the_text_is_trained_on(tmp_path, data):
-    """A row cannot be cut, so another is held out in its place; of rows that are alike, the same as ever."""
+    """A row cannot be cut, so another row is held out instead. If all rows are similar, the same ones as
+    before are held out."""
     rows = [GOOD | {"output": f"{n} " + "word " * (n % 7)} for n in range(40)]
     alike = write(tmp_path / "alike.json", rows)
     rows[11] = GOOD | {"output": "long " * 5000}
@@ -466,7 +468,7 @@ def test_a_row_that_is_most_of_the_text_is_trained_on(tmp_path, data):
             drawn[:4].tolist()
         )
         moved += 11 in drawn[:4]
-    assert moved > 0, "with some of these seeds it would have been held out"
+    assert moved > 0, "with some of these seeds a plain draw would hold it out"
 
 
 def test_a_single_row_cannot_be_split(tmp_path):
@@ -478,8 +480,8 @@ def test_a_single_row_cannot_be_split(tmp_path):
 
 
 def test_the_response_and_its_eos_are_scored_and_the_prompt_is_not():
-    """Q a b A x y z EOS: seven positions, each with what follows; `A` is the first that is scored, for it
-    precedes x."""
+    """Q a b A x y z EOS is seven positions, each labelled with the next id. `A` is the first scored
+    position, because x follows it."""
     example = encode_pair(pair("ab", "xyz"), BYTE, SHORT)
     assert (example.ids.tolist(), example.n_prompt, len(example)) == (
         [81, 97, 98, 65, 120, 121, 122, 256],
@@ -508,7 +510,7 @@ def test_making_labels_leaves_the_ids_alone():
     assert example.ids.tolist() == [5, 6, 7, 8]
 
 
-def test_rows_are_padded_to_the_longest_of_their_batch_with_eos_that_is_not_scored():
+def test_rows_are_padded_to_the_longest_row_of_the_batch_with_unscored_eos():
     made = InstructPairDataset([pair("a", "x"), pair("b", "yyy", "i"), pair("c", "zz")], BYTE, SHORT, 23)
     batch = made.batch([2, 0])
     assert batch["input_ids"].tolist() == [[*b"QcAzz"], [*b"QaAx", 256]]
@@ -538,7 +540,7 @@ LETTERS = [
 
 
 def random_pairs(rng: np.random.Generator, n: int, longest: int = 12) -> list[Pair]:
-    """Texts of any characters; the instruction and the output hold one that is no blank."""
+    """Pairs of texts of any characters. The instruction and the output are never blank."""
 
     def text(shortest: int) -> str:
         return "".join(rng.choice(LETTERS, rng.integers(shortest, longest)))
@@ -556,7 +558,7 @@ def tokenizer_of(kind: str, pairs: list[Pair], template: Template) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_the_scored_labels_spell_the_output_and_eos_whatever_the_texts(kind, packing):
+def test_the_scored_labels_spell_the_output_and_eos_for_any_texts(kind, packing):
     rng = np.random.default_rng(5)
     pairs = random_pairs(rng, 150)
     template = Template(
@@ -600,11 +602,13 @@ def test_characters_that_the_tokenizer_lacks_are_refused_with_the_rows_place():
         (6, b"abAxyz", None),
         (5, b"bAxyz", None),
         (4, b"Axyz", None),
-        (3, None, None),  # the answer would be there without any question
+        (3, None, None),  # an answer would be left without any question
         (2, None, None),
     ],
 )
-def test_a_pair_that_is_too_long_loses_its_prompts_start_and_never_a_part_of_its_response(seq_len, cut, drop):
+def test_a_pair_that_is_too_long_loses_the_start_of_its_prompt_and_nothing_of_its_response(
+    seq_len, cut, drop
+):
     for too_long, kept in (("cut", cut), ("drop", drop)):
         if kept is None:
             with pytest.raises(UserError, match=f"none of 1 instructions fits training.seq_len={seq_len}"):
@@ -620,8 +624,8 @@ def test_a_pair_that_is_too_long_loses_its_prompts_start_and_never_a_part_of_its
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("too_long", ["cut", "drop"])
 def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, packing):
-    """The rule said another way: the last seq_len + 1 ids of a pair are kept if something of the prompt is
-    among them."""
+    """The same rule in other words: the last seq_len + 1 ids of a pair are kept if at least one of them
+    belongs to the prompt."""
     pairs = random_pairs(np.random.default_rng(3), 80, longest=5)
     for seq_len in (14, 23, 40, 999):
         kept, n_cut, n_dropped, n_bytes = [], 0, 0, 0
@@ -637,7 +641,7 @@ def test_what_is_cut_and_dropped_is_counted_and_the_rest_is_whole(too_long, pack
         made = InstructPairDataset(pairs, BYTE, SHORT, seq_len, packing=packing, too_long=too_long)
         assert [(e.ids.tolist(), e.n_prompt) for e in made.examples] == kept
         assert (made.n_cut, made.n_dropped, made.n_bytes) == (n_cut, n_dropped, n_bytes)
-        assert seq_len == 999 or n_dropped, "the sizes are such that there are some"
+        assert seq_len == 999 or n_dropped, "at these sizes some pairs are dropped"
         assert seq_len > 23 or too_long == "drop" or n_cut
 
 
@@ -689,8 +693,8 @@ def test_packing_and_padding_hold_the_same_pairs_with_the_same_labels():
 
 
 def test_a_block_is_full_when_the_next_pair_does_not_fit():
-    """Pairs of 4, 7, 5, 4 and 8 positions in blocks of 11: the first two fill one, the next two leave two
-    positions free."""
+    """Pairs of 4, 7, 5, 4 and 8 positions in blocks of 11: the first two fill a block, the next two leave
+    two positions free."""
     pairs = [pair("i", "o"), pair("ab", "xyz"), pair("i", "oo"), pair("i", "o"), pair("abc", "xyz")]
     packed = InstructPairDataset(pairs, BYTE, SHORT, 11, packing=True)
     batch = packed.batch(range(len(packed)))
@@ -752,7 +756,7 @@ def batches(made: InstructPairDataset, size: int) -> list[dict]:
 
 @torch.no_grad()
 def naive_scores(net: GPTMini, pairs: list[Pair]) -> list[float]:
-    """The five sums, one pair at a time and one token at a time, each from everything before it."""
+    """The five sums, computed one pair and one token at a time, each token from all ids before it."""
     loss = n_targets = n_right = n_answers = n_answers_right = 0
     for p in pairs:
         before = FEW.encode(f"{p.instruction},{p.input}:" if p.input else f"{p.instruction}:")
@@ -767,7 +771,7 @@ def naive_scores(net: GPTMini, pairs: list[Pair]) -> list[float]:
     return [loss, n_targets, n_right, n_answers, n_answers_right]
 
 
-def test_responses_are_scored_as_by_a_naive_loop_padded_or_packed(net):
+def test_scores_of_responses_equal_a_naive_loop_padded_or_packed(net):
     pairs = few_pairs()
     expected = naive_scores(net, pairs)
     assert 0 < expected[4] < expected[3] == 70 and expected[4] < expected[2] < expected[1], (
@@ -829,14 +833,14 @@ def test_changing_one_pair_of_a_block_leaves_the_others_alone(net):
 
 
 def test_a_batch_without_any_target_scores_nothing(net):
-    """As a process gets one that has no validation rows left."""
+    """A process that has no validation rows left gets such a batch."""
     for made in both(few_pairs(9)):
         batch = made.batch(range(2))
         batch["labels"].fill_(IGNORE)
         assert score_responses(net, batch).tolist() == [0.0] * 5
 
 
-def test_a_row_without_target_is_no_response(net):
+def test_a_row_without_targets_is_not_counted_as_a_response(net):
     padded, _ = both(few_pairs(3))
     batch = padded.batch([0, 1, 2])
     batch["labels"][1] = IGNORE
@@ -844,15 +848,15 @@ def test_a_row_without_target_is_no_response(net):
     torch.testing.assert_close(score_responses(net, batch), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_response_is_right_only_if_each_of_its_tokens_is():
-    """A net that answers 1 everywhere, on rows of two responses each: 1 1 and 1 2, then 2 and 1."""
+def test_a_response_is_right_only_if_all_its_tokens_are():
+    """The net answers 1 everywhere. Each row holds two responses: 1 1 and 1 2, then 2 and 1."""
     labels = torch.tensor([[-100, 1, 1, -100, 1, 2, -100], [-100, -100, 2, -100, 1, -100, -100]])
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 2, 2]])
 
     def net(input_ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         return torch.tensor([0.0, 1.0, 0.0]).expand(*input_ids.shape, 3)
 
-    wrong = np.log(2 + np.e)  # of the probabilities 1, e and 1, each divided by their sum
+    wrong = np.log(2 + np.e)  # the loss of a wrong token, whose probability is 1 / (1 + e + 1)
     loss, *counts = score_responses(
         net, {"input_ids": torch.zeros_like(labels), "segments": segments, "labels": labels}
     ).tolist()
@@ -860,9 +864,9 @@ def test_a_response_is_right_only_if_each_of_its_tokens_is():
     assert counts == [6, 4, 4, 2]
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_for_each_token(tmp_path):
-    """All weights zero: each of 257 tokens is as likely. Two outputs of 3 bytes and 1, with EOS 4 targets
-    and 2."""
+def test_the_loss_of_zero_weights_is_the_logarithm_of_the_vocabulary_for_each_token(tmp_path):
+    """All 257 tokens are equally likely. The outputs have 3 bytes and 1 byte; with EOS that is 4 and 2
+    targets."""
     config = config_of(tmp_path / "rows.json", seq_len=19)
     model = GPTMini(GPTConfig(vocab_size=257, d_model=8, n_heads=2, n_layers=1, max_seq_len=19)).eval()
     for parameter in model.parameters():
@@ -874,7 +878,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_for_ea
     assert (found.token_accuracy, found.response_accuracy) == (0, 0)
 
 
-# ---- what is said and compared -------------------------------------------------------------------
+# ---- fingerprint and description -----------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_any_token_and_not_with_the_packing():
@@ -897,15 +901,16 @@ def test_the_fingerprint_changes_with_any_token_and_not_with_the_packing():
 
 
 def test_the_fingerprint_changes_with_where_the_response_begins():
-    """The ids are the same: a b c EOS."""
+    """The ids are the same in both cases: a b c EOS."""
     bare = Template(prompt="{instruction}", prompt_with_input="{instruction}{input}")
     early, late = (InstructPairDataset([pair(*row)], BYTE, bare, 23) for row in (("a", "bc"), ("ab", "c")))
     assert early.examples[0].ids.tolist() == late.examples[0].ids.tolist() == [*b"abc", 256]
     assert early.fingerprint() != late.fingerprint()
 
 
-def test_the_description_counts_what_there_is():
-    """8, 5 and 8 ids, the fourth pair never fits; in 6 positions two lose one id each."""
+def test_the_description_counts_pairs_tokens_rows_and_blocks():
+    """The first three pairs have 8, 5 and 8 ids. In 6 positions two of them lose one id each, and the
+    fourth pair never fits."""
     pairs = [pair("ab", "xyz"), pair("i", "o"), pair("abcd", "z")]
     assert (
         InstructPairDataset(pairs, BYTE, SHORT, 9).describe(3)
@@ -934,7 +939,7 @@ def test_the_description_counts_what_there_is():
     )
 
 
-def test_a_config_names_both_sides_and_validation_scores_responses_alone(many):
+def test_a_config_loads_both_sides_and_validation_scores_only_responses(many):
     for mask_prompt in (True, False):
         packed = load_instructions(config_of(many, val_docs=5, mask_prompt=mask_prompt), BYTE)
         assert (packed.n_train_docs, packed.n_val_docs, len(packed.train), len(packed.val)) == (32, 5, 32, 5)

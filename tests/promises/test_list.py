@@ -50,7 +50,7 @@ def test_every_file_is_named_with_its_step_and_losses(show, tiny_run):
 
 
 def test_other_names_of_a_file_are_shown_in_its_row(show, tiny_run, tmp_path):
-    """Both for hard links and for copies, which a plain copy of a run's folder has."""
+    """Names of hard links and of copies, because a plain copy of a run's folder has copies."""
     best = load_model(tiny_run.folder / "best.ckpt")[2]["metrics"]["step"]
     for row in map(json.loads, show(tiny_run.folder, "--json").splitlines()):
         assert row["names"] == ["last"] * (row["step"] == 12) + ["best"] * (row["step"] == best) + [
@@ -115,7 +115,7 @@ def test_rows_are_sorted_by_any_column(show, tiny_run, tmp_path, column):
     assert backward == [row["file"] for row in reversed(rows)]
 
 
-def test_the_config_hash_is_that_of_the_config(show, run, tmp_path):
+def test_the_config_hash_is_computed_from_the_config(show, run, tmp_path):
     words = ("training.max_steps=2", "training.warmup_steps=1")
     for name, extra in (("one", ()), ("two", ("training.lr=1e-3",))):
         run(tmp_path / name, *words, *extra)

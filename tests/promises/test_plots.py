@@ -123,7 +123,7 @@ def test_the_same_scores_give_the_same_svg_bytes(tmp_path):
 )
 @pytest.mark.parametrize("steps", [(1, 2), (1,)], ids=["lines", "bars"])
 def test_names_of_any_kind_are_drawn_as_they_are(tmp_path, name, steps):
-    """Matplotlib would leave out a legend's _name, read $ as a formula, and warn of a letter that its font
+    """Matplotlib would leave out a legend's _name, read $ as a formula, and warn of letters that its font
     lacks."""
     evaluation = make_evaluation(steps=steps, runs=("b", "a"))
     for checkpoint in evaluation.checkpoints:

@@ -74,7 +74,7 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-def test_every_case_and_checkpoint_is_there(tmp_path):
+def test_every_case_and_checkpoint_is_in_the_report(tmp_path):
     evaluation = make_evaluation(runs=("runs/a", "runs/b"))
     evaluation.checkpoints[0].names = ["best", "last"]
     evaluation.checkpoints[1].tied = evaluation.checkpoints[2].tied = True
@@ -144,7 +144,7 @@ def test_text_of_any_kind_stays_text(tmp_path, text):
     page, source = report(tmp_path, evaluation)
     assert page.tags.count("script") == calm.tags.count("script") == 1
     assert {key for key, _ in page.attributes} <= {key for key, _ in calm.attributes}, (
-        "an attribute out of a text"
+        "no text became an attribute"
     )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\u202c\ud800-\udfff]", source)
     if text in (SCRIPT, ATTRIBUTE, HOSTILE["template"], HOSTILE["entity"]):
@@ -159,7 +159,7 @@ def test_invisible_characters_are_made_visible():
     assert visible("") == ""
 
 
-def test_one_checkpoint_on_one_case(tmp_path):
+def test_one_checkpoint_on_one_case_makes_a_small_report(tmp_path):
     evaluation = make_evaluation(n_cases=1, steps=(None,))
     page, source = report(tmp_path, evaluation)
     text = squeezed(page.text)
@@ -175,7 +175,7 @@ def test_one_checkpoint_on_one_case(tmp_path):
     assert len(source) < 60_000
 
 
-def test_what_is_missing_is_a_dash(tmp_path):
+def test_missing_values_are_shown_as_a_dash(tmp_path):
     evaluation = make_evaluation(n_cases=3, steps=(None, 5))
     for checkpoint in evaluation.checkpoints:
         checkpoint.tokens = checkpoint.step = None
@@ -189,7 +189,7 @@ def test_what_is_missing_is_a_dash(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.nan])
-def test_likelihoods_that_are_infinite_or_nan(tmp_path, value):
+def test_infinite_likelihoods_are_shown_and_nan_is_not(tmp_path, value):
     evaluation = make_evaluation(n_cases=3)
     for checkpoint in evaluation.checkpoints:
         for result in checkpoint.results:
@@ -200,7 +200,7 @@ def test_likelihoods_that_are_infinite_or_nan(tmp_path, value):
     )
 
 
-def test_shares_of_choices_sum_to_one_and_the_right_and_the_chosen_one_are_marked(tmp_path):
+def test_shares_of_choices_sum_to_one_and_the_right_and_the_chosen_ones_are_marked(tmp_path):
     evaluation = make_evaluation(n_cases=2, steps=(1,))
     result = evaluation.checkpoints[0].results[1]
     result.logprobs, result.chosen = (
@@ -212,7 +212,7 @@ def test_shares_of_choices_sum_to_one_and_the_right_and_the_chosen_one_are_marke
     assert re.search(r'class=" right"><b>A<', source) and re.search(r'class="chosen"><b>B<', source)
 
 
-def test_of_a_hundred_choices_the_right_and_the_chosen_ones_are_shown(tmp_path):
+def test_the_right_and_the_chosen_of_a_hundred_choices_are_shown(tmp_path):
     evaluation = make_evaluation(n_cases=2, steps=(1,))
     case = evaluation.cases[1] = make_case(1, choices=[f" {i}" for i in range(100)], target=" 70")
     result = evaluation.checkpoints[0].results[1] = make_result(case, random.Random(0))
@@ -239,4 +239,4 @@ def test_the_same_evaluation_gives_the_same_bytes(tmp_path):
     evaluation = make_evaluation(steps=(1,))
     before = copy.deepcopy(evaluation)
     assert report(tmp_path, evaluation)[1] == report(tmp_path, evaluation)[1]  # and so is the picture in it
-    assert evaluation == before, "showing changes nothing"
+    assert evaluation == before, "a report does not change the evaluation"

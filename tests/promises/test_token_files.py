@@ -1,5 +1,5 @@
-"""Training on token files: the same samples as from text, exact resume, files of other programs, memory
-that stays flat."""
+"""Training on token files: the same samples as from text, exact resume, files of other programs, and
+memory that does not grow with the file."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def texts(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(texts) -> Path:
-    """The token files that prepare.py makes of these texts."""
+    """The token files that prepare.py makes from these texts."""
     argv = [
         "--input",
         str(texts / "train.txt"),
@@ -91,9 +91,9 @@ def test_resume_on_token_files_is_exact(run, folder, tmp_path, monkeypatch, in_m
     assert resumed.sha256 == straight.sha256
 
 
-def test_the_line_of_the_docs_replaces_all_that_the_config_says_of_its_own_source(folder, capsys):
-    """config.yaml streams Wikipedia under GPT-2's tokenizer; two overrides make it train on these files,
-    under theirs."""
+def test_the_overrides_in_the_docs_replace_the_source_and_the_tokenizer_of_the_config(folder, capsys):
+    """config.yaml streams Wikipedia with GPT-2's tokenizer; two overrides make it train on these files
+    with their own tokenizer."""
     argv = [
         "--config",
         str(REPO / "config.yaml"),
@@ -129,8 +129,8 @@ def test_the_run_records_the_tokenizer_of_the_files(run, folder, tmp_path):
     assert f"1 documents, {len(TEXT) + 1:,} tokens" in made.out
 
 
-def test_validation_is_what_training_logged(run, folder, tmp_path, capsys):
-    """By eval_val.py, from the files again; bits per byte are those of the text."""
+def test_scoring_token_files_gives_the_loss_that_training_logged(run, folder, tmp_path, capsys):
+    """eval_val.py reads the files again; its bits per byte are those of the text."""
     made = run(tmp_path / "run", *tokens_of(folder))
     capsys.readouterr()
     eval_val.main(["--ckpt", str(made.folder / "final.ckpt"), "--json"])
@@ -146,7 +146,7 @@ def test_validation_is_what_training_logged(run, folder, tmp_path, capsys):
 
 
 def test_files_of_another_tokenizer_are_refused(run, folder, tmp_path, tiny_run, capsys):
-    """On resume, and for scoring: the ids would mean something else."""
+    """On resume and for scoring, because the ids would mean other text."""
     made = run(tmp_path / "run", *tokens_of(folder, "training.max_steps=4"))
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": GPT2Tokenizer().to_dict()}))
@@ -176,7 +176,7 @@ def test_other_tokens_are_refused_on_resume(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", ">u2", "uint8"])
-def test_arrays_of_other_programs_are_read_whatever_their_type(run, tmp_path, dtype):
+def test_arrays_of_other_programs_are_read_with_any_integer_type(run, tmp_path, dtype):
     np.save(tmp_path / "t.npy", np.frombuffer(TEXT.encode(), np.uint8).astype(dtype))
     files = open_token_files(str(tmp_path / "t.npy"), val_fraction=0.25)
     files.check(BYTE)
@@ -184,8 +184,8 @@ def test_arrays_of_other_programs_are_read_whatever_their_type(run, tmp_path, dt
     assert len(files.val) == len(TEXT) - int(len(TEXT) * 0.75)
 
 
-def test_raw_files_of_uint16_are_read_as_others_write_them(run, tmp_path):
-    """train.bin and val.bin in a folder, or named one by one; the same weights as from .npy."""
+def test_raw_uint16_files_of_other_programs_are_read(run, tmp_path):
+    """train.bin and val.bin in a folder, or named one by one. They train the same weights as .npy files."""
     ids = np.array([*TEXT.encode(), BYTE.eos_id], "<u2")
     for name, row in (("train", ids), ("val", ids[:300])):
         row.tofile(tmp_path / f"{name}.bin")
@@ -252,7 +252,7 @@ def large_id(folder: Path) -> None:
         (lambda f: None, ("x",), "does not exist; python3 prepare.py tokens"),
     ],
 )
-def test_a_file_that_is_something_else_is_refused_in_words(run, tmp_path, make, words, message):
+def test_a_file_that_holds_something_else_is_refused_with_a_reason(run, tmp_path, make, words, message):
     make(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         run(tmp_path / "run", *tokens_of(tmp_path / words[0], *words[1:]))
@@ -273,7 +273,7 @@ def test_a_file_of_another_size_than_its_meta_json_says_is_refused(folder):
 
 
 def test_a_wrong_id_outside_the_samples_is_refused_when_it_is_read(tmp_path):
-    """On a CPU it would be an index error, on a GPU a device-side assert that names nothing."""
+    """Otherwise it would be an IndexError on a CPU, and on a GPU a device-side assert that names nothing."""
     row = np.zeros(3_000_000, np.uint16)
     file_samples = TokenFile(save(tmp_path / "x.npy", row))
     starts = np.linspace(0, len(row) - 4096, 256, dtype=np.int64)
@@ -326,8 +326,8 @@ def test_the_computed_order_is_a_permutation(n):
 
 
 def test_the_computed_order_looks_random():
-    """Neighbours are not neighbours any more, and every quarter of the order visits every quarter of the
-    blocks alike."""
+    """Neighbours are separated, and each quarter of the order visits each quarter of the blocks about
+    equally often."""
     n = 2**14 - 5
     order = np.array([permuted(i, n, (42, 3)) for i in range(n)])
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.03
@@ -371,7 +371,7 @@ print(rss() - before)
     assert grown[1] < grown[0] + 40, grown
 
 
-def test_endings_count_in_any_case(folder, tmp_path):
+def test_file_endings_of_token_files_ignore_case(folder, tmp_path):
     (tmp_path / "copy").mkdir()
     for name in ("train", "val"):
         (tmp_path / "copy" / f"{name.upper()}.NPY").write_bytes((folder / f"{name}.npy").read_bytes())

@@ -46,7 +46,7 @@ def test_a_text_is_taken_as_it_is_typed(text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_deep_in_a_section_too(text):
+def test_a_text_in_a_nested_section_is_taken_as_it_is_typed(text):
     rows = {
         "data": {"source": "instructions", "path": "x.json"},
         "training": {"max_steps": 5},
@@ -77,7 +77,7 @@ def test_quotes_around_all_of_a_text_are_taken_off(text):
     assert given(f" {json.dumps(text, ensure_ascii=False)} ") == text
 
 
-def test_null_is_no_value_where_a_text_may_be_left_out():
+def test_null_means_no_value_for_an_optional_text():
     base = {"data": {"path": "x.txt", "val_path": "v.txt"}, "training": {"max_steps": 5}}
     for text in ("null", "Null", "NULL", " null ", ""):
         assert load_config(None, [f"data.val_path={text}"], base).data.val_path is None
@@ -86,7 +86,7 @@ def test_null_is_no_value_where_a_text_may_be_left_out():
     assert load_config(None, ["data.val_path='null'"], base).data.val_path == "null"
 
 
-def test_an_unknown_escape_says_what_to_do():
+def test_the_error_for_an_unknown_escape_says_what_to_do():
     with pytest.raises(UserError, match=r"leave the double quotes out, and \\ is itself"):
         given('"C:\\Users\\me"')
     assert given("C:\\Users\\me") == "C:\\Users\\me"
@@ -98,7 +98,7 @@ def test_an_unknown_escape_says_what_to_do():
     ("key", "text"),
     [("model.norm", "layernorm"), ("hardware.precision", " 32-true "), ("data.errors", "replace")],
 )
-def test_one_of_a_few_words(key, text):
+def test_a_key_with_a_few_allowed_words_takes_one_without_blanks_around_it(key, text):
     assert given(text, key) == text.strip()
 
 
@@ -110,7 +110,7 @@ def test_one_of_a_few_words(key, text):
         ("model.norm", "rms_norm", "rmsnorm"),
     ],
 )
-def test_a_word_of_other_projects_is_answered_with_ours(key, text, word):
+def test_the_error_for_a_word_of_other_projects_gives_ours(key, text, word):
     with pytest.raises(UserError, match=f"here that is {word}"):
         given(text, key)
 
@@ -127,7 +127,7 @@ def test_a_list_of_texts_is_yaml_with_its_items_as_written(text, value):
         assert given(text, "training.sample_prompts") == value
 
 
-def test_a_text_for_a_list_is_answered_with_a_flag_that_works():
+def test_the_error_for_a_text_instead_of_a_list_gives_a_flag_that_works():
     import shlex
 
     for text in ("Once upon a time", 'it\'s "so"', "C:\\new", "a, b", "x"):
@@ -158,7 +158,7 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("text", WRITTEN)
-def test_what_yaml_takes_for_something_else_is_a_text_in_a_file_too(tmp_path, text):
+def test_text_that_yaml_would_convert_stays_text_in_a_file(tmp_path, text):
     (tmp_path / "c.yaml").write_text(
         f"data: {{path: {text}, text_field: {text}}}\ncheckpoint: {{dir: {text}}}\n"
         f"training: {{max_steps: 1, sample_every: 1, sample_prompts: [{text}]}}"
@@ -272,18 +272,18 @@ def test_what_is_not_a_finite_number_is_refused(text):
         ("Off", False),
     ],
 )
-def test_a_switch(text, value):
+def test_a_switch_takes_true_yes_on_and_their_opposites_in_any_case(text, value):
     assert given(text, "training.compile") is value
 
 
 @pytest.mark.parametrize("text", ["1", "0", "y", "maybe", "null", "", "'true'"])
-def test_what_is_not_a_switch_is_refused(text):
+def test_any_other_value_of_a_switch_is_refused(text):
     with pytest.raises(UserError, match=r"training\.compile=.*; write true or false"):
         given(text, "training.compile")
 
 
 @pytest.mark.parametrize("key", ["training.grad_clip", "model.d_ff", "data.stride", "lora"])
-def test_null_is_no_value_where_a_key_may_be_left_out(key):
+def test_null_means_no_value_for_an_optional_key(key):
     for text in ("null", "~", ""):
         assert load_config(None, [f"{key}={text}"], BASE) is not None
 
@@ -305,7 +305,7 @@ def test_the_flag_and_the_override_agree():
     "options", [{"indent": "\t"}, {}, {"ensure_ascii": False}, {"separators": (",", ":")}]
 )
 def test_a_file_that_ends_in_json_is_read_as_json(tmp_path, name, options):
-    """The witness is Python's own reader."""
+    """Compared with Python's own reader."""
     prompts = ["🎉", "a\u0085b\u2028c", "tab\t", "#", "007", "null", "\ufeff", "\\", "/"]
     tree = {
         "data": {"path": "x: y"},
@@ -322,7 +322,7 @@ def test_a_file_that_ends_in_json_is_read_as_json(tmp_path, name, options):
     assert read_config_file(tmp_path / name) == tree == json.loads(text)
     assert load_config(tmp_path / name).training.sample_prompts == prompts
     (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
-    assert read_config_file(tmp_path / name) == tree, "Windows marks its files so"
+    assert read_config_file(tmp_path / name) == tree, "Windows programs begin a file with this mark"
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def random_text(draw: random.Random) -> str:
     return "".join(draw.choice(pieces) for _ in range(draw.randrange(6)))
 
 
-def test_what_is_written_is_read_back_the_same_whatever_the_texts_are(tmp_path):
+def test_a_written_config_is_read_back_the_same_for_any_texts(tmp_path):
     """As in run_config.yaml: by our reader with its types, and by any other reader of YAML."""
     draw = random.Random(3)
     for _ in range(300):
@@ -465,7 +465,7 @@ def test_what_is_written_is_read_back_the_same_whatever_the_texts_are(tmp_path):
         assert yaml.safe_load(written) == config.to_dict()
 
 
-def test_an_override_gives_the_random_text_that_is_quoted():
+def test_a_quoted_random_text_is_read_back_from_an_override():
     draw = random.Random(4)
     for _ in range(300):
         text = random_text(draw)
@@ -476,7 +476,7 @@ def test_an_override_gives_the_random_text_that_is_quoted():
             assert given(text) == text
 
 
-def test_every_key_has_a_type_of_its_own():
+def test_every_key_has_a_type():
     """The table of types is the schema itself: no key falls through to guessing."""
     from support.foreign.config_keys import OUR_KEYS
 
@@ -486,7 +486,7 @@ def test_every_key_has_a_type_of_its_own():
     assert math.isclose(typed(parse_yaml("3e-4", "x"), float), 3e-4)
 
 
-def test_a_tree_that_reads_the_same_file_twice_is_the_same(tmp_path: Path):
+def test_reading_the_same_file_twice_gives_the_same_tree(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("data: {path: 007}\ntraining: {max_steps: 010}\n")
     assert (
         read_config_file(tmp_path / "c.yaml")
