@@ -8,7 +8,7 @@ Five kinds of tokenizer, one interface:
     gpt2   the published vocabulary of GPT-2
     file   any tokenizer.json of Hugging Face's `tokenizers` library
 
-Each has an end-of-document token, EOS, that no text can spell: `<|endoftext|>` inside a document is plain
+Each has a token that ends a document, EOS. No text can spell it: `<|endoftext|>` inside a document is plain
 text.
 
 To add a kind: subclass `Tokenizer`, add the class to `KINDS`, and add the kind's name to `TokenizerConfig` in
@@ -44,8 +44,8 @@ class Tokenizer:
     """What every kind offers.
 
     `vocab_size` counts all ids, with EOS. `eos_id` ends a document. `bos_ids` begin a document for the models
-    that need that (Llama, Mistral); only kind `file` has any, where its tokenizer.json asks for them.
-    `unknown_id` stands for text that the vocabulary lacks; None for a kind that has no such token.
+    that need that (Llama, Mistral); only kind `file` has any, if its tokenizer.json asks for them.
+    `unknown_id` stands for text that the vocabulary lacks; None if there is no such token.
     """
 
     kind: str
@@ -53,46 +53,47 @@ class Tokenizer:
     eos_id: int
     bos_ids: tuple[int, ...] = ()
     unknown_id: int | None = None
-    is_trained = True  # whether `train` needs a text; byte and gpt2 need none, and file is read
+    is_trained = True  # whether `train` needs a text; byte, gpt2 and file need none: file is loaded
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without EOS. `ByteTokenizer().encode("Hi")` is `[72, 105]`."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD, EOS becomes `<|endoftext|>`."""
+        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD, and EOS becomes its name."""
         raise NotImplementedError
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "Tokenizer":
-        """A tokenizer for these documents. Kinds with a fixed vocabulary ignore both arguments."""
+        """A tokenizer for these documents. `byte` and `gpt2` are always the same, and ignore both arguments;
+        `char` ignores `vocab_size`; `file` cannot be trained (it has `from_file`)."""
         raise NotImplementedError
 
     def to_dict(self) -> dict:
-        """Plain strings and numbers from which `from_dict` makes an equal tokenizer. Every checkpoint holds
-        them."""
+        """The tokenizer as plain strings and numbers. Every checkpoint holds them."""
         raise NotImplementedError
 
     @classmethod
     def from_dict(cls, state: dict) -> "Tokenizer":
+        """An equal tokenizer from what `to_dict` returned."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """sha256 of `to_dict()`: two tokenizers with the same fingerprint give the same ids."""
+        """sha256 of `to_dict()`. Two tokenizers with the same fingerprint give the same ids."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    # What follows is built on the methods above; a kind overrides it where its rules are different.
+    # The methods below use those above. A kind overrides one if its rules are different.
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        """The ids of each text, as lists, or as arrays where a library makes those faster."""
+        """The ids of each text: lists, or arrays if the library makes those faster."""
         return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that begins a document, such as a prompt: BOS, if there is one, then the text."""
+        """Ids of a text that begins a document, such as a prompt: BOS, if there is one, then its ids."""
         return [*self.bos_ids, *self.encode(text)]
 
     def encode_inside(self, text: str) -> list[int]:
-        """Ids of `text` inside another text: without the space that some tokenizers put before each text."""
+        """Ids of `text` in the middle of a text: without the space that some tokenizers put at its start."""
         return self.encode(text)
 
     @property
@@ -101,34 +102,36 @@ class Tokenizer:
         return {EOS_TEXT: self.eos_id}
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of a text that has special tokens in it, which are given as ids.
+        """Ids of a text with special tokens in it. Each part is text, or the id of a special token.
 
         `ByteTokenizer().encode_parts(["Hi", 256, "!"])` is `[72, 105, 256, 33]`.
         """
         ids: list[int] = []
-        for kind, run in groupby(parts, type):
+        for kind, neighbours in groupby(parts, type):  # texts, ids, texts, ids, ...
             if kind is str:
-                ids += self.encode("".join(run))
+                ids += self.encode("".join(neighbours))
             else:
-                ids += run
+                ids += neighbours
         return ids
 
     def pieces(self, text: str) -> Iterator[str]:
         """`text` in pieces of about PIECE_CHARS characters. Their ids, one after another, are the ids of the
-        whole text: so a document of any length is encoded in little memory."""
+        whole text. So encoding takes little memory, however long the text is."""
         return cut_pieces(text, self.cut, PIECE_CHARS)
 
     def cut(self, text: str, start: int, end: int) -> int:
-        """Where a piece that begins at `start` ends: at `end`, or near it where `end` is no place to cut. A
-        kind that encodes each character on its own can cut anywhere."""
+        """Where to end a piece that begins at `start`: at `end`, or near it, if a cut at `end` would change
+        ids. A kind that encodes each character on its own can cut anywhere."""
         return end
 
     @staticmethod
     def from_files(
         vocab: str | Path, merges: str | Path, special_tokens: Sequence[str] = (EOS_TEXT,)
     ) -> "FileTokenizer":
-        """The byte-level BPE of a GPT-2 style vocab.json and merges.txt. EOS is `<|endoftext|>` if that is
-        one of the special tokens, else the first of them. Raises UserError."""
+        """A shortcut: makes a FileTokenizer, whichever class it is called on, from the byte-level BPE of a
+        GPT-2 style vocab.json and merges.txt. EOS is `<|endoftext|>` if that is one of the special tokens,
+        else the first of them. Raises UserError if the files are not such a BPE, or if `special_tokens` is
+        empty."""
         tokenizer_json = join_files(vocab, merges, special_tokens)
         return FileTokenizer(tokenizer_json, EOS_TEXT if EOS_TEXT in special_tokens else special_tokens[0])
 
@@ -149,7 +152,7 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         parts = (EOS_TEXT.encode() if id == self.eos_id else bytes([id]) for id in ids)
-        return b"".join(parts).decode(errors="replace")
+        return b"".join(parts).decode(errors="replace")  # all at once: a character can be several bytes
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = None) -> "ByteTokenizer":
@@ -175,7 +178,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = len(chars) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Raises UserError that lists the characters that the vocabulary lacks."""
+        """The id of each character. Raises UserError that lists the characters that the vocabulary lacks."""
         try:
             return [self.ids[char] for char in text]
         except KeyError:
@@ -220,14 +223,14 @@ class LibraryTokenizer(Tokenizer):
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Raises UserError for characters that the vocabulary lacks, if it has no token for unknown text."""
+        """Ids of `text`. Raises UserError if a character is not in the vocabulary, and the vocabulary has no
+        token for unknown text."""
         return encode_by(self.backend, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         try:
-            return [
-                found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            ]
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
         except Exception:  # the library raises plain Exception; `encode` says what is wrong
             return super().encode_batch(texts)
 
@@ -243,7 +246,7 @@ class LibraryTokenizer(Tokenizer):
 
 
 def encode_by(backend, text: str) -> list[int]:
-    """The ids that this backend gives `text`. Raises UserError."""
+    """The ids that `backend` gives `text`. Raises UserError if it cannot encode the text."""
     try:
         return backend.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises plain Exception
@@ -261,17 +264,17 @@ class BPETokenizer(LibraryTokenizer):
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int | None = 1024) -> "BPETokenizer":
-        """Of a corpus longer than TRAIN_CHARS, only every second (third, ...) piece is read. The memory that
-        training needs grows with the number of different words, and the most frequent pairs are the same in a
-        part of the text."""
+        """Train on the documents. If they are longer than TRAIN_CHARS, use every second piece only (every
+        third, ... if they are much longer): the frequent pairs stay the same, and memory stays small."""
         documents = list(documents)
         every = max(1, math.ceil(sum(map(len, documents)) / TRAIN_CHARS))
         pieces = (piece for document in documents for piece in cut_pieces(document, cut_at_word, PIECE_CHARS))
-        return cls.train_on(islice(pieces, 0, None, every), vocab_size)
+        return cls.train_on(islice(pieces, 0, None, every), vocab_size)  # pieces[::every], for a generator
 
     @classmethod
     def train_on(cls, pieces: Iterable[str], vocab_size: int | None) -> "BPETokenizer":
-        """A tokenizer for all these pieces of text, each read once."""
+        """A tokenizer trained on these pieces of text, each read once. Raises UserError if `vocab_size` is
+        too small."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -284,12 +287,12 @@ class BPETokenizer(LibraryTokenizer):
         # GPT-2's pattern splits the text into words; no token reaches from one word into the next.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = True  # text that spells EOS stays text
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[EOS_TEXT],
             show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, also those not in the text
         )
         backend.train_from_iterator(pieces, trainer)
         return cls(backend.to_str(), EOS_TEXT)
@@ -302,7 +305,7 @@ class BPETokenizer(LibraryTokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's published vocabulary, 50,257 tokens, through tiktoken: a BPE that somebody else has trained."""
+    """GPT-2's published vocabulary of 50,257 tokens, through tiktoken: a BPE that OpenAI has trained."""
 
     kind = "gpt2"
     vocab_size = 50257
@@ -316,7 +319,8 @@ class GPT2Tokenizer(Tokenizer):
         return self.backend.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        # Set in processes that encode side by side: no threads then, and arrays, which take less time.
+        # This is set in processes that encode at the same time. They use no threads, and return arrays, which
+        # is faster.
         if os.environ.get("TOKENIZERS_PARALLELISM") == "false":
             return [self.backend.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return self.backend.encode_ordinary_batch(list(texts), num_threads=2)
@@ -343,8 +347,8 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class FileTokenizer(LibraryTokenizer):
-    """Any tokenizer.json of Hugging Face's `tokenizers` library. Nothing is known of its rules: some files
-    put a space before each text, BOS before a document, or have special tokens besides EOS."""
+    """Any tokenizer.json of Hugging Face's `tokenizers` library. Its rules can be any: some files put a space
+    before each text, or BOS before each document, or have special tokens besides EOS."""
 
     kind = "file"
     is_trained = False
@@ -352,21 +356,21 @@ class FileTokenizer(LibraryTokenizer):
     def __init__(self, tokenizer_json: str, eos_text: str):
         super().__init__(tokenizer_json, eos_text)
         self.bos_ids = self._bos_ids()
-        self._marked = {}  # for each mark that `encode_parts` needed: what `mark_special_tokens` returned
+        self._marked = {}  # {mark: what `mark_special_tokens` returned}, for `encode_parts`
 
     @classmethod
     def from_file(cls, path: str | Path) -> "FileTokenizer":
-        """From a tokenizer.json, from vocab.json and merges.txt, or from a folder that holds them. Raises
-        UserError or FileNotFoundError."""
+        """A tokenizer from a tokenizer.json, from vocab.json and merges.txt, or from a folder that holds
+        them. Raises FileNotFoundError, or UserError if the files are not a tokenizer."""
         return cls(*read_tokenizer_file(path))
 
     def _bos_ids(self) -> tuple[int, ...]:
-        """What the file's own rules put before a text (its post-processor adds them; no text can spell
-        them)."""
+        """The special tokens that the file's own rules put before a text (its "post-processor" does)."""
         try:
             encoded = self.backend.encode("a")
         except Exception:  # the library raises plain Exception: a vocabulary without this character
             return ()
+        # The mask is 1 for an added token, 0 for the text. The 0 at the end: a text may have no ids at all.
         first_of_text = [*encoded.special_tokens_mask, 0].index(0)
         return tuple(encoded.ids[:first_of_text])
 
@@ -376,7 +380,8 @@ class FileTokenizer(LibraryTokenizer):
         return {token.content: id for id, token in added.items() if token.special and token.content}
 
     def encode_inside(self, text: str) -> list[int]:
-        """As after a line end, if that stays a token of its own; else as a text of its own."""
+        """The ids that `text` has after a line end, if the line end keeps its own token; else the ids that it
+        has alone."""
         try:
             line_end = self.encode("\n")
             both = self.encode("\n" + text)
@@ -387,9 +392,9 @@ class FileTokenizer(LibraryTokenizer):
         return self.encode(text)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """The ids of a text can depend on what comes before it (a space only before the very first, say). So
-        all parts are encoded together: each special token is written as a mark that occurs in no text here,
-        then its name."""
+        """Here the ids of a text can depend on the text before it (a file may put a space before the very
+        first text only). So all parts are encoded together, as one text in which each special token is
+        written as a mark, which no part contains, and its name."""
         texts = "".join(part for part in parts if isinstance(part, str))
         if all(isinstance(part, str) for part in parts):
             return self.encode(texts)
@@ -405,16 +410,15 @@ class FileTokenizer(LibraryTokenizer):
         return [token_of.get(id, id) for id in ids]
 
     def cut(self, text: str, start: int, end: int) -> int:
-        """At the end of a word or the start of a line, where the text around the place has the same ids in
-        two parts as in one, whatever the rules of this file. If there is none before `end`, the search goes
-        further.
+        """The last good place before `end`: the end of a word or the start of a line, where the text around
+        it has the same ids in two parts as in one. If there is none, the search continues after `end`.
 
-        A file may have no such place (one that puts a space before every text, say); then the document stays
-        whole. Raises UserError for a document that is too long for that.
+        With some files no place is good (if they put a space before every text, say). Then the document stays
+        whole. Raises UserError if it is too long for that.
         """
         while True:
             places = last_places(WORD_END_OR_LINE, text, start, min(end, len(text)))
-            for place in islice(places, 16):
+            for place in islice(places, 16):  # each try costs time, so not too many
                 before, after = text[max(start, place - 100) : place], text[place : place + 100]
                 if self.encode(before) + self.encode(after) == self.encode(before + after):
                     return place
@@ -437,22 +441,22 @@ KINDS: dict[str, type[Tokenizer]] = {
 
 
 def class_of_kind(kind: object) -> type[Tokenizer]:
-    """The class of this kind. An unknown kind is never taken for another: it raises UserError."""
+    """The class of this kind. Raises UserError for an unknown kind."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"unknown tokenizer kind {kind!r}; this version knows {', '.join(KINDS)}")
     return KINDS[kind]
 
 
 def tokenizer_from_dict(state: dict) -> Tokenizer:
-    """The tokenizer that `to_dict` described. Raises UserError for an unknown kind."""
+    """The tokenizer that `to_dict` of any kind has described. Raises UserError for an unknown kind."""
     return class_of_kind(state.get("kind")).from_dict(state)
 
 
 def build_tokenizer(
     kind: str, documents: Iterable[str], vocab_size: int | None = None, path: str | None = None
 ) -> Tokenizer:
-    """The tokenizer that the config asks for: trained on `documents` if its kind is trained, else made or
-    read from `path`. Raises UserError for an unknown kind."""
+    """The tokenizer that the config asks for: `file` is loaded from `path`, `bpe` and `char` are trained on
+    `documents`, the others need nothing. Raises UserError for an unknown kind."""
     cls = class_of_kind(kind)
     if cls is FileTokenizer:
         return FileTokenizer.from_file(path)
