@@ -32,6 +32,7 @@ from support.messages import UserError, printable, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked flags of the command line. Raises UserError."""
     parser = make_parser(__doc__)
     parser.add_argument(
         "--checkpoints",
@@ -71,18 +72,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed",
         type=int,
         default=42,
-        help="seed of the bootstrap (default 42); the scores themselves use no random numbers",
+        help="seed for redrawing the cases, which gives the 95%% interval (bootstrap, docs/EVALUATION.md; "
+        "default 42); the scores themselves use no random numbers",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
     args = parser.parse_args(argv)
     if not args.cases and not args.val and not args.lm_eval:
         parser.error("give --cases, --val, --lm-eval, or several of them")
-    if args.lm_eval and find_spec("lm_eval") is None:
-        raise UserError("--lm-eval needs the EleutherAI harness, which is not installed; pip install lm-eval")
+    check_flags(args)
     return args
 
 
 def add_harness_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for tasks of the EleutherAI harness (lm-eval), a program with thousands of known tests."""
     parser.add_argument(
         "--lm-eval",
         nargs="+",
@@ -101,6 +103,20 @@ def add_harness_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --lm-eval: only the first N examples of each task",
     )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together, or have a value out of range."""
+    if args.lm_eval and find_spec("lm_eval") is None:
+        raise UserError("--lm-eval needs the EleutherAI harness, which is not installed; pip install lm-eval")
+    if args.config and not args.val:
+        raise UserError("--config names the validation text, so it goes with --val")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
+    if not args.lm_eval and (args.lm_eval_tasks or args.lm_eval_limit is not None):
+        raise UserError("--lm-eval-tasks and --lm-eval-limit go with --lm-eval TASK")
+    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
+        raise UserError(f"--lm-eval-limit {args.lm_eval_limit} must be at least 1")
 
 
 if __name__ == "__main__":
@@ -125,16 +141,16 @@ from support.run.folder import run_record
 from support.text.hub import HubError
 from tokenizer import Tokenizer
 
-CATEGORIES_IN_TABLE = 10  # more than these are only in the files of --output-dir
+CATEGORIES_IN_TABLE = 10  # if there are more, only the files of --output-dir show them
 
 # ---- on cases and on the validation text ---------------------------------------------------------
 
 
 def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evaluation:
-    """Every checkpoint scored on the cases, and with --val on the validation text, and ranked. Raises
+    """Score every checkpoint on the cases, and with --val on the validation text, then rank them. Raises
     UserError."""
     cases = read_cases(args.cases) if args.cases else []
-    texts_read: dict[str, Any] = {}
+    texts_read: dict[str, Any] = {}  # see `validate_checkpoint`
     checkpoints = each_checkpoint(
         progress(paths, "checkpoints"),
         n_paths=len(paths),
@@ -153,8 +169,9 @@ def evaluate(args: argparse.Namespace, paths: list[Path], device: str) -> Evalua
 
 
 def each_checkpoint(paths: Iterable[Path], n_paths: int, job: Callable[[Path], Any]) -> list[Any]:
-    """What `job` returns for each path. A checkpoint that is damaged or too small is left out with a warning.
-    Raises UserError if none remains."""
+    """What `job` returns for each path. A checkpoint for which it raises UserError (one that is damaged, or
+    whose context is too short) is left out with a warning. Raises UserError if none remains, or if there is
+    only one path. `n_paths` is their number; `paths` may be a progress bar, which has no length."""
     found = []
     for path in paths:
         try:
@@ -176,13 +193,17 @@ def evaluate_checkpoint(
     device: str,
     texts_read: dict[str, Any],
 ) -> CheckpointResult:
-    """One checkpoint's results, not yet ranked. Raises UserError if it cannot be opened or is too small for a
-    case."""
+    """One checkpoint's results, not yet ranked. `config_path` is --config: whose validation text to take, or
+    None for the checkpoint's own. `texts_read` holds the texts that earlier calls have read.
+
+    Raises UserError if the checkpoint cannot be opened, or if what a case asks for does not fit into its
+    context.
+    """
     model, tokenizer, metadata = load_model(path, device)
-    found = None
+    validation = None
     if with_val:
         config = scoring_config(model, metadata, str(path), config_path)
-        found = validate_checkpoint(model, tokenizer, config, device, texts_read)
+        validation = validate_checkpoint(model, tokenizer, config, device, texts_read)
     return CheckpointResult(
         file=str(path),
         names=other_names(path),
@@ -192,26 +213,26 @@ def evaluate_checkpoint(
         n_params=model.n_params(),
         tokenizer=f"{tokenizer.kind} {tokenizer.vocab_size}",
         results=score_cases(model, tokenizer, cases, saved_template(metadata, path)),
-        val_loss=found.loss if found else None,
-        bits_per_byte=found.bits_per_byte if found else None,
+        val_loss=validation.loss if validation else None,
+        bits_per_byte=validation.bits_per_byte if validation else None,
     )
 
 
 def validate_checkpoint(
     model: GPTMini, tokenizer: Tokenizer, config: Config, device: str, texts_read: dict[str, Any]
 ) -> Validation:
-    """The same as in eval_val.py. `texts_read` keeps the documents of each config, so that checkpoints of
-    one config read them once."""
-    key = json.dumps([config.data.model_dump(), config.seed])
+    """How well a model predicts the validation text of `config`, as in eval_val.py. `texts_read` keeps the
+    documents of each config, so that checkpoints of one config read them once."""
+    key = json.dumps([config.data.model_dump(), config.seed])  # the seed draws which documents are held out
     if key not in texts_read:
         try:
-            texts_read[key] = documents_of(config, None)
+            texts_read[key] = documents_of(config, data=None)
         except HubError as error:
             raise HubError(
                 error.why,
                 "leave --val out, or score a text on this machine: --val --config config_smoke.yaml",
             ) from None
-        if len(texts_read) == 2:
+        if len(texts_read) == 2:  # at the second text, so that the warning comes once
             warn(
                 "the checkpoints validate on different texts, so their val_loss does not compare; give them "
                 "all one text with --config"
@@ -221,11 +242,14 @@ def validate_checkpoint(
 
 
 def warn_of_tokenizers(checkpoints: list[CheckpointResult], asked: str) -> None:
-    """Warn where --tokenizer is not a checkpoint's own, and where its own lacks characters of the cases."""
+    """Two warnings: a checkpoint has another tokenizer than --tokenizer says; or its tokenizer does not know
+    some characters of the cases."""
     for name in sorted({checkpoint.tokenizer for checkpoint in checkpoints}):
         kind, vocab_size = name.split()
         warn_of_other_tokenizer(asked, kind, int(vocab_size))
-    for checkpoint in {c.tokenizer: c for c in checkpoints}.values():  # one for each tokenizer
+    one_of_each = {checkpoint.tokenizer: checkpoint for checkpoint in checkpoints}
+    for checkpoint in one_of_each.values():  # one for each tokenizer: others would give the same warning
+        # The logarithm of probability zero is minus infinity.
         n_impossible = sum(-math.inf in result.logprobs for result in checkpoint.results)
         if n_impossible:
             warn(
@@ -240,8 +264,8 @@ def warn_of_tokenizers(checkpoints: list[CheckpointResult], asked: str) -> None:
 def evaluate_tasks(
     args: argparse.Namespace, paths: list[Path], device: str, index: Any
 ) -> list[dict[str, Any]]:
-    """The rows of lm_eval.csv: every checkpoint on the tasks of --lm-eval; `index` comes from `find_tasks`.
-    Raises UserError."""
+    """The rows of lm_eval.csv: for every checkpoint, a row for each metric of each task of --lm-eval.
+    `index` comes from `find_tasks`. Raises UserError."""
 
     def task_rows(path: Path) -> list[dict[str, Any]]:
         model, tokenizer, metadata = load_model(path, device)
@@ -257,7 +281,8 @@ def evaluate_tasks(
 
 
 def rank_label(checkpoint: CheckpointResult) -> str:
-    """`2`; `2=` if others share the rank; `2~` if the cases cannot tell it from the first."""
+    """The rank, and what to know about it: `2`; `2=` if others share the rank; `2~` if the cases cannot tell
+    the checkpoint from the first; `2=~` if both are so."""
     label = str(checkpoint.rank)
     if checkpoint.tied:
         label += "="
@@ -268,11 +293,14 @@ def rank_label(checkpoint: CheckpointResult) -> str:
 
 def file_label(file: str, names: str) -> str:
     """The file with its other names: `runs/a/step-00000100.ckpt (best last)`."""
-    return printable(file) + (f" ({names})" if names else "")
+    label = printable(file)
+    if names:
+        label += f" ({names})"
+    return label
 
 
 def new_table(columns: Iterable[str]) -> Any:
-    """An empty table with these columns, numbers to the right."""
+    """An empty table with these columns. File names are aligned left, numbers right; no cell is shortened."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -283,8 +311,10 @@ def new_table(columns: Iterable[str]) -> Any:
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """The ranked checkpoints; under them what guessing would score, and what the marks mean."""
-    checkpoints, chance = evaluation.checkpoints, evaluation.chance
+    """Print the ranked checkpoints, one a line; under them what guessing would score in each category, and
+    what the marks in the column of ranks mean. Columns that would be empty are left out."""
+    checkpoints = evaluation.checkpoints
+    chance = evaluation.chance  # {category: the score of guessing; None where nothing can be guessed}
     categories = list(chance) if len(chance) <= CATEGORIES_IN_TABLE else []
     score_columns = ["score", "95% interval"] if evaluation.cases else []
     loss_columns = ["val loss", "bits/byte"] if checkpoints[0].val_loss is not None else []
@@ -310,13 +340,18 @@ def print_table(evaluation: Evaluation) -> None:
 
 
 def print_tasks(rows: list[dict[str, Any]]) -> None:
-    """A line for each checkpoint, a column for each metric."""
+    """Print the rows of `evaluate_tasks` as a table: a line for each checkpoint, a column for each metric. A
+    cell is the value, with its standard error after ± if the harness gives one."""
     cells: dict[str, dict[str, str]] = {}  # by checkpoint, then by column
     for row in rows:
+        # The filter is how the harness takes the answer out of what a model writes; "none" is its default.
         column = " ".join([row["task"], row["metric"], row["filter"]]).removesuffix(" none")
         error = "" if row["stderr"] is None else f" ±{row['stderr']:.4f}"
         file = file_label(row["file"], row["names"])
-        cells.setdefault(file, {"step": str(row["step"])})[column] = f"{row['value']:.4f}{error}"
+        if file not in cells:
+            cells[file] = {"step": str(row["step"])}
+        cells[file][column] = f"{row['value']:.4f}{error}"
+    # The columns of all checkpoints, each once, in the order in which they come: a dict keeps it.
     names = list(dict.fromkeys(name for values in cells.values() for name in values))
     table = new_table(["file", *names])
     for file, values in cells.items():
@@ -325,6 +360,7 @@ def print_tasks(rows: list[dict[str, Any]]) -> None:
 
 
 def print_json(rows: Iterable[dict[str, Any]]) -> None:
+    """Print each row as a JSON object on a line of its own."""
     for row in rows:
         print(json.dumps(row))
 
@@ -332,23 +368,12 @@ def print_json(rows: Iterable[dict[str, Any]]) -> None:
 # ---- the order of work ---------------------------------------------------------------------------
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together, or have a value out of range."""
-    if args.config and not args.val:
-        raise UserError("--config names the validation text, so it goes with --val")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**63")
-    if not args.lm_eval and (args.lm_eval_tasks or args.lm_eval_limit is not None):
-        raise UserError("--lm-eval-tasks and --lm-eval-limit go with --lm-eval TASK")
-    if args.lm_eval_limit is not None and args.lm_eval_limit < 1:
-        raise UserError(f"--lm-eval-limit {args.lm_eval_limit} must be at least 1")
-
-
 def main(argv: list[str] | None = None) -> int:
+    """The whole script as one call. Returns the exit status; raises UserError."""
     args = parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
+    # The report shows how it was made.
     args.command = shlex.join(["python3", "evaluate_checkpoints.py", *words])
-    check_flags(args)
     paths = find_checkpoints(args.checkpoints)
     device = resolve_device(args.device)
     index = find_tasks(args.lm_eval, args.lm_eval_tasks) if args.lm_eval else None

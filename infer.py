@@ -18,6 +18,7 @@ from support.messages import UserError, printable_lines, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_prompt_flags(parser)
@@ -26,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where prompts come from; only one of them can be given."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue; without it, standard input is read")
     source.add_argument("--prompt-file", type=file_path, metavar="FILE", help="a file that holds the prompt")
@@ -40,6 +42,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how much is written, and how each next token is drawn."""
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -100,13 +103,14 @@ from tokenizer import Tokenizer
 
 
 def prompt_to_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt. Raises UserError if it is empty, or has characters the tokenizer does not know."""
+    """The ids of a prompt, with BOS (the token that begins a text) for the models that need it. Raises
+    UserError if the prompt is empty, is not valid text, or has characters the tokenizer does not know."""
     try:
-        prompt.encode()
+        prompt.encode()  # fails for a flag's bytes that are not UTF-8: Python keeps each as half a character
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not UTF-8 text (character {error.start}); convert it first") from None
     ids = tokenizer.encode_prompt(prompt)
-    if len(ids) == len(tokenizer.bos_ids):
+    if len(ids) == len(tokenizer.bos_ids):  # nothing but BOS
         raise UserError('the prompt is empty; give some text to continue, e.g. --prompt "Attention is"')
     return ids
 
@@ -119,35 +123,36 @@ def stream_text(
     sampling: SamplingConfig | None = None,
     seed: int = 42,
 ) -> Iterator[str]:
-    """The continuation of `prompt` (a text, or ids), piece by piece. Pieces are whole characters, and the
-    last comes before EOS. Of a prompt longer than the context only the end is read. Raises UserError for a
-    bad prompt."""
+    """The continuation of `prompt` (a text, or ids), piece by piece, up to `max_new_tokens` tokens. No piece
+    ends inside a character; a piece can be empty. EOS ends the text and is not yielded. If the prompt is
+    longer than the context, the model reads only its end. Raises UserError for a bad prompt."""
     prompt_row = prompt_to_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
     device = next(model.parameters()).device
     ids = torch.tensor([prompt_row], device=device)  # (1, T)
     generator = torch.Generator(device).manual_seed(seed)
-    text = TextStream(tokenizer, prompt_row)
+    stream = TextStream(tokenizer, before=prompt_row)
     for token in generate_tokens(model, ids, max_new_tokens, sampling, tokenizer.eos_id, generator):
         if token.item() == tokenizer.eos_id:
             break
-        yield text.push(token.item())
-    yield text.flush()
+        yield stream.push(token.item())
+    yield stream.flush()
 
 
 def pieces_before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The pieces up to the first complete stop text. An end that may be the beginning of a stop is held back
-    until the next pieces show whether it is one.
+    """The text of the pieces up to the first complete stop text, again in pieces. If the text ends with what
+    may begin a stop, that end waits for the next pieces.
 
     >>> list(pieces_before_stop(["Yes", ".#", "## ", "User: and"], ["### User"]))
     ['Yes', '.', '', '']
     """
-    held = ""
+    held = ""  # text that has not been yielded
     for piece in pieces:
         held += piece
-        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
+        found = [stop for stop in stops if stop in held]
         if found:
-            _, start = min(found)  # of several stops, the one that is complete first
-            yield held[:start]
+            # Of several stops, the one that is complete first; of two that end together, the longer one.
+            first = min(found, key=lambda stop: (held.index(stop) + len(stop), -len(stop)))
+            yield held[: held.index(first)]
             return
         n_safe = len(held) - longest_beginning_at_end(held, stops)
         yield held[:n_safe]
@@ -156,13 +161,17 @@ def pieces_before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]
 
 
 def longest_beginning_at_end(text: str, stops: list[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop.
+    """How many characters at the end of `text` may be the beginning of a stop: the longest that fits.
 
     >>> longest_beginning_at_end("a##", ["###", "#b"])
     2
     """
-    lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return max(lengths, default=0)
+    longest = 0
+    for stop in stops:
+        for length in range(1, len(stop)):
+            if text.endswith(stop[:length]):
+                longest = max(longest, length)
+    return longest
 
 
 def generate_text(
@@ -177,8 +186,8 @@ def generate_text(
     seed: int = 42,
     eos_token: str | None = None,
 ) -> str:
-    """The continuation of the prompt as one string. It ends before the tokenizer's EOS, and before the text
-    `eos_token` if one is given.
+    """The continuation of the prompt as one string, without the prompt. It ends after `max_new_tokens`
+    tokens, before the tokenizer's EOS, or before the text `eos_token` if one is given.
 
     >>> model, tokenizer, _ = load_model("checkpoints/final.ckpt")            # doctest: +SKIP
     >>> generate_text(model, tokenizer, "Attention is", max_new_tokens=20)    # doctest: +SKIP
@@ -200,7 +209,8 @@ def generate_text(
 
 
 def make_sampling(args: argparse.Namespace) -> SamplingConfig:
-    """The sampling that the flags describe. Raises UserError for values out of range."""
+    """The sampling that the flags describe. Raises UserError if one of them, --max-new-tokens, --num-samples
+    or --seed is out of range."""
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens} and --num-samples {args.num_samples} must be at least 1"
@@ -215,6 +225,7 @@ def make_sampling(args: argparse.Namespace) -> SamplingConfig:
             repetition_penalty=args.repetition_penalty,
         )
     except ValidationError as error:
+        # pydantic's first error, in the words of the command line: loc holds the name of the field.
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         rule = first["msg"][0].lower() + first["msg"][1:]
@@ -260,6 +271,7 @@ def print_continuation(
     sampling: SamplingConfig,
     seed: int,
 ) -> None:
+    """Print the prompt and its continuation, as the model writes it. Raises UserError for a bad prompt."""
     pieces = stream_text(model, tokenizer, prompt, max_new_tokens, sampling, seed)
     first = next(pieces)  # a bad prompt raises here, before anything is printed
     print(prompt, end=safe_to_show(first), flush=True)
@@ -272,14 +284,16 @@ def continue_prompts(
     model: GPTMini, tokenizer: Tokenizer, max_new_tokens: int, sampling: SamplingConfig, seed: int
 ) -> None:
     """Ask for a prompt and continue it, again and again until the end of input. A bad prompt is answered with
-    a message and does not end the program. Each prompt has another seed."""
+    a message and does not end the program. Each prompt has a different seed."""
     while True:
         try:
             line = input("prompt> " if sys.stdin.isatty() else "")
         except EOFError:
             print()
             return
-        prompt = unix_text(line + "\n").removesuffix("\n")  # a \r at the end is part of a Windows line end
+        # input() takes off the \n of a Windows line end (\r\n) and leaves the \r. With the \n back,
+        # unix_text sees both.
+        prompt = unix_text(line + "\n").removesuffix("\n")
         try:
             print_continuation(model, tokenizer, prompt, max_new_tokens, sampling, seed)
         except UserError as error:
@@ -291,8 +305,9 @@ def continue_prompts(
 
 
 class Chat:
-    """A conversation with a fine-tuned model. It remembers the turns, and its template decides how they are
-    laid out for the model; what does not fit into the context is forgotten, oldest first."""
+    """A conversation with a fine-tuned model. It remembers the turns, each a question and its answer. The
+    template says how they are laid out for the model, and whether the model reads earlier turns at all
+    (`multi_turn`). Turns that do not fit into the context are left out, the oldest first."""
 
     def __init__(
         self,
@@ -302,16 +317,20 @@ class Chat:
         max_new_tokens: int,
         sampling: SamplingConfig,
     ):
-        self.model, self.tokenizer = model, tokenizer
-        self.template, self.sampling = template, sampling
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.sampling = sampling
         context = model.config.max_seq_len
         self.max_new_tokens = min(max_new_tokens, context // 2)  # an answer may take half of the context
         self.room = context - self.max_new_tokens  # the rest is for the question and the turns before it
         self.turns: list[tuple[str, str]] = []  # (question, answer)
 
     def answer(self, question: str, seed: int) -> Iterator[str]:
-        """The answer, piece by piece. The turn is remembered when the answer ends, also when Ctrl-C ends it.
-        Raises UserError for a question that is not text."""
+        """The answer, piece by piece. It ends at EOS, before a stop text of the template, or after
+        `max_new_tokens` tokens. The turn is then remembered, also when Ctrl-C ends the answer. Raises
+        UserError for a question that is empty, not valid text, or has characters the tokenizer does not
+        know."""
         prompt_to_ids(self.tokenizer, question)  # only for its errors
         ids = conversation_ids(self.template, self.tokenizer, self.turns, question, self.room)
         n_question = len(prompt_ids(self.template, self.tokenizer, question))
@@ -326,7 +345,7 @@ class Chat:
             for piece in pieces_before_stop(pieces, self.template.stop):
                 said += piece
                 yield piece
-        finally:
+        finally:  # also after Ctrl-C
             self.turns.append((question, said.strip()))
 
 
@@ -345,7 +364,7 @@ def print_answer(chat: Chat, question: str, seed: int) -> None:
 
 def answer_questions(chat: Chat, seed: int) -> None:
     """Ask for a question and print the answer, again and again until /quit or the end of input. Each question
-    has another seed."""
+    has a different seed."""
     if sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed")
     on_terminal = sys.stdin.isatty()
@@ -389,9 +408,11 @@ def chat_template(metadata: dict, ckpt: str) -> Template:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The whole script as one call. Returns the exit status; raises UserError."""
     args = parse_args(argv)
     sampling = make_sampling(args)
     device = resolve_device(args.device)
+    # Before the model is loaded, so that a missing prompt is answered at once.
     prompt = None if args.interactive or args.chat else read_prompt(args)
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
@@ -402,7 +423,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.interactive:
         continue_prompts(model, tokenizer, args.max_new_tokens, sampling, args.seed)
         return 0
-    n_prompt, context = len(prompt_to_ids(tokenizer, prompt)), model.config.max_seq_len
+    n_prompt = len(prompt_to_ids(tokenizer, prompt))
+    context = model.config.max_seq_len
     if n_prompt > context:
         warn(f"the prompt has {n_prompt} tokens, the model sees {context}: it reads the last {context}")
     for seed in range(args.seed, args.seed + args.num_samples):
