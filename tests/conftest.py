@@ -1,7 +1,7 @@
-"""What the tests share: one thread, no network, the repository as working folder, and one small trained run.
+"""What all tests share: one thread, no network, the repository as working folder, and a small trained run.
 
-`run(folder, "training.max_steps=4", "--resume")` trains a tiny model in this process; `tiny_run` is such a
-run, made once for all tests. Read from it, never write into it.
+`run(folder, "training.max_steps=4", "--resume")` trains a tiny model in this process. `tiny_run` is such a
+run, made once for all tests: read from its folder, never write into it.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, here and in every process a test starts.
+# Set before torch is imported, here and in every process that a test starts.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
+NO_SERVER = "http://127.0.0.1:9"  # nothing listens on the discard port: refused at once
 PROXIES = dict.fromkeys(
-    ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE
+    ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NO_SERVER
 )
 os.environ |= OFFLINE | PROXIES | {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
 os.environ |= {
@@ -37,7 +37,7 @@ os.environ |= {
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
-TINY = (
+TINY_OVERRIDES = (
     f"data.path={REPO / 'data' / 'tiny_corpus.txt'}",
     "data.val_fraction=0.03",
     "tokenizer.vocab_size=400",
@@ -56,18 +56,13 @@ TINY = (
     "checkpoint.save_every=4",
     "checkpoint.keep_last=null",
 )
-TIMES = (
-    "tokens_per_sec",
-    "examples_per_sec",
-    "step_ms",
-    "memory_mb",
-    "mfu",
-)  # columns that differ from run to run
+# Columns that differ from run to run.
+TIME_COLUMNS = ("tokens_per_sec", "examples_per_sec", "step_ms", "memory_mb", "mfu")
 
 
 @dataclass
 class Run:
-    """A run that has ended: exit status, what it said, what it left in its folder."""
+    """A run that has ended: its folder, exit status and output."""
 
     folder: Path
     code: int
@@ -88,7 +83,7 @@ class Run:
 
     @property
     def timeless_rows(self) -> list[dict]:
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in self.rows]
+        return [{key: value for key, value in row.items() if key not in TIME_COLUMNS} for row in self.rows]
 
     @property
     def sha256(self) -> str:
@@ -101,21 +96,18 @@ class Run:
 
 
 def tiny_argv(folder: Path, *words: str) -> list[str]:
-    """The command line of a tiny run: words that begin with -- are flags (with a value after =), others
-    overrides."""
+    """The command line of a tiny run. Words that begin with -- are flags (with a value after =), the others
+    are overrides."""
     argv = ["--config", str(REPO / "config_smoke.yaml"), "--device", "cpu"]
-    for override in (
-        *TINY,
-        f"checkpoint.dir={folder}",
-        *(word for word in words if not word.startswith("--")),
-    ):
+    overrides = [word for word in words if not word.startswith("--")]
+    for override in (*TINY_OVERRIDES, f"checkpoint.dir={folder}", *overrides):
         argv += ["--override", override]
     return argv + [word for word in words if word.startswith("--")]
 
 
 def train_tiny(folder: Path, *words: str, pictures: bool = False) -> Run:
-    """Train in this process. Raises what `main` raises. Pictures are left out unless asked for: they take
-    half the time."""
+    """Train in this process and return the run. Raises what `main` raises. Pictures take half the time, so
+    they are only drawn on request."""
     import support.run.show
     import train
 
@@ -143,7 +135,7 @@ def argv_of() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """shared_once(name, make): the folder that `make(folder)` filled, once for all worker processes."""
+    """shared_once(name, make): a folder that `make(folder)` has filled, once for all worker processes."""
     from filelock import FileLock
 
     base = tmp_path_factory.getbasetemp()
@@ -162,7 +154,8 @@ def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tiny_run(shared_once: Callable[..., Path]) -> Run:
-    """A finished run of 12 steps: validated and saved at 4, 8 and 12, bpe, muon, two micro-batches a step."""
+    """A finished run of 12 steps, validated and saved at 4, 8 and 12, with bpe, muon and two micro-batches a
+    step."""
 
     def make(folder: Path) -> None:
         made = train_tiny(folder / "checkpoints", pictures=True)
@@ -186,16 +179,13 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> None:
-    """Connections of this process end at the loopback device; those of its children, at a proxy that is
-    not there."""
+    """This process can connect only to the loopback device. Its children are sent to a proxy that does not
+    exist."""
     connect = socket.socket.connect
+    local_hosts = ("127.0.0.1", "::1", "localhost")
 
     def local_only(self: socket.socket, address: object) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
-            "127.0.0.1",
-            "::1",
-            "localhost",
-        ):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in local_hosts:
             raise OSError(f"a test tried to reach {address}")
         return connect(self, address)
 

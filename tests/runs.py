@@ -1,4 +1,4 @@
-"""What tests of training runs share: a run that a signal stops, and two runs compared."""
+"""What tests of training runs share: stopping a run with a signal, and comparing two runs."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ BYTE = ("tokenizer.kind=byte",)
 
 
 def stop_before(patch: pytest.MonkeyPatch, *steps: int, signum: int = signal.SIGTERM) -> None:
-    """A signal arrives in each of these steps, counted from 1; the run stops after that step."""
+    """Let a signal arrive in each of these steps, counted from 1. The run stops after such a step."""
     step = train.LitCausalLM.training_step
 
     def stop(self, *args):
@@ -26,6 +26,7 @@ def stop_before(patch: pytest.MonkeyPatch, *steps: int, signum: int = signal.SIG
 
 
 def stopped_run(run: Callable, folder: Path, *words: str, at: int, signum: int = signal.SIGTERM, **options):
+    """A run that a signal has stopped after step `at`."""
     with pytest.MonkeyPatch.context() as patch:
         stop_before(patch, at, signum=signum)
         made = run(folder, *words, **options)
@@ -35,6 +36,7 @@ def stopped_run(run: Callable, folder: Path, *words: str, at: int, signum: int =
 
 
 def assert_same_tree(one, other, path: str = "optimizer") -> None:
+    """Nested dicts and lists hold the same types, keys, tensors and values."""
     assert type(one) is type(other), path
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
@@ -51,11 +53,11 @@ def assert_same_tree(one, other, path: str = "optimizer") -> None:
 
 
 def assert_same_run(resumed, straight) -> None:
-    """Weights, optimizer, the numbers in the checkpoint, and all metrics except times are equal."""
+    """Weights, optimizer, metrics in the checkpoint, all rows except times, and the best step are equal."""
     assert (resumed.code, resumed.sha256) == (0, straight.sha256)
     one, other = resumed.checkpoint(), straight.checkpoint()
     assert_same_tree(one["optimizer_states"], other["optimizer_states"])
     assert one["tiny_transformer"]["metrics"] == other["tiny_transformer"]["metrics"]
     assert resumed.timeless_rows == straight.timeless_rows
-    best = [r.checkpoint("best")["tiny_transformer"]["metrics"]["step"] for r in (resumed, straight)]
-    assert best[0] == best[1]
+    best_steps = [r.checkpoint("best")["tiny_transformer"]["metrics"]["step"] for r in (resumed, straight)]
+    assert best_steps[0] == best_steps[1]

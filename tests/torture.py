@@ -1,12 +1,12 @@
-"""Kill training at random moments, resume it, and count what is lost. Takes minutes; `make torture` runs it.
+"""Kill training at random moments, resume it, and count what is lost. It takes minutes; run `make torture`.
 
 python3 tests/torture.py --kills 200 --seed 1
-python3 tests/torture.py --kills 20 --keep /tmp/torture      # leaves the folders of the runs to look at
+python3 tests/torture.py --kills 20 --keep /tmp/torture      # keeps the folders of the runs
 
-For every case of the matrix a run that nothing disturbs is the witness. The same run is then killed and
-resumed until it ends, with another number of data workers each time, and compared: weights, optimizer,
-metrics, best checkpoint. Every process is forked from this one, which has PyTorch and Lightning loaded, so
-that a kill costs a second, not ten.
+For every case of the matrix, the witness is a run without any disturbance. The same run is then killed and
+resumed until it ends, each time with a random number of data workers. Its weights, optimizer, metrics and
+best checkpoint must equal those of the witness. Every process is forked from this one, which has PyTorch and
+Lightning loaded, so that a kill costs one second, not ten.
 """
 
 import argparse
@@ -46,9 +46,8 @@ SOURCES = {
         "data.streaming=true", "data.val_docs=4", "data.val_fraction=0.1",
     ),
 }  # fmt: skip
-SIGNALS = (
-    ["SIGKILL"] * 5 + ["SIGKILL alone"] * 2 + ["SIGTERM", "SIGINT", "SIGINT twice"]
-)  # alone: its data workers live on
+# "alone" kills only the main process, so that its data workers live on. Repeated entries are more likely.
+SIGNALS = ["SIGKILL"] * 5 + ["SIGKILL alone"] * 2 + ["SIGTERM", "SIGINT", "SIGINT twice"]
 
 
 @dataclass
@@ -58,13 +57,13 @@ class Case:
     name: str
     words: tuple[str, ...]
     extended: bool
-    seconds: float = 0.0  # of the run that nothing disturbs
+    seconds: float = 0.0  # how long the undisturbed run takes
     kills: Counter = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
 
 
 def cases(folder: Path) -> list[Case]:
-    """Source x optimizer x accumulation, and for each source a run that is extended while it is killed."""
+    """Source x optimizer x accumulation. One run of each source is also extended while it is being killed."""
     made = []
     for source, optimizer, accum in itertools.product(SOURCES, ("adamw", "muon"), (1, 3)):
         words = (
@@ -80,7 +79,7 @@ def cases(folder: Path) -> list[Case]:
 
 
 def write_corpora(folder: Path) -> None:
-    """Texts of about six steps' length, so that every run goes through several epochs."""
+    """Write texts for about six steps, so that every run goes through several epochs."""
     (folder / "small.txt").write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(2000)))
     rows = [" ".join(f"word{(i * j) % 17}" for j in range(1, 30)) for i in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
@@ -88,9 +87,8 @@ def write_corpora(folder: Path) -> None:
 
 def start(argv: list[str], log: Path) -> int:
     """The process id of `train.py` with these words, forked from this process, in a session of its own."""
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # or Ctrl-C in its first moment would unwind a copy of this process
+    # Blocked, because Ctrl-C in the child's first moment would unwind a copy of this process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     log.write_text("")
     pid = os.fork()
     if pid:
@@ -127,7 +125,7 @@ def wait(pid: int) -> int:
 
 
 def kill_after(pid: int, seconds: float, how: str) -> int:
-    """Let the process run for a while, then send the signal to it and its data workers; returns its exit
+    """Let the process run for `seconds`, then send the signal to it and its data workers. Returns its exit
     status."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -137,13 +135,13 @@ def kill_after(pid: int, seconds: float, how: str) -> int:
         time.sleep(0.001)
     send = os.kill if how.endswith("alone") else os.killpg
     for _ in range(2 if how.endswith("twice") else 1):
-        with contextlib.suppress(ProcessLookupError):  # not in a group of its own yet: this run is let go
+        with contextlib.suppress(ProcessLookupError):  # no group of its own yet: it is not killed this time
             send(pid, signal.Signals[how.split()[0]])
     return wait(pid)
 
 
 def check_files(case: Case, folder: Path, best_before: float) -> float:
-    """After a kill every checkpoint is whole, and best.ckpt not worse than before; returns its val_loss."""
+    """After a kill, every checkpoint is whole and best.ckpt no worse than before. Returns its val_loss."""
     from support.checkpoint import read_checkpoint
     from support.messages import UserError
 
@@ -162,8 +160,8 @@ def check_files(case: Case, folder: Path, best_before: float) -> float:
 
 
 def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
-    """Kill and resume the case's run, beginning anew each time it has ended, until it has been killed
-    `kills` times."""
+    """Kill and resume the run of this case until it has been killed `kills` times. Each time it ends, start a
+    new one."""
     straight_argv = tiny_argv(folder / "straight", *case.words)
     began = time.monotonic()
     code = wait(start(straight_argv, folder / "straight.log"))
@@ -176,23 +174,22 @@ def torture(case: Case, folder: Path, dice: random.Random, kills: int) -> None:
 
 
 def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: Run) -> None:
-    log, best, steps = folder.with_suffix(".log"), math.inf, STEPS // 2 if case.extended else STEPS
+    """Kill and resume one run until it ends, then compare it with the straight one."""
+    log = folder.with_suffix(".log")
+    best = math.inf
+    steps = STEPS // 2 if case.extended else STEPS
     while True:
-        words = (
-            *case.words,
-            f"training.max_steps={steps}",
-            f"hardware.num_workers={dice.choice([0, 0, 1, 2])}",
-        )
+        workers = dice.choice([0, 0, 1, 2])
+        words = (*case.words, f"training.max_steps={steps}", f"hardware.num_workers={workers}")
         resume = ("--resume",) if (folder / "run_config.yaml").exists() else ()
         how = dice.choice(SIGNALS)
-        code = kill_after(
-            start(tiny_argv(folder, *words, *resume), log), dice.uniform(0, 1.3 * case.seconds), how
-        )
+        pid = start(tiny_argv(folder, *words, *resume), log)
+        code = kill_after(pid, dice.uniform(0, 1.3 * case.seconds), how)
         best = check_files(case, folder, best)
         if code == 0 and steps == STEPS:
             break
         if code == 0:
-            steps = STEPS  # the run is at half its length: extend it
+            steps = STEPS  # the run has reached half its length: extend it
         elif code in (-signal.SIGKILL, 130, 143, -signal.SIGINT, -signal.SIGTERM):
             case.kills[how] += 1
         else:
@@ -200,7 +197,7 @@ def killed_until_done(case: Case, folder: Path, dice: random.Random, straight: R
             return
     ended = Run(folder, code, log.read_text(), "")
     try:
-        if "weights sha256" not in ended.out:  # killed after the last checkpoint: nothing was left
+        if "weights sha256" not in ended.out:  # killed after the last checkpoint, so nothing was left to do
             ended.out = straight.out if same_weights(ended, straight) else ended.out
         assert_same_run(ended, straight)
     except AssertionError as error:
@@ -234,12 +231,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kills", type=int, default=120, help="number of kills over all cases (default 120)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the moments and signals (default 0)")
     parser.add_argument(
-        "--kills", type=int, default=120, help="how often to kill, over all cases (default 120)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (default 0)")
-    parser.add_argument(
-        "--keep", type=Path, help="folder for the runs; default: a temporary one, removed at the end"
+        "--keep", type=Path, help="folder for the runs (default: a temporary one, removed at the end)"
     )
     return parser.parse_args(argv)
 
@@ -247,16 +242,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     os.chdir(REPO)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell ignores it for what it starts in the background
+    # A shell makes the processes it starts in the background ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import datasets  # noqa: F401 (loaded once, before the forks)
     import torch
 
     import train  # noqa: F401
 
     torch.set_num_threads(1)
-    began, dice = time.monotonic(), random.Random(args.seed)
+    began = time.monotonic()
+    dice = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         base = args.keep or Path(temporary)
         base.mkdir(parents=True, exist_ok=True)
@@ -266,11 +261,8 @@ def main() -> int:
             folder = base / str(i)
             folder.mkdir()
             torture(case, folder, dice, -(-args.kills // len(done)))
-            print(
-                f"{case.name}: {sum(case.kills.values())} kills, {len(case.lost)} lost ({case.seconds:.1f} "
-                "s undisturbed)",
-                flush=True,
-            )
+            counts = f"{sum(case.kills.values())} kills, {len(case.lost)} lost"
+            print(f"{case.name}: {counts} ({case.seconds:.1f} s undisturbed)", flush=True)
     print(report(done, args.seed, time.monotonic() - began))
     for case in done:
         for what in case.lost:

@@ -1,5 +1,4 @@
-"""Low-rank adapters: nothing changes at the start, only they are trained, and merging them changes nothing
-but their form."""
+"""Low-rank adapters change nothing at the start; only they are trained; merging them keeps the logits."""
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ def build(adapted: bool = True, targets: list[str] | None = None, **changes) -> 
 
 
 def move_adapters(model: nn.Module) -> None:
-    """As training would: B is zero no more."""
+    """Change the adapters as training would, so that B is no longer zero."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,12 +42,12 @@ def ids() -> torch.Tensor:
     return torch.randint(SIZES["vocab_size"], (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def test_an_adapted_model_begins_as_its_base_bit_for_bit(ids):
+def test_an_adapted_model_starts_bit_equal_to_its_base(ids):
     assert torch.equal(build()(ids), build(adapted=False)(ids))
 
 
 def test_an_adapter_computes_the_formula():
-    """W x + (alpha / rank) B A x, against matrices multiplied in double precision."""
+    """W x + (alpha / rank) B A x. The witness multiplies the matrices in double precision."""
     torch.manual_seed(0)
     plain = nn.Linear(7, 5)
     layer = LoRALinear(plain, rank=2, alpha=3.0)
@@ -61,8 +60,8 @@ def test_an_adapter_computes_the_formula():
     assert layer.weight is plain.weight and layer.bias is plain.bias
 
 
-def test_gradients_are_those_of_the_dense_matrix_through_the_product():
-    """With G the gradient of W + s B A: that of B is s G A^T, that of A is s B^T G; W itself gets none."""
+def test_adapter_gradients_follow_from_the_gradient_of_the_full_matrix():
+    """If G is the gradient of W + s B A, those of B and A are s G A^T and s B^T G. W itself gets none."""
     torch.manual_seed(0)
     plain = nn.Linear(7, 5, bias=False).requires_grad_(False)
     layer = LoRALinear(plain, rank=2, alpha=3.0)
@@ -76,7 +75,7 @@ def test_gradients_are_those_of_the_dense_matrix_through_the_product():
     assert layer.weight.grad is None
 
 
-def test_only_adapters_are_trained_and_names_stay():
+def test_only_adapters_are_trained_and_the_other_names_stay():
     base, adapted = build(adapted=False), build()
     new = adapted.state_dict().keys() - base.state_dict().keys()
     assert base.state_dict().keys() <= adapted.state_dict().keys()
@@ -85,29 +84,25 @@ def test_only_adapters_are_trained_and_names_stay():
     D, F, K = SIZES["d_model"], SIZES["d_ff"], 12  # K: width of the key and value heads
     each_block = (
         2 * (D + D) + 2 * (D + K) + 2 * (D + F) + (F + D)
-    )  # q, o; k, v; gate, up; down: inputs plus outputs
-    assert (
-        sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        == SIZES["n_layers"] * RANK * each_block
-    )
+    )  # inputs + outputs of q, o; k, v; gate, up; down
+    n_trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert n_trained == SIZES["n_layers"] * RANK * each_block
 
 
-def test_targets_choose_by_the_last_part_of_the_name():
+def test_targets_match_the_last_part_of_a_name():
     torch.manual_seed(5)
     model = GPTMini(GPTConfig(**SIZES))
     assert add_adapters(model, RANK, ALPHA, ["q_proj", "v_proj"]) == 2 * SIZES["n_layers"]
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {
-        "q_proj",
-        "v_proj",
-    }
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(
     ("targets", "changes"),
     [(["c_attn"], {}), (["gate_proj"], {"mlp": "gelu"}), (["lm_head"], {"tie_embeddings": False})],
 )
-def test_a_target_no_block_has_is_refused(targets, changes):
-    """The head too: its weight is read without the layer, so that an adapter of it would never be seen."""
+def test_a_target_that_no_block_has_is_refused(targets, changes):
+    """The head too: its weight is used without calling the layer, so its adapter would have no effect."""
     with pytest.raises(UserError, match=f"no block has a {targets[0]}; this model has .*q_proj"):
         build(targets=targets, **changes)
 
@@ -131,7 +126,7 @@ def test_merged_weights_make_a_plain_model_with_the_same_logits(ids, changes):
     torch.testing.assert_close(plain(ids), adapted(ids), rtol=1e-5, atol=1e-5)
     assert (base_logits - adapted(ids)).abs().max() > 0.01, "the adapters did nothing, so this shows nothing"
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items()), (
-        "merging changed what it was given"
+        "merging changed its input"
     )
 
 
@@ -141,9 +136,8 @@ def test_a_merge_in_bf16_is_rounded_once():
         "p.lora_A": torch.full((2, 1), 0.75, dtype=torch.bfloat16),
         "p.lora_B": torch.ones(1, 2, dtype=torch.bfloat16),
     }
-    merged = merge_adapters(
-        weights, rank=2, alpha=2.0
-    )  # 256 + 2 * 0.75 = 257.5; in bf16 steps of 0.75 it would stay at 256
+    # 256 + 2 * 0.75 = 257.5 is rounded to 258. Adding 0.75 twice in bf16 would stay at 256.
+    merged = merge_adapters(weights, rank=2, alpha=2.0)
     assert merged["p.weight"].dtype == torch.bfloat16 and merged["p.weight"].item() == 258.0
 
 

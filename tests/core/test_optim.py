@@ -11,8 +11,14 @@ from model import GPTConfig, GPTMini
 from optim import Muon, build_optimizer, lr_factor, newton_schulz, parameter_groups, set_learning_rate
 from support.config.schema import TrainingConfig
 
-# Biases and a position table are there, so that every kind of parameter is.
-EVERYTHING = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True, "n_kv_heads": 4}
+# With biases and a position table, so that the model has every kind of parameter.
+ALL_KINDS_OF_PARAMETERS = {
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "position": "learned",
+    "bias": True,
+    "n_kv_heads": 4,
+}
 SHAPES = {
     "vocab_size": 13,
     "d_model": 24,
@@ -24,7 +30,7 @@ SHAPES = {
 }
 MODELS = pytest.mark.parametrize(
     "switches",
-    [{}, {"qk_norm": True, "tie_embeddings": False}, EVERYTHING],
+    [{}, {"qk_norm": True, "tie_embeddings": False}, ALL_KINDS_OF_PARAMETERS],
     ids=["default", "untied", "gpt2"],
 )
 
@@ -44,7 +50,7 @@ def names(net: nn.Module, params: list[nn.Parameter]) -> set[str]:
 
 
 def backward(net: GPTMini, step: int) -> None:
-    """The gradients of one batch that depends on the step."""
+    """Compute the gradients of one batch, which depends on the step."""
     ids = torch.randint(13, (2, 8), generator=torch.Generator().manual_seed(step))
     loss, n_targets = net(ids[:, :-1], labels=ids[:, 1:])
     (loss / n_targets).backward()
@@ -55,7 +61,7 @@ def backward(net: GPTMini, step: int) -> None:
 
 @MODELS
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_matrices_decay_vectors_do_not_and_each_parameter_is_in_one_group(switches, optimizer):
+def test_only_matrices_decay_and_each_parameter_is_in_one_group(switches, optimizer):
     net = network(**switches)
     groups = parameter_groups(net, training(optimizer=optimizer, weight_decay=0.3))
     members = [id(p) for group in groups for p in group["params"]]
@@ -68,8 +74,8 @@ def test_matrices_decay_vectors_do_not_and_each_parameter_is_in_one_group(switch
         assert group["weight_decay"] in (0.0, 0.3)
 
 
-def test_the_decaying_parameters_by_name():
-    net = network(**EVERYTHING)
+def test_the_names_of_the_decaying_parameters():
+    net = network(**ALL_KINDS_OF_PARAMETERS)
     decaying = [
         p for group in parameter_groups(net, training()) if group["weight_decay"] for p in group["params"]
     ]
@@ -87,7 +93,7 @@ def test_the_decaying_parameters_by_name():
 
 
 @MODELS
-def test_muon_takes_the_matrices_inside_the_blocks_and_nothing_else(switches):
+def test_muon_takes_only_the_matrices_inside_the_blocks(switches):
     net = network(**switches)
     groups = parameter_groups(net, training(optimizer="muon", lr=0.01, muon_lr=0.05))
     taken = [group for group in groups if group["muon"]]
@@ -111,7 +117,7 @@ def test_adamw_alone_has_no_muon_group():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_parameters_are_left_out_and_empty_groups_too(optimizer):
+def test_frozen_parameters_and_empty_groups_are_left_out(optimizer):
     net = network()
     for name, p in net.named_parameters():
         p.requires_grad_(name == "norm.weight")
@@ -122,7 +128,7 @@ def test_frozen_parameters_are_left_out_and_empty_groups_too(optimizer):
 # ---- AdamW ---------------------------------------------------------------------------------------
 
 
-def test_adamw_is_torch_s_with_these_settings():
+def test_adamw_is_torch_adamw_with_the_settings_of_the_config():
     """Bit for bit, over five steps with a changing learning rate."""
     config = training(lr=0.02, weight_decay=0.2, betas=[0.8, 0.9], eps=1e-5)
     ours, theirs = network(), network()
@@ -146,8 +152,8 @@ def test_adamw_is_torch_s_with_these_settings():
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_what_muon_leaves_to_adamw_is_stepped_as_adamw_does():
-    """The same gradients for both optimizers: embeddings and norms end bit-equal, matrices do not."""
+def test_parameters_that_muon_leaves_to_adamw_end_as_with_adamw():
+    """Given the same gradients, embeddings and norms end bit-equal under both optimizers; matrices do not."""
     nets = {"adamw": network(), "muon": network()}
     optimizers = {kind: build_optimizer(net, training(optimizer=kind, lr=0.01)) for kind, net in nets.items()}
     generator = torch.Generator().manual_seed(3)
@@ -185,9 +191,9 @@ SIZES = pytest.mark.parametrize(
 
 @SIZES
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_newton_schulz_pushes_singular_values_towards_one_and_keeps_their_directions(rows, columns, scale):
-    """In the basis of U and V the result is diagonal: the directions are the old ones, and the diagonal
-    the new values."""
+def test_newton_schulz_brings_singular_values_near_one_and_keeps_their_directions(rows, columns, scale):
+    """In the basis of U and V the result is diagonal, so the directions are unchanged. The diagonal holds
+    the new singular values."""
     G, U, V = with_singular_values(rows, columns, scale * torch.linspace(0.05, 1.0, min(rows, columns)))
     inside = U.T @ newton_schulz(G[None])[0] @ V
     diagonal = inside.diagonal()
@@ -195,7 +201,7 @@ def test_newton_schulz_pushes_singular_values_towards_one_and_keeps_their_direct
     assert (inside - torch.diag(diagonal)).abs().max() < 1e-4
 
 
-def test_newton_schulz_of_a_stack_is_that_of_each_matrix():
+def test_newton_schulz_of_a_stack_equals_that_of_each_matrix():
     stack = (
         torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0))
         * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
@@ -205,7 +211,7 @@ def test_newton_schulz_of_a_stack_is_that_of_each_matrix():
     )
 
 
-def test_newton_schulz_of_nothing_is_nothing():
+def test_newton_schulz_of_zeros_is_zeros():
     assert torch.equal(newton_schulz(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
 
 
@@ -214,8 +220,9 @@ def muon(params: list[nn.Parameter], lr: float = 0.1, weight_decay: float = 0.0)
 
 
 def test_a_first_muon_step_by_hand():
-    """A single singular value: U V^T is known, and Newton-Schulz takes the value 1 five times through
-    3.4445 x - 4.775 x^3 + 2.0315 x^5. A tall matrix steps further, by the root of rows / columns."""
+    """The gradient has a single singular value, so U V^T is known, and Newton-Schulz applies
+    3.4445 x - 4.775 x^3 + 2.0315 x^5 five times to 1. The step of a tall matrix is larger by the square root
+    of rows / columns."""
     x = 1.0
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
@@ -229,16 +236,14 @@ def test_a_first_muon_step_by_hand():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon to compare with")
 @SIZES
-def test_muon_agrees_with_torch_s(rows, columns):
+def test_muon_agrees_with_torch_muon(rows, columns):
     """The witness computes Newton-Schulz in bf16, so the two drift by percents; a wrong momentum, scale or
-    transpose would show at once. Weight decay acts beside it and is exact, so it is taken off first."""
+    transpose would show at once. Weight decay is separate and exact, so it is subtracted first."""
     generator = torch.Generator().manual_seed(5)
     mine = nn.Parameter(torch.randn(rows, columns, generator=generator))
     theirs = nn.Parameter(mine.detach().clone())
-    ours, reference = (
-        muon([mine], weight_decay=0.3),
-        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True),
-    )
+    ours = muon([mine], weight_decay=0.3)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, momentum=0.95, nesterov=True)
     for step in range(6):
         before = mine.detach().clone()
         with torch.no_grad():
@@ -255,7 +260,7 @@ def test_muon_agrees_with_torch_s(rows, columns):
         assert (updates[0].norm() / updates[1].norm()).item() == pytest.approx(1, abs=0.03)
 
 
-def test_matrices_of_one_shape_are_stepped_as_if_alone():
+def test_matrices_of_the_same_shape_are_updated_as_if_alone():
     generator = torch.Generator().manual_seed(6)
     start = [torch.randn(4, 6, generator=generator) for _ in range(3)]
     gradients = [torch.randn(4, 6, generator=generator) for _ in range(3)]
@@ -271,18 +276,18 @@ def test_matrices_of_one_shape_are_stepped_as_if_alone():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_a_parameter_without_gradient_stays_where_it_is():
+def test_a_parameter_without_a_gradient_does_not_change():
     moved, still = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
     moved.grad = torch.randn(3, 4)
     optimizer = muon([moved, still], weight_decay=0.5)
     optimizer.step()
     assert torch.equal(still, torch.ones(3, 4)) and not torch.equal(moved, torch.ones(3, 4))
-    assert moved.grad is None  # or AdamW, the parent, would step it once more
+    assert moved.grad is None  # otherwise AdamW, the parent class, would update it again
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_restored_optimizer_continues_identically(optimizer, tmp_path):
-    """Three steps, saved and loaded as a checkpoint is, three more: bit-equal to six in one go."""
+    """Three steps, then saved and loaded as a checkpoint is, then three more: bit-equal to six in a row."""
     config = training(optimizer=optimizer)
     straight = network()
     stepper = build_optimizer(straight, config)
@@ -306,7 +311,7 @@ def test_a_restored_optimizer_continues_identically(optimizer, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_loss_falls(optimizer):
+def test_the_loss_falls_with_each_optimizer(optimizer):
     net = network(qk_norm=True)
     current, losses = build_optimizer(net, training(optimizer=optimizer, lr=0.01)), []
     ids = torch.randint(13, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -339,7 +344,7 @@ def test_warmup_rises_in_equal_parts_to_the_peak(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_without_warmup_the_first_step_has_the_peak(schedule):
+def test_without_warmup_the_first_step_has_the_peak_rate(schedule):
     assert factors(schedule, warmup_steps=0)[0] == 1.0
 
 
@@ -354,15 +359,15 @@ def test_without_warmup_the_first_step_has_the_peak(schedule):
     ],
 )
 def test_each_schedule_by_hand(schedule, quarter, half, at_80, at_90, last, beyond):
-    """10 steps of warmup, then 100 of the schedule: step 35 is a quarter of the way, 109 the last, 110 and
-    later after it."""
+    """10 steps of warmup, then 100 of the schedule: step 35 is a quarter of the way, 109 is the last step,
+    and steps from 110 come after the end."""
     at = factors(schedule)
     assert [at[35], at[60], at[90], at[100], at[109], at[110], at[114]] == pytest.approx(
         [quarter, half, at_80, at_90, last, beyond, beyond], rel=1e-5
     )
 
 
-def test_the_steps_before_a_drop_are_not_yet_dropped():
+def test_a_drop_begins_exactly_at_its_step():
     at = factors("step")
     assert [at[89], at[90], at[99], at[100]] == [1.0, 0.316, 0.316, 0.1]
     assert factors("wsd")[89] == 1.0 and factors("wsd")[91] == pytest.approx(0.95)
@@ -370,7 +375,7 @@ def test_the_steps_before_a_drop_are_not_yet_dropped():
 
 @pytest.mark.parametrize("floor", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_once_warm_it_never_rises_and_never_falls_below_the_floor(schedule, floor):
+def test_after_warmup_the_rate_never_rises_or_falls_below_the_floor(schedule, floor):
     at = factors(schedule, floor=floor)
     assert at[:10] == sorted(at[:10])
     assert at[9:] == sorted(at[9:], reverse=True)
@@ -380,17 +385,15 @@ def test_once_warm_it_never_rises_and_never_falls_below_the_floor(schedule, floo
         assert at[-1] == pytest.approx(floor)
 
 
-def test_the_floor_is_where_the_decay_ends_not_where_it_is_cut_off():
-    """Half way from 1 down to 0.2 is 0.6."""
+def test_the_decay_ends_at_the_floor_and_is_not_cut_off_there():
+    """Halfway from 1 down to 0.2 is 0.6."""
     assert factors("linear", floor=0.2)[60] == pytest.approx(0.6)
     assert factors("cosine", floor=0.2)[60] == pytest.approx(0.6)
 
 
+# left_to_fall: how far the rate is above the floor when the given share of the steps after warmup is left
 @pytest.mark.parametrize(
-    (
-        "schedule",
-        "to_go",
-    ),  # what is left above the floor when a share of the steps after the warmup is still to come
+    ("schedule", "left_to_fall"),
     [
         ("linear", lambda left: left),
         ("wsd", lambda left: min(1, 5 * left)),
@@ -400,13 +403,15 @@ def test_the_floor_is_where_the_decay_ends_not_where_it_is_cut_off():
 @pytest.mark.parametrize(
     ("warmup", "total", "floor"), [(1, 4, 0.0), (3, 10, 0.0), (7, 40, 0.25), (20, 300, 0.1)]
 )
-def test_the_first_and_last_steps_are_what_the_pages_say(schedule, to_go, warmup, total, floor):
-    """Not from zero: the first step has 1/warmup. Not down to the floor: the last step is one short of it,
-    the next has it."""
+def test_the_rates_of_the_first_and_last_steps_are_what_the_pages_say(
+    schedule, left_to_fall, warmup, total, floor
+):
+    """The rate does not start at zero: the first step has 1/warmup. It does not end at the floor: the last
+    step is still above it, and the step after the last would be at the floor."""
     at = factors(schedule, warmup, total, floor)
     assert at[0] == 1 / warmup > 0
     assert at[warmup - 1] == at[warmup] == 1
-    assert at[total - 1] == pytest.approx(floor + (1 - floor) * to_go(1 / (total - warmup)))
+    assert at[total - 1] == pytest.approx(floor + (1 - floor) * left_to_fall(1 / (total - warmup)))
     assert at[total - 1] > floor
     assert at[total:] == pytest.approx([floor] * 5, abs=1e-12)
 
@@ -418,11 +423,11 @@ def test_a_run_logs_the_rates_that_the_pages_say(tiny_run):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_that_is_all_warmup_does_not_divide_by_zero(schedule):
+def test_a_schedule_of_only_warmup_does_not_divide_by_zero(schedule):
     assert factors(schedule, warmup_steps=4, schedule_steps=4, beyond=0) == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_the_docstring_s_example():
+def test_the_example_in_the_docstring():
     assert [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)] == [
         0.5,
         1.0,
@@ -438,10 +443,10 @@ def test_an_unknown_schedule_is_refused_by_name():
         lr_factor(5, "cosin", 0, 10)
 
 
-def test_the_factor_scales_every_group_s_own_peak():
+def test_the_factor_scales_the_peak_rate_of_every_group():
     net = network()
     optimizer = build_optimizer(net, training(optimizer="muon", lr=0.01, muon_lr=0.04))
-    for factor in (0.5, 0.25):  # always of the peak, not of what the last step left
+    for factor in (0.5, 0.25):  # always relative to the peak, not to the rate of the last step
         set_learning_rate(optimizer, factor)
         assert {(group["muon"], group["lr"]) for group in optimizer.param_groups} == {
             (False, 0.01 * factor),

@@ -1,17 +1,16 @@
-"""train.py --check and --show-step: they find what is wrong before a run, and change nothing."""
+"""train.py --check and --show-step find what is wrong before a run starts, and change nothing."""
 
 import itertools
 import json
 import os
 import re
-import signal
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import BYTE
+from runs import BYTE, stop_before
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -41,7 +40,7 @@ from tokenizer import ByteTokenizer
 
 @pytest.fixture
 def check(argv_of, capsys):
-    """check(folder, ...) runs --check: (exit status, {name: "ok" or "FAIL"}, what it printed)."""
+    """check(folder, ...) runs --check and returns (exit status, {item: "ok" or "FAIL"}, what it printed)."""
 
     def call(folder: Path, *words: str) -> tuple[int, dict[str, str], str]:
         capsys.readouterr()
@@ -116,7 +115,7 @@ def test_check_passes_for_other_configs(check, tmp_path, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_check_probes_a_large_model_by_a_small_copy(check, tmp_path):
+def test_check_probes_a_large_model_on_a_small_copy(check, tmp_path):
     code, _, out = check(
         tmp_path / "run",
         *BYTE,
@@ -128,27 +127,27 @@ def test_check_probes_a_large_model_by_a_small_copy(check, tmp_path):
     assert (code, out.count("on a small copy")) == (0, 2), out
 
 
-def looks_ahead(q, k, v, mask, dropout):
+def attention_that_looks_ahead(q, k, v, mask, dropout):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def keys_in_the_wrong_place(self, layer, k, v):
+def keys_in_reverse_order(self, layer, k, v):
     end = self.length + k.shape[2]
     self.keys[layer][:, :, self.length : end] = k.flip(2)
     self.values[layer][:, :, self.length : end] = v
     return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
-def stuck(self, x, *args):
+def block_that_learns_nothing(self, x, *args):
     return x * 0
 
 
 @pytest.mark.parametrize(
     ("target", "name", "broken", "item"),
     [
-        (model_module, "fused_attention", looks_ahead, "no leak from the future"),
-        (KVCache, "append", keys_in_the_wrong_place, "cache"),
-        (model_module.TransformerBlock, "forward", stuck, "learns one batch by heart"),
+        (model_module, "fused_attention", attention_that_looks_ahead, "no leak from the future"),
+        (KVCache, "append", keys_in_reverse_order, "cache"),
+        (model_module.TransformerBlock, "forward", block_that_learns_nothing, "learns one batch by heart"),
         (ByteTokenizer, "encode", lambda self, text: list(text.lower().encode()), "tokenizer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -161,28 +160,28 @@ def test_check_finds_what_is_broken_and_exits_1(check, tmp_path, monkeypatch, ta
     assert not (tmp_path / "run").exists()
 
 
-def test_the_probes_see_nothing_in_a_sound_model_and_much_in_a_broken_one(monkeypatch):
+def test_the_probes_pass_a_sound_model_and_find_a_broken_one(monkeypatch):
     torch.manual_seed(0)
     sound = GPTMini(
         GPTConfig(vocab_size=19, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=11)
     ).eval()
     assert leak_probe(sound, "cpu") == 0
     assert cache_probe(sound, "cpu") < 1e-5
-    monkeypatch.setattr(KVCache, "append", keys_in_the_wrong_place)
+    monkeypatch.setattr(KVCache, "append", keys_in_reverse_order)
     assert cache_probe(sound, "cpu") > 1e-4
-    monkeypatch.setattr(model_module, "fused_attention", looks_ahead)
+    monkeypatch.setattr(model_module, "fused_attention", attention_that_looks_ahead)
     assert leak_probe(sound, "cpu") > 1e-4
 
 
-def test_check_finds_a_memory_that_is_too_small(check, tmp_path, monkeypatch):
+def test_check_finds_that_memory_is_too_small(check, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "memory_total", lambda device: 2**20)
     code, verdicts, out = check(tmp_path / "run", *BYTE)
     assert (code, verdicts["memory"]) == (1, "FAIL"), out
     assert "training.micro_batch_size" in out
 
 
-def test_check_reads_a_few_rows_however_large_the_step(check, tmp_path, monkeypatch):
-    """A step of millions of sequences fits no memory: the answer must not be to try."""
+def test_check_reads_only_a_few_rows_of_a_huge_step(check, tmp_path, monkeypatch):
+    """A step of millions of sequences fits in no memory, so --check must not load it to find out."""
     read, batch = [], PackedLMDataset.batch
 
     def count(self, indices):
@@ -207,20 +206,15 @@ def test_check_reads_a_few_rows_however_large_the_step(check, tmp_path, monkeypa
     ],
     ids=lambda words: words[0],
 )
-def test_check_of_a_config_that_cannot_run_says_why(check, tmp_path, words):
+def test_check_says_why_a_config_cannot_run(check, tmp_path, words):
     code, verdicts, out = check(tmp_path / "run", *BYTE, "data.val_fraction=0.9", *words)
     assert (code, verdicts) == (1, {"config, text and device": "FAIL"})
     assert words[0].split("=")[0].split(".")[1] in out
 
 
-def test_check_names_an_unfinished_run_in_the_folder(check, run, tmp_path, monkeypatch):
-    step = train.LitCausalLM.training_step
+def test_check_reports_an_unfinished_run_in_the_folder(check, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train.LitCausalLM,
-            "training_step",
-            lambda *args: (os.kill(os.getpid(), signal.SIGTERM), step(*args))[1],
-        )
+        stop_before(patch, 1)
         folder = run(tmp_path / "run", *BYTE).folder
     before = listing(folder)
     code, verdicts, out = check(folder, *BYTE)
@@ -268,12 +262,10 @@ SHAPE = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "max_seq_l
     ],
     ids=["llama-like", "untied", "gpt2-like"],
 )
-def test_parameters_gradients_and_optimizer_are_exact(optimizer, changes):
-    """Against a real model and what its optimizer holds after a step."""
-    config, model_config = (
-        config_for(SHAPE | changes, optimizer=optimizer),
-        GPTConfig(vocab_size=257, **SHAPE, **changes),
-    )
+def test_the_memory_of_parameters_gradients_and_optimizer_is_exact(optimizer, changes):
+    """The witness is a real model, with what its optimizer holds after a step."""
+    config = config_for(SHAPE | changes, optimizer=optimizer)
+    model_config = GPTConfig(vocab_size=257, **SHAPE, **changes)
     net = GPTMini(model_config)
     updating = build_optimizer(net, config.training)
     ids = torch.arange(40).view(2, 20)
@@ -292,7 +284,8 @@ def test_parameters_gradients_and_optimizer_are_exact(optimizer, changes):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors made within the block, and the most that lived at once; a storage counts once."""
+    """Counts the bytes of all tensors made inside the `with`, and the most that were alive at once. Tensors
+    that share a storage count once."""
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
@@ -303,13 +296,12 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if (
-                not isinstance(tensor, torch.Tensor)
-                or (key := tensor.untyped_storage()._cdata) in self.known
-                or key in self.live
-            ):
+            if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self.known or key in self.live:
+                continue
             self.live[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -337,9 +329,9 @@ class PeakMemory(TorchDispatchMode):
     ids=lambda value: str(value),
 )
 def test_activations_are_estimated_within_a_quarter(monkeypatch, vocab_size, changes):
-    """What is kept, against the bytes that saved-tensor hooks count; the most that is alive at once,
-    against all tensors made in forward and backward, gradients of parameters left out. On MPS attention is
-    written out."""
+    """The estimate of what is kept is compared with the bytes that saved-tensor hooks count. The estimate of
+    the peak is compared with all tensors made in forward and backward, without the parameters' gradients.
+    MPS uses the explicit attention."""
     shape = SHAPE | changes
     device = shape.pop("device", "cpu")
     if device == "mps":
@@ -354,7 +346,9 @@ def test_activations_are_estimated_within_a_quarter(monkeypatch, vocab_size, cha
     saved, weights = {}, {parameter.untyped_storage()._cdata for parameter in net.parameters()}
 
     def pack(tensor):
-        saved[tensor.untyped_storage()._cdata] = tensor  # kept here, so that its address is not used again
+        saved[tensor.untyped_storage()._cdata] = (
+            tensor  # keep it alive, so that its address is not used again
+        )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -367,9 +361,9 @@ def test_activations_are_estimated_within_a_quarter(monkeypatch, vocab_size, cha
     assert peak == pytest.approx(memory.peak, rel=0.25)
 
 
-def test_the_time_of_a_step_is_scaled_from_what_was_measured(argv_of, tmp_path, monkeypatch):
-    """By a clock that ticks a second each time it is looked at: forward and backward of a micro-batch take
-    one, the optimizer another."""
+def test_the_time_of_a_step_is_scaled_from_a_measured_micro_batch(argv_of, tmp_path, monkeypatch):
+    """This clock ticks one second each time it is read: forward and backward of a micro-batch take one
+    second, the optimizer another."""
     args = train.parse_args(argv_of(tmp_path / "run", "training.grad_accum_steps=3", "tokenizer.kind=byte"))
     plan = plan_run(args, finetuning=False, only_looks=True)
     ticks = itertools.count()
@@ -380,38 +374,23 @@ def test_the_time_of_a_step_is_scaled_from_what_was_measured(argv_of, tmp_path, 
     assert flops_per_sec == pytest.approx(flops)
 
 
-def test_instructions_are_estimated_by_the_rows_they_are_and_not_by_the_context(tiny_run, tmp_path, capsys):
-    """As under an imported model, whose context is far longer than any pair; packed rows do fill it."""
+def test_estimates_for_instructions_use_the_length_of_rows_not_the_context(tiny_run, tmp_path, capsys):
+    """An imported model's context is often far longer than any pair. Only packed rows fill it."""
     base = read_checkpoint(tiny_run.folder / "final.ckpt")
     base[KEY]["model"]["max_seq_len"] = 4096
     save_archive(base, tmp_path / "base.ckpt")
     lengths = [3 + i for i in range(12)]
     rows = [{"instruction": "Say it", "output": "a " * n} for n in lengths]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    said = {}
+    plans = {}
     for packing in ("false", "true"):
-        words = [
-            f"base_ckpt={tmp_path / 'base.ckpt'}",
-            f"data.path={tmp_path / 'rows.json'}",
-            f"data.packing={packing}",
-            "data.val_docs=2",
-        ]
-        words += [
-            "training.micro_batch_size=4",
-            "training.grad_accum_steps=1",
-            "training.warmup_steps=0",
-            f"checkpoint.dir={tmp_path / 'run'}",
-        ]
-        argv = [
-            "--config",
-            "config_finetune.yaml",
-            "--device",
-            "cpu",
-            *(f"--override={word}" for word in words),
-        ]
-        args = finetune.parse_args([*argv, "--check"])
-        said[packing] = plan_run(args, finetuning=True, only_looks=True)
-    padded, packed = said["false"], said["true"]
+        words = [f"base_ckpt={tmp_path / 'base.ckpt'}", f"checkpoint.dir={tmp_path / 'run'}"]
+        words += [f"data.path={tmp_path / 'rows.json'}", f"data.packing={packing}", "data.val_docs=2"]
+        words += ["training.micro_batch_size=4", "training.grad_accum_steps=1", "training.warmup_steps=0"]
+        argv = ["--config", "config_finetune.yaml", "--device", "cpu", "--check"]
+        args = finetune.parse_args([*argv, *(f"--override={word}" for word in words)])
+        plans[packing] = plan_run(args, finetuning=True, only_looks=True)
+    padded, packed = plans["false"], plans["true"]
     longest = max(len(pair) for pair in padded.data.train.examples)
     assert longest < 60
     assert (padded.tokens_per_step, packed.tokens_per_step) == (4 * longest, 4 * 4096)
@@ -430,21 +409,23 @@ def test_instructions_are_estimated_by_the_rows_they_are_and_not_by_the_context(
 # ---- --show-step ---------------------------------------------------------------------------------
 
 
-def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp_path, monkeypatch, capsys):
-    folder, shown = tmp_path / "run", {}
+def test_show_step_prints_exactly_the_text_the_step_trains_on(run, argv_of, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shown = {}
     for step in (1, 7, 12):
         with pytest.raises(SystemExit) as stop:
             train.main([*argv_of(folder, *BYTE), "--show-step", str(step)])
         assert (stop.value.code, folder.exists()) == (0, False)
         shown[step] = capsys.readouterr().out
 
-    trained_on, compute = [], train.LitCausalLM.training_step
+    trained_on = []
+    compute = train.LitCausalLM.training_step
 
-    def watch(self, step, index):
+    def record_batches(self, step, index):
         trained_on.append([batch["input_ids"].tolist() for batch in step.micro_batches])
         return compute(self, step, index)
 
-    monkeypatch.setattr(train.LitCausalLM, "training_step", watch)
+    monkeypatch.setattr(train.LitCausalLM, "training_step", record_batches)
     run(folder, *BYTE)
     for step, text in shown.items():
         expected = [
@@ -457,7 +438,7 @@ def test_show_step_prints_exactly_the_text_that_step_trains_on(run, argv_of, tmp
         assert text.replace("<|endoftext|>", "") == "\n".join(expected) + "\n"
 
 
-def test_show_step_of_a_stream_is_what_the_loader_yields(argv_of, tmp_path, capsys):
+def test_show_step_of_a_stream_prints_what_the_loader_yields(argv_of, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "row {i} of the stream, and some more text"}}\n' for i in range(60)))
     words = (
@@ -489,7 +470,7 @@ def test_show_step_outside_the_run_is_refused(argv_of, tmp_path, step):
         train.main([*argv_of(tmp_path / "run", *BYTE), f"--show-step={step}"])
 
 
-def test_show_step_works_beside_an_unfinished_run(argv_of, tmp_path):
+def test_show_step_works_next_to_an_unfinished_run(argv_of, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "step-0000003.ckpt").write_bytes(b"of an unfinished run")
     for step in ("1", "12"):

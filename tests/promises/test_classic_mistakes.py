@@ -1,4 +1,4 @@
-"""Five classic mistakes, made on purpose: none of them raises an error, and each shows in numbers.
+"""Five classic mistakes, made on purpose: none of them raises an error, but each shows in the numbers.
 
 docs/TROUBLESHOOTING.md explains them. `python3 -m pytest tests/promises/test_classic_mistakes.py -s` prints
 what is measured.
@@ -24,7 +24,7 @@ CONFIG = GPTConfig(
 
 
 def batch(seed: int, rows: int = 16) -> Tensor:
-    """(rows, T + 1) bytes of the bundled text, from places that the seed decides."""
+    """(rows, T + 1) bytes of the bundled text, from places that the seed chooses."""
     starts = torch.randint(len(BYTES) - T - 1, (rows,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([BYTES[start : start + T + 1] for start in starts.tolist()])
 
@@ -35,7 +35,7 @@ def loss_on(model: GPTMini, ids: Tensor) -> Tensor:
 
 
 def validate(model: GPTMini) -> float:
-    """As it should be done: in eval mode, without gradients, and back to training afterwards."""
+    """The validation loss, measured correctly: in eval mode without gradients, then back to train mode."""
     model.eval()
     with torch.no_grad():
         loss = loss_on(model, batch(seed=-1, rows=64)).item()
@@ -48,7 +48,7 @@ def new_optimizer(model: GPTMini) -> torch.optim.Optimizer:
 
 
 def train(model: GPTMini, optimizer: torch.optim.Optimizer, steps: range) -> float:
-    """The loss of the last step. What is random depends on the step alone, so that a run can be continued."""
+    """The loss of the last step. Randomness depends only on the step, so that training can be continued."""
     model.train()
     for step in steps:
         torch.manual_seed(step)  # dropout
@@ -61,16 +61,16 @@ def train(model: GPTMini, optimizer: torch.optim.Optimizer, steps: range) -> flo
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPTMini, torch.optim.Optimizer]:
-    """A small model of bytes after 200 steps, with its optimizer. Tests change copies."""
+    """A small byte model after 200 steps, with its optimizer. A test that changes them works on a copy."""
     torch.manual_seed(0)
     model = GPTMini(CONFIG)
     optimizer = new_optimizer(model)
     train(model, optimizer, range(200))
-    print(f"\ntrained: val_loss {validate(model):.2f}, where guessing has {torch.tensor(256.0).log():.2f}")
+    print(f"\ntrained: val_loss {validate(model):.2f}, a uniform guess has {torch.tensor(256.0).log():.2f}")
     return model, optimizer
 
 
-def test_without_eval_the_same_text_has_another_loss_each_time(trained):
+def test_without_eval_the_same_text_has_a_different_loss_each_time(trained):
     model, ids = trained[0], batch(seed=-1, rows=64)
     with torch.no_grad():
         model.train()  # what a script does that forgets model.eval(): dropout stays on
@@ -85,7 +85,7 @@ def test_without_eval_the_same_text_has_another_loss_each_time(trained):
     assert min(forgotten) > right[0] + 0.05
 
 
-def test_without_no_grad_each_loss_keeps_all_activations(trained):
+def test_without_no_grad_each_loss_keeps_its_activations_in_memory(trained):
     model, kept = trained[0].eval(), 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -94,9 +94,8 @@ def test_without_no_grad_each_loss_keeps_all_activations(trained):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        losses = [
-            loss_on(model, batch(seed)) for seed in range(5)
-        ]  # kept as tensors: their graphs stay alive
+        # The losses are kept as tensors, so their graphs stay alive.
+        losses = [loss_on(model, batch(seed)) for seed in range(5)]
         with_graph, kept = kept, 0
         with torch.no_grad():
             same = [loss_on(model, batch(seed)) for seed in range(5)]
@@ -107,25 +106,27 @@ def test_without_no_grad_each_loss_keeps_all_activations(trained):
     )
     assert all(loss.requires_grad for loss in losses) and not any(loss.requires_grad for loss in same)
     assert with_graph > 20 * size and kept == 0
-    assert torch.equal(torch.stack(losses), torch.stack(same)), "the numbers are the same, so nothing tells"
+    assert torch.equal(torch.stack(losses), torch.stack(same)), (
+        "the numbers are the same, so nothing gives the mistake away"
+    )
 
 
-def turned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Attention with the mask turned around: each position sees itself and what follows."""
+def reversed_mask_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention with a reversed mask: each position sees itself and everything after it."""
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-def test_with_the_mask_turned_around_training_looks_too_good(trained, monkeypatch):
+def test_with_a_reversed_mask_training_looks_too_good(trained, monkeypatch):
     torch.manual_seed(0)
     model = GPTMini(CONFIG)
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "fused_attention", turned)
+        patch.setattr(model_module, "fused_attention", reversed_mask_attention)
         training = train(model, new_optimizer(model), range(200))
         leak = leak_probe(model.eval(), "cpu")
-    sampling = validate(model)  # when sampling nothing follows yet, whatever the mask says
+    sampling = validate(model)  # when sampling, nothing comes after the last position yet
     print(
-        f"\nmask turned: training loss {training:.2f}, but {sampling:.2f} where the next byte cannot be "
+        f"\nmask reversed: training loss {training:.2f}, but {sampling:.2f} where the next byte cannot be "
         f"seen; logits leak by {leak:.1f}"
     )
     assert training < 0.5 and sampling > 2 * validate(trained[0])
@@ -133,8 +134,8 @@ def test_with_the_mask_turned_around_training_looks_too_good(trained, monkeypatc
 
 
 @pytest.mark.parametrize("pair", ["qk", "qv", "kv"])
-def test_with_projections_in_another_order_all_loads_and_nothing_works(trained, pair):
-    """Their matrices have one shape, so load_state_dict is content."""
+def test_swapped_projections_load_without_error_and_ruin_the_model(trained, pair):
+    """All three matrices have the same shape, so load_state_dict does not notice."""
     right, swapped = trained[0], GPTMini(CONFIG)
     a, b = f".{pair[0]}_proj.", f".{pair[1]}_proj."
     exchange = {a: b, b: a}
@@ -142,15 +143,15 @@ def test_with_projections_in_another_order_all_loads_and_nothing_works(trained, 
     for name, tensor in right.state_dict().items():
         part = next((part for part in exchange if part in name), None)
         state[name.replace(part, exchange[part]) if part else name] = tensor
-    swapped.load_state_dict(state)  # strict, and without a complaint
+    swapped.load_state_dict(state)  # strict, and still no error
     print(
-        f"\n{pair[0]} and {pair[1]} exchanged: val_loss {validate(swapped):.2f} in place of "
+        f"\n{pair[0]} and {pair[1]} swapped: val_loss {validate(swapped):.2f} in place of "
         f"{validate(right):.2f}"
     )
     assert validate(swapped) > validate(right) + 0.3
 
 
-def test_without_the_optimizer_s_state_a_resumed_run_is_another_one(trained):
+def test_resuming_without_the_optimizer_state_changes_the_run(trained):
     losses = {}
     for name in ("not interrupted", "resumed", "state lost"):
         model, optimizer = copy.deepcopy(trained)

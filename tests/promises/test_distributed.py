@@ -1,10 +1,5 @@
-"""Several processes train as one that accumulates; killed, stopped or divided differently, they end the
-same.
-
-`launched` runs a command as a user would, and Lightning or torchrun starts the further processes. That takes
-ten seconds of imports for each of them, so most runs here are `forked` from this process, which has PyTorch
-and Lightning loaded: with the environment variables a launcher sets, and everything else the same. Nothing
-here can hang: a group of processes that has not ended after LIMIT seconds is killed, and its test fails.
+"""Several processes train like one that accumulates gradients. Killed, stopped and resumed, or resumed with
+another number of processes, they end with the same result.
 """
 
 import contextlib
@@ -34,7 +29,7 @@ from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
 from support.run.plan import check_processes
 
-LIMIT = 120  # seconds after which a group of processes has hung
+LIMIT_SECONDS = 120  # a group of processes that runs longer has hung
 WORDS = (
     *BYTE,
     "model.dropout=0.1",
@@ -55,25 +50,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
 class Group:
-    """Processes of one run, in a process group of their own; `pids` in the order they were started."""
+    """The processes of one run, in a process group of their own. `pids` are in the order of their start."""
 
     def __init__(self, folder: Path, *works: Callable[[], int]):
-        self.folder, self.pids, self.said, self.hung = folder, [], "", False
+        self.folder = folder
+        self.pids: list[int] = []
+        self.said = ""
+        self.hung = False
         read, write = os.pipe()
-        self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (goes with the group)
+        self.err = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the group)
         for work in works:
             self.pids.append(self._fork(work, write))
         os.close(write)
         self.out = open(read)  # noqa: SIM115 (closed by `end`)
-        self.limit = threading.Timer(LIMIT, self._give_up)
+        self.limit = threading.Timer(LIMIT_SECONDS, self._give_up)
         self.limit.start()
 
     def _fork(self, work: Callable[[], int], out: int) -> int:
         group = self.pids[0] if self.pids else 0
         pid = os.fork()
         if pid:
-            with contextlib.suppress(OSError):  # the child may have done it, and gone on
+            with contextlib.suppress(OSError):  # the child may have done it already
                 os.setpgid(pid, group)
             return pid
         code = 70  # an error of ours, with its traceback
@@ -83,9 +86,8 @@ class Group:
             os.dup2(self.err.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            torch.set_num_threads(
-                1
-            )  # makes the pool anew that a fork breaks; left to several threads at once, PyTorch aborts
+            # A fork breaks the thread pool, and this makes a new one. PyTorch aborts if several threads do so.
+            torch.set_num_threads(1)
             code = work()
         except SystemExit as stop:
             code = stop.code
@@ -96,7 +98,7 @@ class Group:
             os._exit(code)
 
     def until(self, pattern: str) -> "Group":
-        """Wait for a line of standard output."""
+        """Read standard output until a line matches the pattern."""
         for line in self.out:
             self.said += line
             if re.match(pattern, line):
@@ -104,7 +106,7 @@ class Group:
         raise AssertionError(f"ended before {pattern!r}: {self.end()}")
 
     def signal(self, signum: int, *pids: int) -> "Group":
-        """To these processes, else to the whole group."""
+        """Send the signal to these processes, or without any to the whole group."""
         for pid in pids:
             os.kill(pid, signum)
         if not pids:
@@ -112,13 +114,8 @@ class Group:
         return self
 
     def children(self) -> list[int]:
-        """Of the first process."""
-        return [
-            int(pid)
-            for pid in subprocess.run(
-                ["pgrep", "-P", str(self.pids[0])], capture_output=True, text=True
-            ).stdout.split()
-        ]
+        """The ids of the first process's children."""
+        return children_of(self.pids[0])
 
     def _give_up(self) -> None:
         self.hung = True
@@ -126,17 +123,15 @@ class Group:
 
     def kill(self) -> None:
         for pid in self.pids:  # torchrun gives its workers sessions of their own
-            for child in subprocess.run(
-                ["pgrep", "-P", str(pid)], capture_output=True, text=True
-            ).stdout.split():
+            for child in children_of(pid):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(child), signal.SIGKILL)
+                    os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pids[0], signal.SIGKILL)
 
     def end(self) -> Run:
-        """Wait until nobody holds standard output any more, so until no process is left; the code is the
-        first one's."""
+        """Wait until all processes have closed standard output, so until none is left. The exit status is
+        that of the first process."""
         self.said += self.out.read()
         self.limit.cancel()
         self.codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
@@ -149,8 +144,8 @@ class Group:
 
 @pytest.fixture
 def launched(argv_of) -> Iterator[Callable[..., Group]]:
-    """launched(folder, words...): `python3 train.py`, or another launcher's command in front of train.py
-    for each node."""
+    """launched(folder, words...) runs `python3 train.py` as a user would. `launchers` replaces the `python3`:
+    one launcher's command for each machine."""
     groups: list[Group] = []
 
     def launch(
@@ -170,8 +165,8 @@ def launched(argv_of) -> Iterator[Callable[..., Group]]:
 
 @pytest.fixture
 def forked(argv_of) -> Iterator[Callable[..., Group]]:
-    """forked(folder, words...): a process for each rank, with what Lightning sets for it; `env(rank)`
-    replaces that."""
+    """forked(folder, words...) forks one process for each rank, with the environment variables that Lightning
+    sets for it; `env(rank)` replaces those."""
     groups: list[Group] = []
 
     def fork(folder: Path, *words: str, env: Callable[[int], dict] | None = None) -> Group:
@@ -199,20 +194,15 @@ def forked(argv_of) -> Iterator[Callable[..., Group]]:
 
 
 def difference(one: Run, other: Run) -> float:
-    """How far the weights are apart, relative to their size."""
+    """The distance between the weights of two runs, relative to their size."""
     a, b = (run.checkpoint()["state_dict"] for run in (one, other))
     assert a.keys() == b.keys()
-    return (
-        (
-            sum((a[name] - b[name]).square().sum() for name in a)
-            / sum(weight.square().sum() for weight in b.values())
-        )
-        .sqrt()
-        .item()
-    )
+    squared_distance = sum((a[name] - b[name]).square().sum() for name in a)
+    squared_size = sum(weight.square().sum() for weight in b.values())
+    return (squared_distance / squared_size).sqrt().item()
 
 
-def assert_equal_but_for_rounding(one: Run, other: Run) -> None:
+def assert_equal_except_for_rounding(one: Run, other: Run) -> None:
     assert (one.code, other.code) == (0, 0), one.err
     assert difference(one, other) < 1e-5
     assert [(row["step"], row["tokens"]) for row in one.rows] == [
@@ -232,23 +222,23 @@ def assert_equal_but_for_rounding(one: Run, other: Run) -> None:
         (DDP, (), True),
         (FSDP, (ADAMW, "training.val_batches=3"), False),
         (FSDP, (), False),
-        (FSDP, ("training.grad_clip=null",), True),  # it sums the gradient's norm in another order
+        (FSDP, ("training.grad_clip=null",), True),  # FSDP sums the norm of the gradient in another order
     ],
     ids=["ddp, adamw", "ddp, muon", "fsdp, adamw", "fsdp, muon", "fsdp, muon, no clipping"],
 )
-def test_two_processes_end_as_one_that_accumulates(run, forked, tmp_path, layout, words, same_bits):
-    """Also where the number of validation batches is odd: 25 of them, or limited to 3."""
+def test_two_processes_end_like_one_that_accumulates(run, forked, tmp_path, layout, words, same_bits):
+    """Also with an odd number of validation batches: 25 of them, or 3 with a limit."""
     one = run(tmp_path / "one", *WORDS, *words)
     assert "97 blocks" in one.out
     two = forked(tmp_path / "two", *layout, *words).end()
-    assert_equal_but_for_rounding(two, one)
+    assert_equal_except_for_rounding(two, one)
     assert (two.sha256 == one.sha256) == same_bits
     assert two.err == ""
 
 
-def test_a_saved_optimizer_numbers_its_parameters_as_the_module_does(tiny_run):
-    """FSDP takes the n-th for the module's n-th. By groups, as PyTorch numbers them, it would give one the
-    momentum of another."""
+def test_a_saved_optimizer_numbers_parameters_in_the_order_of_the_module(tiny_run):
+    """FSDP gives the n-th state to the module's n-th parameter. PyTorch numbers them by groups, which would
+    give one parameter the momentum of another."""
     saved = tiny_run.checkpoint()["optimizer_states"][0]
     model = load_model(tiny_run.folder / "final.ckpt")[0]
     shapes = {i: parameter.shape for i, parameter in enumerate(model.parameters())}
@@ -265,8 +255,8 @@ def test_a_saved_optimizer_numbers_its_parameters_as_the_module_does(tiny_run):
     [(DDP, ()), (FSDP, ()), ((), DDP), ((), FSDP), (DDP, FSDP)],
     ids=["ddp, one", "fsdp, one", "one, ddp", "one, fsdp", "ddp, fsdp"],
 )
-def test_a_run_goes_on_with_another_number_of_processes(run, forked, tmp_path, first, second):
-    """In the middle; what is left is a checkpoint as any other."""
+def test_a_run_resumes_with_another_number_of_processes(run, forked, tmp_path, first, second):
+    """The change comes in the middle, and the checkpoint there is like any other."""
 
     def part(folder: Path, layout: tuple[str, ...], *words: str) -> Run:
         return forked(folder, *layout, *words, ADAMW).end() if layout else run(folder, *WORDS, *words, ADAMW)
@@ -279,13 +269,15 @@ def test_a_run_goes_on_with_another_number_of_processes(run, forked, tmp_path, f
     assert (whole.code, "after step 8" in whole.out) == (0, True), whole.err
     straight = run(tmp_path / "straight", *WORDS, ADAMW)
     assert whole.rows[-1]["step"] == 16
-    rows = [row for row in whole.rows if "loss" in row or row["step"] != 8]  # the half validated at its end
+    rows = [
+        row for row in whole.rows if "loss" in row or row["step"] != 8
+    ]  # the first half validated at its end
     assert [row["step"] for row in rows] == [row["step"] for row in straight.rows]
     assert difference(whole, straight) < 1e-5
 
 
 def assert_same_end(resumed: Run, straight: Run) -> None:
-    """As assert_same_run, but for lists that were tuples before they went through FSDP."""
+    """Like assert_same_run, but without the optimizer's groups, where FSDP turns tuples into lists."""
     assert (resumed.code, straight.code) == (0, 0), resumed.err + straight.err
     assert resumed.sha256 == straight.sha256
     one, other = resumed.checkpoint(), straight.checkpoint()
@@ -309,7 +301,7 @@ STREAM = (
 @pytest.fixture
 def uneven_stream(tmp_path) -> tuple[str, ...]:
     """Three files of 3, 14 and 41 documents."""
-    import datasets  # noqa: F401 (once here, not in every process)
+    import datasets  # noqa: F401 (loaded once here, not in every process)
 
     (tmp_path / "rows").mkdir()
     for n, size in enumerate((3, 14, 41)):
@@ -333,51 +325,40 @@ def test_killed_processes_resume_to_the_same_bytes(forked, tmp_path, layout, sou
     assert_same_end(resumed, straight)
 
 
-LONG = "training.schedule_steps=100000"
-FOR_EVER = (LONG, "training.max_steps=100000")  # so that the end cannot come before the signal
+LONG_SCHEDULE = "training.schedule_steps=100000"
+ENDLESS = (LONG_SCHEDULE, "training.max_steps=100000")  # so that the run cannot end before the signal
 
 
-def assert_goes_on(forked: Callable, group: Group, layout: tuple[str, ...] = DDP) -> None:
-    """Two steps more, and it is where a run is that nothing disturbed."""
+def assert_resumes(forked: Callable, group: Group, layout: tuple[str, ...] = DDP) -> None:
+    """Two steps after a resume, the run is where an undisturbed one is."""
     path = find_latest_checkpoint(group.folder)
-    words = (*layout, LONG, f"training.max_steps={load_model(path)[2]['metrics']['step'] + 2}")
+    words = (*layout, LONG_SCHEDULE, f"training.max_steps={load_model(path)[2]['metrics']['step'] + 2}")
     resumed = forked(group.folder, *words, "--resume").end()
     assert_same_end(resumed, forked(group.folder.with_name("straight"), *words).end())
 
 
 def assert_stopped(group: Group, ended: Run, signum: int) -> None:
-    """Said once, by the main process, whose status tells."""
+    """The main process reports the stop once, and its exit status names the signal."""
     assert ended.code == 128 + signum, ended.err
     assert len(re.findall(r"^stopped; saved .*; resume with: python3 train.py ", ended.out, re.M)) == 1
-    assert ended.err.split() == [
-        "stopping",
-        "after",
-        "this",
-        "step;",
-        "once",
-        "more",
-        "to",
-        "stop",
-        "at",
-        "once",
-    ]
+    assert " ".join(ended.err.split()) == "stopping after this step; once more to stop at once"
     assert not (group.folder / "final.ckpt").exists()
 
 
 @pytest.mark.slow
-def test_processes_that_lightning_started_are_killed_resumed_and_stopped(launched, forked, tmp_path):
-    """As a user starts them; the signal goes to the main process only."""
-    group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER).until(r"step +8/")
+def test_processes_started_by_lightning_can_be_killed_resumed_and_stopped(launched, forked, tmp_path):
+    """Started as a user does. Only the main process gets the signal."""
+    group = launched(tmp_path / "run", *WORDS, *DDP, *ENDLESS).until(r"step +8/")
     assert len(group.children()) == 1
     ended = group.signal(signal.SIGKILL).end()
     assert (ended.code, ended.err) == (-signal.SIGKILL, "")
-    group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER, "--resume").until(r"step +\d+/")
+    group = launched(tmp_path / "run", *WORDS, *DDP, *ENDLESS, "--resume").until(r"step +\d+/")
     assert "after step" in group.said
     assert_stopped(group, group.signal(signal.SIGTERM, *group.pids).end(), signal.SIGTERM)
-    assert_goes_on(forked, group)
+    assert_resumes(forked, group)
 
 
-def assert_says_what_was_lost(err: str, beginning: str) -> None:
+def assert_reports_a_lost_process(err: str, beginning: str) -> None:
     lines = err.splitlines()
     assert lines[0].startswith(f"{beginning}: the connection to another process of this run is lost"), err
     assert re.search(r"resume with: python3 \S*train\.py", lines[-1])
@@ -385,27 +366,27 @@ def assert_says_what_was_lost(err: str, beginning: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_main_process_that_loses_another_says_so_and_ends(launched, forked, tmp_path):
-    group = launched(tmp_path / "run", *WORDS, *DDP, *FOR_EVER).until(r"step +8/")
+def test_the_main_process_reports_a_lost_process_and_ends(launched, forked, tmp_path):
+    group = launched(tmp_path / "run", *WORDS, *DDP, *ENDLESS).until(r"step +8/")
     ended = group.signal(signal.SIGKILL, *group.children()).end()
     assert ended.code in (2, -signal.SIGKILL), (
-        "Lightning looks every five seconds, and kills what has not ended by then"
+        "Lightning checks every five seconds and kills processes that have not ended by then"
     )
-    assert_says_what_was_lost(ended.err, "error")
-    assert_goes_on(forked, group)
+    assert_reports_a_lost_process(ended.err, "error")
+    assert_resumes(forked, group)
 
 
 @pytest.mark.slow
-def test_a_process_that_loses_the_main_process_says_so_and_ends(forked, tmp_path):
-    group = forked(tmp_path / "run", *DDP, *FOR_EVER).until(r"step +8/")
+def test_a_process_reports_a_lost_main_process_and_ends(forked, tmp_path):
+    group = forked(tmp_path / "run", *DDP, *ENDLESS).until(r"step +8/")
     ended = group.signal(signal.SIGKILL, group.pids[0]).end()
     assert group.codes == [-signal.SIGKILL, 2]
-    assert_says_what_was_lost(ended.err, "warning: a further process")
-    assert_goes_on(forked, group)
+    assert_reports_a_lost_process(ended.err, "warning: a further process")
+    assert_resumes(forked, group)
 
 
-def test_a_process_ends_when_whoever_started_it_is_gone(tmp_path):
-    """One that waits for a main process that was killed would do so for half an hour."""
+def test_a_process_ends_when_its_parent_is_gone(tmp_path):
+    """Otherwise it would wait half an hour for a main process that was killed."""
     read, write = os.pipe()
     starter = os.fork()
     if not starter:
@@ -430,18 +411,18 @@ def test_a_process_ends_when_whoever_started_it_is_gone(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "signum"), [(DDP, signal.SIGINT), (FSDP, signal.SIGTERM)], ids=["ddp, Ctrl-C", "fsdp, SIGTERM"]
 )
-def test_a_signal_to_all_processes_stops_them_behind_the_same_step(forked, tmp_path, layout, signum):
-    group = forked(tmp_path / "run", *layout, *FOR_EVER).until(r"step +8/").signal(signum)
+def test_a_signal_to_all_processes_stops_them_after_the_same_step(forked, tmp_path, layout, signum):
+    group = forked(tmp_path / "run", *layout, *ENDLESS).until(r"step +8/").signal(signum)
     assert_stopped(group, group.end(), signum)
     assert group.codes == [128 + signum, 0], (
-        "Lightning kills the main process where a further one ends with another status than 0"
+        "Lightning kills the main process when another process ends with a status other than 0"
     )
-    assert_goes_on(forked, group, layout)
+    assert_resumes(forked, group, layout)
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_processes_meet_is_reported_once(forked, tmp_path, monkeypatch):
-    """In the middle of the training, where each of them finds it."""
+def test_an_error_in_all_processes_is_reported_once(forked, tmp_path, monkeypatch):
+    """Each process finds it, in the middle of training."""
     step = train.LitCausalLM.training_step
 
     def third_is_bad(self, *args):
@@ -466,8 +447,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
-def test_torchrun_starts_the_same_run(launched, forked, tmp_path, machines):
-    """The commands of the README; two machines are two agents here."""
+def test_torchrun_gives_the_same_run(launched, forked, tmp_path, machines):
+    """With the commands of the README. Two machines are two agents on this one."""
     straight = forked(tmp_path / "straight", *DDP).end()
     devices, place = 2 // machines, ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
     commands = tuple(
@@ -483,7 +464,7 @@ def test_torchrun_starts_the_same_run(launched, forked, tmp_path, machines):
 
 
 @pytest.mark.slow
-def test_slurm_starts_the_same_run_and_a_finished_one_says_so_once(forked, tmp_path):
+def test_slurm_gives_the_same_run_and_resuming_a_finished_one_says_so_once(forked, tmp_path):
     def task(rank: int) -> dict[str, str]:
         job = {
             "SLURM_JOB_ID": "7",
@@ -503,7 +484,7 @@ def test_slurm_starts_the_same_run_and_a_finished_one_says_so_once(forked, tmp_p
     assert (again.code, len(again.out.splitlines()), "nothing left to do" in again.out) == (0, 1, True)
 
 
-def test_another_number_of_processes_than_the_config_asks_for_is_refused(run, tmp_path, monkeypatch):
+def test_starting_another_number_of_processes_than_configured_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr("support.run.plan.is_main_process", lambda: True)
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -1,5 +1,4 @@
-"""Fine-tuning, run as a user runs it: what it starts from, what it trains, what it measures, and that it
-resumes exactly."""
+"""Fine-tuning, run as a user runs it: what it starts from, what it measures and what it trains."""
 
 import contextlib
 import io
@@ -30,12 +29,28 @@ from support.evaluation.validation import documents_of, scoring_config, validate
 from support.messages import UserError
 from support.text.chat_template import Template
 
-PLAIN = "template={prompt: 'Ask {instruction} Say ', prompt_with_input: 'Ask {instruction} {input} Say '}"
+PLAIN_TEMPLATE = (
+    "template={prompt: 'Ask {instruction} Say ', prompt_with_input: 'Ask {instruction} {input} Say '}"
+)
 LORA = ("lora={rank: 2, alpha: 4}",)
+SIX_STEPS = (
+    PLAIN_TEMPLATE,
+    "data.val_docs=6",
+    "training.epochs=null",
+    "training.max_steps=6",
+    "training.schedule_steps=6",
+    "training.warmup_steps=1",
+    "training.log_every=1",
+    "training.micro_batch_size=3",
+    "training.grad_accum_steps=2",
+    "training.val_every=3",
+    "checkpoint.save_every=3",
+    "checkpoint.keep_last=null",
+)
 
 
 def rows(n: int) -> list[dict]:
-    """Questions of unequal length, with answers of unequal length, half of them with an input."""
+    """Questions and answers of unequal lengths, half of them with an input."""
     words = ["loss", "head", "step", "data", "the", "of", "is", "text", "and", "word"]
     return [
         {
@@ -49,13 +64,11 @@ def rows(n: int) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def instructions(shared_once: Callable[..., Path]) -> Path:
-    return (
-        shared_once(
-            "instructions",
-            lambda folder: (folder.mkdir(), (folder / "rows.json").write_text(json.dumps(rows(24)))),
-        )
-        / "rows.json"
-    )
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "rows.json").write_text(json.dumps(rows(24)))
+
+    return shared_once("instructions", make) / "rows.json"
 
 
 @pytest.fixture
@@ -67,22 +80,7 @@ def sft(instructions: Path, tiny_run: Run) -> Callable[..., Run]:
             f"base_ckpt={tiny_run.folder / 'final.ckpt'}",
             f"data.path={instructions}",
             f"checkpoint.dir={folder}",
-            PLAIN,
-            "data.val_docs=6",
-            *(
-                "training.epochs=null",
-                "training.max_steps=6",
-                "training.schedule_steps=6",
-                "training.warmup_steps=1",
-                "training.log_every=1",
-            ),
-            *(
-                "training.micro_batch_size=3",
-                "training.grad_accum_steps=2",
-                "training.val_every=3",
-                "checkpoint.save_every=3",
-                "checkpoint.keep_last=null",
-            ),
+            *SIX_STEPS,
             *(word for word in words if not word.startswith("--")),
         ]
         flags = [part for word in words if word.startswith("--") for part in word.split("=", 1)]
@@ -114,26 +112,25 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return model_weights(read_checkpoint(path))
 
 
-def same(one: dict, other: dict) -> bool:
+def same_weights(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- where it begins -----------------------------------------------------------------------------
+# ---- what it starts from -------------------------------------------------------------------------
 
 
-def test_it_starts_from_the_base_and_leaves_it_alone(sft, tiny_run, tmp_path):
+def test_it_starts_from_the_base_and_does_not_change_its_file(sft, tiny_run, tmp_path):
     base = tiny_run.folder / "final.ckpt"
     before = base.read_bytes()
     untrained = sft(
         tmp_path / "zero", "training.max_steps=0", "training.schedule_steps=null", "training.warmup_steps=0"
     )
-    assert same(weights_of(untrained.folder / "final.ckpt"), weights_of(base))
+    assert same_weights(weights_of(untrained.folder / "final.ckpt"), weights_of(base))
     made = sft(tmp_path / "sft")
-    assert not same(weights_of(made.folder / "final.ckpt"), weights_of(base))
+    assert not same_weights(weights_of(made.folder / "final.ckpt"), weights_of(base))
     ours, theirs = made.checkpoint()[KEY], tiny_run.checkpoint()[KEY]
-    assert ours["tokenizer"] == theirs["tokenizer"] and ours["model"] == theirs["model"] | {
-        "dropout": ours["model"]["dropout"]
-    }
+    assert ours["tokenizer"] == theirs["tokenizer"]
+    assert ours["model"] == theirs["model"] | {"dropout": ours["model"]["dropout"]}
     assert Template.model_validate(ours["template"]).fill("a", "b") == "Ask a b Say "
     assert base.read_bytes() == before
 
@@ -174,13 +171,13 @@ def test_a_base_in_bf16_is_trained_in_float32(sft, tiny_run, tmp_path):
         ("training.seq_len=2", r"none of \d+ instructions fits training.seq_len=2"),
     ],
 )
-def test_what_contradicts_the_base_or_makes_no_sense_is_refused(sft, tmp_path, override, said):
+def test_a_config_that_contradicts_the_base_or_makes_no_sense_is_refused(sft, tmp_path, override, said):
     with pytest.raises(UserError, match=said):
         sft(tmp_path / "sft", override)
     assert not (tmp_path / "sft").exists()
 
 
-def test_dropout_is_no_contradiction_and_nulls_and_equal_values_are_none(sft, tmp_path):
+def test_dropout_nulls_and_values_equal_to_those_of_the_base_are_accepted(sft, tmp_path):
     made = sft(
         tmp_path,
         "model.dropout=0.1",
@@ -200,16 +197,15 @@ def test_each_script_refuses_the_config_of_the_other(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["lora.rank=4", "template=chat"])
-def test_pretraining_takes_no_adapters_and_no_template(argv_of, tmp_path, override):
-    """Adapters of random weights, and nothing else trained, would be a model that cannot learn."""
+def test_pretraining_refuses_adapters_and_templates(argv_of, tmp_path, override):
+    """A model with random weights whose adapters alone are trained could not learn."""
     with pytest.raises(UserError, match=r"belongs to fine-tuning, where there is a model to adapt"):
         train.main(argv_of(tmp_path / "run", override))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_is_asked_as_it_was_taught(sft, tmp_path):
-    """Under another config, whose template is another, its own layout is used; the config says only which
-    rows."""
+def test_a_model_is_validated_with_the_template_it_was_trained_with(sft, tmp_path):
+    """A config with another template only chooses the rows; the model's own template is used."""
     made = sft(tmp_path / "sft", "training.max_steps=1")
     model, tokenizer, metadata = load_model(made.folder / "final.ckpt")
     (tmp_path / "other.yaml").write_text(
@@ -222,9 +218,9 @@ def test_a_model_is_asked_as_it_was_taught(sft, tmp_path):
     )
 
 
-def test_plain_text_can_be_trained_on_too(sft, tmp_path):
-    """Nothing of instructions, the rest as for pretraining: and the change of the loss on the new text is
-    there."""
+def test_fine_tuning_on_plain_text_works_too(sft, tmp_path):
+    """Without instructions it works like pretraining, and also reports how much the loss on the new text has
+    changed."""
     text = f"data={{source: text, path: {REPO / 'README.md'}}}"
     argv = [
         word
@@ -238,10 +234,12 @@ def test_plain_text_can_be_trained_on_too(sft, tmp_path):
         row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows
     ]
     assert made.val_rows[-1]["val_loss_change"] < 0 and "token_accuracy" not in made.val_rows[0]
-    assert made.checkpoint()[KEY]["template"] is None, "more text does not make a model answer"
+    assert made.checkpoint()[KEY]["template"] is None, (
+        "a model trained on more text does not answer questions"
+    )
 
 
-def test_the_template_of_an_instruction_model_is_passed_on(sft, tmp_path):
+def test_the_template_of_the_base_is_kept(sft, tmp_path):
     first = sft(tmp_path / "first", "training.max_steps=1")
     argv = [
         word
@@ -263,7 +261,7 @@ def test_the_template_of_an_instruction_model_is_passed_on(sft, tmp_path):
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-def test_validation_begins_with_the_base_and_equals_what_eval_val_finds(sft, tiny_run, tmp_path):
+def test_validation_starts_with_the_base_and_equals_that_of_eval_val(sft, tiny_run, tmp_path):
     made = sft(tmp_path)
     assert [row["step"] for row in made.val_rows] == [0, 3, 6]
     for path, row in (
@@ -273,54 +271,44 @@ def test_validation_begins_with_the_base_and_equals_what_eval_val_finds(sft, tin
         model, tokenizer, metadata = load_model(path)
         config = scoring_config(model, metadata, str(path), str(made.folder / "run_config.yaml"))
         found = validate(model, tokenizer, documents_of(config, None), config)
-        for ours, theirs in (
-            ("loss", "val_loss"),
-            ("token_accuracy",) * 2,
-            ("response_accuracy",) * 2,
-            ("perplexity",) * 2,
-        ):
-            assert getattr(found, ours) == pytest.approx(row[theirs], rel=1e-5), ours
+        assert found.loss == pytest.approx(row["val_loss"], rel=1e-5)
+        for name in ("token_accuracy", "response_accuracy", "perplexity"):
+            assert getattr(found, name) == pytest.approx(row[name], rel=1e-5), name
     changes = [row["val_loss_change"] for row in made.val_rows]
-    assert (
-        changes == [row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows]
-        and changes[-1] < -0.02
-    )
+    assert changes == [row["val_loss"] - made.val_rows[0]["val_loss"] for row in made.val_rows]
+    assert changes[-1] < -0.02
     metrics = made.checkpoint()[KEY]["metrics"]
-    assert (
-        metrics["base_val_loss"] == made.val_rows[0]["val_loss"]
-        and metrics["token_accuracy"] == made.val_rows[-1]["token_accuracy"]
-    )
+    assert metrics["base_val_loss"] == made.val_rows[0]["val_loss"]
+    assert metrics["token_accuracy"] == made.val_rows[-1]["token_accuracy"]
 
 
 def naive_gradient(path: Path, pairs: list[Pair], template: Template) -> dict[str, torch.Tensor]:
-    """Of the mean loss over all response tokens of the pairs, one pair at a time, without padding, labels
-    or masks."""
+    """The gradient of the mean loss over all response tokens, one pair at a time, without padding, labels or
+    masks."""
     model, tokenizer, _ = load_model(path)
-    losses, n = [], 0
+    losses = []
+    n_response_tokens = 0
     for pair in pairs:
-        prompt, response = (
-            tokenizer.encode(template.fill(pair.instruction, pair.input)),
-            [*tokenizer.encode(pair.output), tokenizer.eos_id],
-        )
+        prompt = tokenizer.encode(template.fill(pair.instruction, pair.input))
+        response = [*tokenizer.encode(pair.output), tokenizer.eos_id]
         ids = torch.tensor([prompt + response])
         log_p = model(ids[:, :-1]).log_softmax(dim=-1)[0, len(prompt) - 1 :]
         losses.append(-log_p.gather(1, ids[0, len(prompt) :, None]).sum())
-        n += len(response)
-    (sum(losses) / n).backward()
+        n_response_tokens += len(response)
+    (sum(losses) / n_response_tokens).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.fixture
 def gradient_of(sft, tmp_path, monkeypatch) -> Callable[..., dict[str, torch.Tensor]]:
-    """The gradient of the first step, before it is clipped."""
+    """gradient_of(words...): the gradient of the first step, without clipping."""
 
     def get(*words: str) -> dict[str, torch.Tensor]:
         found = {}
 
         def keep(self, step: int, loss: float, grad_norm: float) -> None:
-            found.update(
-                {name: p.grad.clone() for name, p in self.net.named_parameters()} if step == 0 else {}
-            )
+            if step == 0:
+                found.update({name: p.grad.clone() for name, p in self.net.named_parameters()})
 
         with monkeypatch.context() as patch:
             patch.setattr(train.LitCausalLM, "refuse_bad_step", keep)
@@ -345,9 +333,11 @@ def gradient_of(sft, tmp_path, monkeypatch) -> Callable[..., dict[str, torch.Ten
     ],
     ids=["one batch", "6 micro-batches", "18 micro-batches"],
 )
-def test_a_step_is_that_of_the_mean_over_all_its_response_tokens(gradient_of, tiny_run, instructions, words):
-    """Rows and answers have unequal lengths, and all 18 training rows make one step."""
-    config = load_config("config_finetune.yaml", [f"data.path={instructions}", "data.val_docs=6", PLAIN])
+def test_a_step_follows_the_mean_over_all_its_response_tokens(gradient_of, tiny_run, instructions, words):
+    """Prompts and answers have unequal lengths, and all 18 training rows make one step."""
+    config = load_config(
+        "config_finetune.yaml", [f"data.path={instructions}", "data.val_docs=6", PLAIN_TEMPLATE]
+    )
     pairs = split_pairs(config)[0]
     expected = naive_gradient(tiny_run.folder / "final.ckpt", pairs, config.template)
     found = gradient_of(*words)
@@ -355,9 +345,11 @@ def test_a_step_is_that_of_the_mean_over_all_its_response_tokens(gradient_of, ti
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
 
 
-def test_a_mean_of_means_would_not_pass(tiny_run, instructions):
-    """The usual mistake, averaging each row before averaging rows, is far outside the tolerance above."""
-    config = load_config("config_finetune.yaml", [f"data.path={instructions}", "data.val_docs=6", PLAIN])
+def test_the_mean_of_the_means_of_rows_would_fail_that_test(tiny_run, instructions):
+    """The usual mistake, averaging each row before averaging the rows, is far outside that tolerance."""
+    config = load_config(
+        "config_finetune.yaml", [f"data.path={instructions}", "data.val_docs=6", PLAIN_TEMPLATE]
+    )
     pairs, base = split_pairs(config)[0], tiny_run.folder / "final.ckpt"
     right = naive_gradient(base, pairs, config.template)
     each = [naive_gradient(base, [pair], config.template) for pair in pairs]
@@ -366,10 +358,10 @@ def test_a_mean_of_means_would_not_pass(tiny_run, instructions):
     assert (wrong - right[name]).norm() > 0.05 * right[name].norm()
 
 
-def test_packing_trains_on_the_same_sum(gradient_of):
+def test_packed_rows_give_the_same_gradient_as_padded_ones(gradient_of):
     padded = gradient_of("training.micro_batch_size=18", "training.grad_accum_steps=1")
     config = ("data.packing=true", "training.micro_batch_size=1")
-    with pytest.raises(AssertionError):  # one block holds only some of the pairs
+    with pytest.raises(AssertionError):  # one block holds only some of the pairs, so it differs
         torch.testing.assert_close(
             gradient_of(*config, "training.grad_accum_steps=1")["norm.weight"],
             padded["norm.weight"],
@@ -377,7 +369,7 @@ def test_packing_trains_on_the_same_sum(gradient_of):
             atol=1e-6,
         )
     n_blocks = 1
-    while True:  # as many blocks as there are
+    while True:  # until a step holds all blocks
         n_blocks += 1
         packed = gradient_of(*config, f"training.grad_accum_steps={n_blocks}")
         if torch.allclose(packed["norm.weight"], padded["norm.weight"], rtol=1e-3, atol=1e-6):
@@ -387,19 +379,17 @@ def test_packing_trains_on_the_same_sum(gradient_of):
         torch.testing.assert_close(packed[name], padded[name], rtol=1e-3, atol=2e-6, msg=name)
 
 
-def test_without_the_mask_prompts_are_trained_on_and_validation_is_the_same(sft, tmp_path):
-    masked, unmasked = (
-        sft(tmp_path / "masked", "training.max_steps=1"),
-        sft(tmp_path / "unmasked", "training.max_steps=1", "data.mask_prompt=false"),
-    )
+def test_mask_prompt_false_trains_on_prompts_and_keeps_validation_the_same(sft, tmp_path):
+    masked = sft(tmp_path / "masked", "training.max_steps=1")
+    unmasked = sft(tmp_path / "unmasked", "training.max_steps=1", "data.mask_prompt=false")
     assert unmasked.val_rows[0] == masked.val_rows[0]
     assert unmasked.train_rows[0]["tokens"] > 1.5 * masked.train_rows[0]["tokens"]
     assert unmasked.train_rows[0]["loss"] != pytest.approx(masked.train_rows[0]["loss"], rel=0.01)
 
 
-def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
-    """End to end: eight questions, trained until each answer is the likeliest, are then answered word by
-    word, and ended."""
+def test_a_chat_answers_questions_learned_by_heart(sft, tmp_path):
+    """End to end: the model is trained on eight questions until each answer is the likeliest. The chat then
+    gives these answers word for word and stops."""
     asked = [
         {"instruction": word, "input": "", "output": word[::-1] + "!"}
         for word in ["loss", "head", "token", "model", "layer", "mask", "step", "data"]
@@ -407,18 +397,14 @@ def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
     (tmp_path / "eight.json").write_text(json.dumps(asked))
     made = sft(
         tmp_path / "sft",
-        *(
-            f"data.path={tmp_path / 'eight.json'}",
-            f"data.val_path={tmp_path / 'eight.json'}",
-            "data.val_docs=null",
-        ),
-        *(
-            "training.max_steps=60",
-            "training.schedule_steps=60",
-            "training.val_every=60",
-            "training.lr=0.01",
-            "training.micro_batch_size=8",
-        ),
+        f"data.path={tmp_path / 'eight.json'}",
+        f"data.val_path={tmp_path / 'eight.json'}",
+        "data.val_docs=null",
+        "training.max_steps=60",
+        "training.schedule_steps=60",
+        "training.val_every=60",
+        "training.lr=0.01",
+        "training.micro_batch_size=8",
         "training.grad_accum_steps=1",
     )
     assert made.val_rows[-1]["response_accuracy"] == 1.0 and made.val_rows[-1]["token_accuracy"] == 1.0
@@ -435,21 +421,18 @@ def test_what_is_learned_by_heart_is_answered_in_chat(sft, tmp_path):
 @pytest.mark.parametrize(
     ("patterns", "frozen"),
     [
-        (
-            "[embed_tokens]",
-            lambda name: name in ("embed_tokens.weight", "lm_head.weight"),
-        ),  # the head is tied
+        # The head is tied to the embedding.
+        ("[embed_tokens]", lambda name: name in ("embed_tokens.weight", "lm_head.weight")),
         ("[lm_head]", lambda name: name in ("embed_tokens.weight", "lm_head.weight")),
         ("[layers.0, norm]", lambda name: name.startswith(("layers.0.", "norm."))),
         ("['layers.*.mlp', '*layernorm*']", lambda name: ".mlp." in name or "layernorm" in name),
     ],
 )
-def test_frozen_parameters_do_not_move_and_all_others_do(sft, tiny_run, tmp_path, patterns, frozen):
+def test_frozen_parameters_do_not_change_and_all_others_do(sft, tiny_run, tmp_path, patterns, frozen):
     made = sft(tmp_path, f"training.freeze={patterns}", "training.max_steps=2")
     before, after = weights_of(tiny_run.folder / "final.ckpt"), weights_of(tmp_path / "final.ckpt")
-    assert {name for name in before if torch.equal(before[name], after[name])} == {
-        name for name in before if frozen(name)
-    }
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert unchanged == {name for name in before if frozen(name)}
     n_states = len(made.checkpoint()["optimizer_states"][0]["state"])
     assert n_states == sum(not frozen(name) for name in before if name != "lm_head.weight")
     assert "of which" in made.out
@@ -468,14 +451,14 @@ def test_freezing_nothing_or_everything_is_refused(sft, tmp_path, patterns, said
         sft(tmp_path / "sft", f"training.freeze={patterns}")
 
 
-def test_lora_trains_adapters_and_leaves_a_plain_model(sft, tiny_run, tmp_path):
+def test_lora_trains_only_adapters_and_ends_with_a_plain_model(sft, tiny_run, tmp_path):
     made = sft(tmp_path, *LORA)
     base, step, final = tiny_run.checkpoint(), made.checkpoint("step-0000006"), made.checkpoint("final")
     adapters = {name for name in step["state_dict"] if "lora_" in name}
     assert step["state_dict"].keys() - adapters == base["state_dict"].keys() == final["state_dict"].keys()
     assert all(
         torch.equal(step["state_dict"][name], weight) for name, weight in base["state_dict"].items()
-    ), "a base weight moved"
+    ), "a base weight has changed"
     assert len(step["optimizer_states"][0]["state"]) == len(adapters)
     assert step[KEY]["lora"] == {"rank": 2, "alpha": 4.0, "targets": None} and final[KEY]["lora"] is None
     assert "optimizer_states" not in final
@@ -483,7 +466,7 @@ def test_lora_trains_adapters_and_leaves_a_plain_model(sft, tiny_run, tmp_path):
 
 
 def test_logits_are_the_same_before_and_after_the_merge(sft, tmp_path):
-    """The adapted network itself, put together by hand from the step file, against what any script loads."""
+    """The witness is the network with its adapters, built here from the step file."""
     made = sft(tmp_path, *LORA)
     step = made.checkpoint("step-0000006")
     merged, tokenizer, _ = load_model(tmp_path / "final.ckpt")
@@ -494,14 +477,14 @@ def test_logits_are_the_same_before_and_after_the_merge(sft, tmp_path):
     )
     ids = torch.randint(merged.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(merged(ids), adapted.eval()(ids), rtol=1e-5, atol=1e-5)
-    assert same(weights_of(tmp_path / "step-0000006.ckpt"), weights_of(tmp_path / "final.ckpt"))
+    assert same_weights(weights_of(tmp_path / "step-0000006.ckpt"), weights_of(tmp_path / "final.ckpt"))
     config = load_config(tmp_path / "run_config.yaml")
     found = validate(merged, tokenizer, split_pairs(config)[1], config)
     assert found.loss == pytest.approx(made.val_rows[-1]["val_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["final", "step-0000003", "best"])
-def test_any_checkpoint_of_a_lora_run_can_be_a_base(sft, tmp_path, name):
+def test_any_checkpoint_of_a_lora_run_can_be_the_base_of_another_run(sft, tmp_path, name):
     made = sft(tmp_path / "lora", *LORA)
     again = sft(tmp_path / "again", f"base_ckpt={made.folder / name}.ckpt", "training.max_steps=1")
     step = {"final": 6, "step-0000003": 3, "best": made.checkpoint("best")[KEY]["metrics"]["step"]}[name]
@@ -513,7 +496,7 @@ def test_any_checkpoint_of_a_lora_run_can_be_a_base(sft, tmp_path, name):
 @pytest.mark.parametrize(
     "changed", [{"rank": 3}, {"rank": "2"}, {"alpha": None}, {"rank": 0}, {"rank": 10**30}]
 )
-def test_a_checkpoint_with_adapters_that_do_not_fit_is_one_line(sft, tmp_path, changed):
+def test_a_checkpoint_whose_adapters_do_not_fit_is_refused(sft, tmp_path, changed):
     made = sft(tmp_path / "lora", *LORA, "training.max_steps=1")
     checkpoint = made.checkpoint("last")
     checkpoint[KEY]["lora"] |= changed
@@ -543,40 +526,31 @@ def test_a_resumed_run_ends_with_the_same_bits(sft, tmp_path, words):
     whole = sft(tmp_path / "whole", *words)
     stopped = sft(tmp_path / "cut", *words, "training.max_steps=3")
     assert stopped.sha256 != whole.sha256
-    gone_on = sft(tmp_path / "cut", *words, "--resume")
-    assert gone_on.sha256 == whole.sha256
-    assert gone_on.timeless_rows == whole.timeless_rows
-    assert same(weights_of(tmp_path / "cut" / "final.ckpt"), weights_of(tmp_path / "whole" / "final.ckpt"))
-    best = [run.checkpoint("best")[KEY]["metrics"] for run in (whole, gone_on)]
+    resumed = sft(tmp_path / "cut", *words, "--resume")
+    assert resumed.sha256 == whole.sha256
+    assert resumed.timeless_rows == whole.timeless_rows
+    assert same_weights(
+        weights_of(tmp_path / "cut" / "final.ckpt"), weights_of(tmp_path / "whole" / "final.ckpt")
+    )
+    best = [run.checkpoint("best")[KEY]["metrics"] for run in (whole, resumed)]
     assert best[0] == best[1]
 
 
-def test_a_run_goes_on_without_its_base(sft, tiny_run, tmp_path):
-    """Everything is in the checkpoint, so its own config is enough."""
+def test_a_run_resumes_without_its_base(sft, tiny_run, tmp_path):
+    """The checkpoint holds everything, so the config stored in it is enough."""
     shutil.copy(tiny_run.folder / "final.ckpt", tmp_path / "base.ckpt")
     words = (*LORA, f"base_ckpt={tmp_path / 'base.ckpt'}")
     whole = sft(tmp_path / "whole", *words)
     sft(tmp_path / "cut", *words, "training.max_steps=3")
     (tmp_path / "base.ckpt").unlink()
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert (
-            finetune.main(
-                [
-                    "--resume",
-                    str(tmp_path / "cut" / "last.ckpt"),
-                    "--override",
-                    "training.max_steps=6",
-                    "--device",
-                    "cpu",
-                ]
-            )
-            == 0
-        )
+        resume = ["--resume", str(tmp_path / "cut" / "last.ckpt"), "--device", "cpu"]
+        assert finetune.main([*resume, "--override", "training.max_steps=6"]) == 0
     assert out.getvalue().splitlines()[-1] == whole.out.splitlines()[-1]
 
 
 def test_a_base_that_would_be_moved_aside_is_refused(sft, tmp_path):
-    """Fine-tuning again, into the folder where the base lies."""
+    """Fine-tuning writes into the folder that holds its base."""
     first = sft(tmp_path / "sft", "training.max_steps=1")
     files = sorted(path.name for path in first.folder.iterdir())
     for name in ("final", "step-0000001"):
@@ -588,9 +562,9 @@ def test_a_base_that_would_be_moved_aside_is_refused(sft, tmp_path):
     assert sorted(path.name for path in first.folder.iterdir()) == files
 
 
-def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypatch):
-    """The step file is there, the plain model does not fit: a warning, and --resume writes it once there
-    is room."""
+def test_a_disk_that_is_full_during_the_merge_loses_nothing(sft, tmp_path, monkeypatch):
+    """The step file is saved, but the plain model does not fit. That is a warning, and --resume writes the
+    model once there is room."""
     whole = sft(tmp_path / "whole", *LORA)
 
     def full(*_: object) -> None:
@@ -599,23 +573,21 @@ def test_a_disk_that_is_full_at_the_merge_costs_nothing(sft, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("support.run.saving.write_merged", full)
         made = sft(tmp_path / "full", *LORA)
-    assert (
-        made.code == 0
-        and "final.ckpt could not be written" in made.err
-        and "run the same command with --resume" in made.out
-    )
+    assert made.code == 0
+    assert "final.ckpt could not be written" in made.err
+    assert "run the same command with --resume" in made.out
     assert not (made.folder / "final.ckpt").exists() and (made.folder / "last.ckpt").exists()
     assert sft(tmp_path / "full", *LORA, "--resume").sha256 == whole.sha256
 
 
-def test_the_merged_file_is_no_place_to_go_on_from(sft, tmp_path):
+def test_resuming_from_the_merged_file_is_refused(sft, tmp_path):
     sft(tmp_path, *LORA)
     with pytest.raises(UserError, match="holds a model but no run to resume"):
         sft(tmp_path, *LORA, "training.max_steps=9", f"--resume={tmp_path / 'final.ckpt'}")
     assert "nothing left to do" in sft(tmp_path, *LORA, "--resume").out
 
 
-def test_other_adapters_or_another_template_are_another_run(sft, tmp_path):
+def test_resume_with_other_adapters_template_or_freeze_is_refused(sft, tmp_path):
     sft(tmp_path, *LORA, "training.max_steps=3")
     for change, key in (
         ("lora.rank=3", "lora.rank"),
@@ -626,7 +598,7 @@ def test_other_adapters_or_another_template_are_another_run(sft, tmp_path):
             sft(tmp_path, *LORA, change, "--resume")
 
 
-def test_other_rows_are_another_run(sft, tmp_path):
+def test_resume_with_other_rows_is_refused(sft, tmp_path):
     sft(tmp_path / "sft", "training.max_steps=3")
     (tmp_path / "rows.json").write_text(json.dumps(rows(23)))
     with pytest.raises(UserError, match="the training text has changed"):
@@ -634,9 +606,9 @@ def test_other_rows_are_another_run(sft, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(sft, tmp_path):
-    """Adapters and padded rows over processes, started as a user starts them: copies (DDP) give the same
-    bits; pieces (FSDP), stopped and resumed, the same but for rounding."""
+def test_two_processes_fine_tune_like_one(sft, tmp_path):
+    """Adapters and padded rows on two processes, started as a user does. Copies of the model (DDP) give the
+    same bits; pieces of it (FSDP), stopped and resumed, differ only by rounding."""
     words = (
         *LORA,
         "data.shuffle=false",
@@ -663,7 +635,7 @@ def test_two_processes_train_as_one(sft, tmp_path):
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
-# ---- looking -------------------------------------------------------------------------------------
+# ---- --show-mask and --check ---------------------------------------------------------------------
 
 
 def test_show_mask_marks_what_is_trained_on_and_writes_nothing(sft, tmp_path, capsys):
@@ -697,12 +669,12 @@ def test_show_mask_draws_a_picture(sft, tmp_path, capsys):
         (["--show-mask", "1", "--picture", "v1.2"], r"ends in \.svg"),
     ],
 )
-def test_wrong_flags(flags, said):
+def test_wrong_flags_of_show_mask_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
         finetune.main(["--config", "config_finetune.yaml", *flags])
 
 
-def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
+def test_check_passes_for_fine_tuning_and_adapters(sft, tmp_path, capsys):
     words = "one two three four five"
     long_prompt = (
         f"template={{prompt: '{words} {{instruction}} Say ', prompt_with_input: '{words} {{instruction}} "
@@ -721,8 +693,8 @@ def test_the_checklist_passes_for_adapters_too(sft, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_config_finetune_yaml_downloads_its_rows_from_the_hub(tiny_run, tmp_path):
-    """As it is, but for the base and the number of steps, in a process as a user starts it; the second
-    time from the cache, where there is no hub any more."""
+    """Only the base, the template and the number of steps are changed, and the process is started as a user
+    does. The second run reads the cache, with no hub to ask."""
     import pyarrow
     import pyarrow.parquet
 
@@ -734,7 +706,7 @@ def test_config_finetune_yaml_downloads_its_rows_from_the_hub(tiny_run, tmp_path
     }
     overrides = (
         f"base_ckpt={tiny_run.folder / 'final.ckpt'}",
-        PLAIN,
+        PLAIN_TEMPLATE,
         "training.epochs=null",
         "training.max_steps=2",
         "training.warmup_steps=1",

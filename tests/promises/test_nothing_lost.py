@@ -1,5 +1,5 @@
-"""A full disk, a kill between two writes, bad numbers: what was saved stays whole, and what was not is
-kept or reported."""
+"""Full disks, kills between two writes, bad numbers: what was saved stays whole, and what could not be saved
+is rescued or reported."""
 
 import errno
 import fcntl
@@ -37,12 +37,13 @@ STEP = train.LitCausalLM.training_step
 
 @pytest.fixture(scope="module")
 def straight(run, tmp_path_factory):
-    """The run of 12 steps that nothing disturbs."""
+    """A run of 12 steps without any disturbance."""
     return run(tmp_path_factory.mktemp("straight") / "run", *BYTE)
 
 
 def during_steps(monkeypatch, steps: range, begin, end) -> None:
-    """Call `begin()` before the first of these steps (from 1), `end()` before the step after the last."""
+    """Call `begin()` before the first of these steps (counted from 1) and `end()` before the first step after
+    them."""
 
     def step(self, *args):
         if self.trainer.global_step + 1 == steps.start:
@@ -56,7 +57,7 @@ def during_steps(monkeypatch, steps: range, begin, end) -> None:
 
 @pytest.fixture
 def file_limit():
-    """file_limit(n): from now on no file can grow beyond n bytes, as on a full disk; None lifts it."""
+    """file_limit(n): from now on no file can grow beyond n bytes, as on a full disk. None lifts the limit."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(n: int | None) -> None:
@@ -69,10 +70,8 @@ def file_limit():
 # ---- the disk ------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(
-    run, tmp_path, monkeypatch, file_limit, straight
-):
-    """At steps 4 to 7 neither the checkpoint of step 4 nor the rows fit on it. At step 8 there is room."""
+def test_a_disk_full_for_a_while_costs_only_a_warning(run, tmp_path, monkeypatch, file_limit, straight):
+    """In steps 4 to 7 there is no room for the checkpoint of step 4 or the rows. From step 8 there is."""
     during_steps(monkeypatch, range(4, 8), lambda: file_limit(700), lambda: file_limit(None))
     made = run(tmp_path / "run", *BYTE)
     assert_same_run(made, straight)
@@ -81,14 +80,13 @@ def test_a_full_disk_in_the_middle_costs_a_warning_and_no_more(
         "step-0000012.ckpt",
     ]
     assert not list(made.folder.glob("*.tmp-*"))
-    warnings = made.err.splitlines()
-    assert [
-        ("step-0000004.ckpt could not be written (File too large)" in w, "metrics.jsonl" in w)
-        for w in warnings
-    ] == [(False, True), (True, False)]
+    about_rows, about_checkpoint = made.err.splitlines()
+    not_written = "step-0000004.ckpt could not be written (File too large)"
+    assert "metrics.jsonl" in about_rows and not_written not in about_rows
+    assert not_written in about_checkpoint and "metrics.jsonl" not in about_checkpoint
 
 
-def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(
+def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_was_saved(
     run, tmp_path, monkeypatch, file_limit, straight
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -106,7 +104,7 @@ def test_a_disk_that_stays_full_leaves_what_was_saved_and_says_so(
 
 
 def read_only(monkeypatch, folder: Path) -> None:
-    """Nothing more can be written to `folder`; by substitution, since root may write everywhere."""
+    """Let no more files be written to `folder`. It is simulated, since root may write everywhere."""
     write = support.checkpoint.atomic_write
 
     def refused(path):
@@ -118,29 +116,30 @@ def read_only(monkeypatch, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [None, signal.SIGTERM], ids=["at the end", "at a signal"])
-def test_the_state_of_a_run_whose_folder_takes_no_file_is_rescued(
+def test_the_state_of_a_run_with_an_unwritable_folder_is_saved_elsewhere(
     run, tmp_path, monkeypatch, straight, signum
 ):
     folder, rescue = tmp_path / "run", tmp_path / "rescue"
     rescue.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(rescue))
     with monkeypatch.context() as patch:
-        during_steps(
-            patch,
-            range(6, 99),
-            lambda: (read_only(patch, folder), signum and os.kill(os.getpid(), signum)),
-            lambda: None,
-        )
+
+        def begin():
+            read_only(patch, folder)
+            if signum:
+                os.kill(os.getpid(), signum)
+
+        during_steps(patch, range(6, 99), begin, lambda: None)
         with pytest.raises(UserError, match="Permission denied") as error:
             run(folder, *BYTE)
     (saved,) = rescue.rglob("*.ckpt")
     assert saved.name == ("step-0000006.ckpt" if signum else "step-0000012.ckpt")
     assert f"has been saved to {saved}" in str(error.value)
-    saved.rename(folder / saved.name)  # as the message says
+    saved.rename(folder / saved.name)  # what the message advises
     assert_same_run(run(folder, *BYTE, "--resume"), straight)
 
 
-def test_curves_that_cannot_be_written_do_not_hide_the_end(run, tmp_path, monkeypatch):
+def test_a_run_ends_normally_when_its_curves_cannot_be_written(run, tmp_path, monkeypatch):
     def full(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -150,7 +149,7 @@ def test_curves_that_cannot_be_written_do_not_hide_the_end(run, tmp_path, monkey
     assert "No space left on device" in made.err
 
 
-def test_what_a_kill_left_half_written_is_removed_by_the_next_run(run, tmp_path):
+def test_the_next_run_removes_files_that_a_kill_left_half_written(run, tmp_path):
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=3)
     (folder / "step-0000004.ckpt.tmp-123").write_bytes(b"half")
@@ -165,8 +164,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [4, 12], ids=["a best one", "the last one"])
-def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, monkeypatch, straight, at):
+@pytest.mark.parametrize("at", [4, 12], ids=["a best checkpoint", "the last checkpoint"])
+def test_a_kill_between_writing_a_checkpoint_and_naming_it_loses_neither(
+    run, tmp_path, monkeypatch, straight, at
+):
     def die(path, best, final, name=support.run.saving.name_checkpoint):
         if path.name == f"step-{at:07}.ckpt":
             raise Killed
@@ -183,8 +184,8 @@ def test_a_kill_between_a_checkpoint_and_its_names_loses_neither(run, tmp_path, 
         assert (resumed.folder / "final.ckpt").samefile(resumed.folder / "step-0000012.ckpt")
 
 
-def test_best_is_not_replaced_by_a_worse_one_after_going_back(run, tmp_path, monkeypatch):
-    """Step 8 was the best; the run goes back to step 4, in another folder, and validates at other steps."""
+def test_going_back_to_an_earlier_checkpoint_does_not_replace_best_by_a_worse_one(run, tmp_path, monkeypatch):
+    """Step 8 was the best. The run resumes from step 4, in another folder, and validates at other steps."""
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 5: 2.5, 10: 1.5}
     monkeypatch.setattr(
         train.LitCausalLM,
@@ -204,7 +205,7 @@ def test_best_is_not_replaced_by_a_worse_one_after_going_back(run, tmp_path, mon
     assert made.checkpoint("final")["tiny_transformer"]["metrics"]["best_val_loss"] == 1.0
 
 
-def test_a_checkpoint_between_validations_says_the_same_after_a_resume(run, tmp_path):
+def test_a_checkpoint_between_validations_has_the_same_metrics_after_a_resume(run, tmp_path):
     words = (*BYTE, "checkpoint.save_every=1")
     straight = run(tmp_path / "straight", *words)
     stopped_run(run, tmp_path / "stopped", *words, at=6)
@@ -219,17 +220,15 @@ def test_a_checkpoint_between_validations_says_the_same_after_a_resume(run, tmp_
 # ---- signals -------------------------------------------------------------------------------------
 
 
-def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(
-    run, tmp_path, monkeypatch, straight
-):
-    def again(checkpoint, file, save=torch.save):
+def test_a_second_ctrl_c_during_a_save_keeps_the_checkpoint_before(run, tmp_path, monkeypatch, straight):
+    def interrupted_save(checkpoint, file, save=torch.save):
         if checkpoint["global_step"] == 6:
             file.write(b"half")
             os.kill(os.getpid(), signal.SIGINT)
         save(checkpoint, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(support.checkpoint.torch, "save", again)
+        patch.setattr(support.checkpoint.torch, "save", interrupted_save)
         stop_before(patch, 6, signum=signal.SIGINT)
         made = run(tmp_path / "run", *BYTE)
     assert made.code == 130
@@ -238,7 +237,7 @@ def test_a_second_ctrl_c_while_the_checkpoint_is_written_keeps_the_one_before(
     assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
 
 
-def test_a_closed_terminal_stops_like_sigterm_and_under_nohup_does_not(run, tmp_path, monkeypatch, straight):
+def test_a_closed_terminal_stops_the_run_but_not_under_nohup(run, tmp_path, monkeypatch, straight):
     stopped_run(run, tmp_path / "run", *BYTE, at=5, signum=signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -248,11 +247,11 @@ def test_a_closed_terminal_stops_like_sigterm_and_under_nohup_does_not(run, tmp_
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_reader_of_the_output_that_has_gone_stops_the_run_saved(run, tmp_path, monkeypatch, straight):
-    """As by `train.py ... | head`: nothing of the training is lost."""
+def test_a_run_whose_output_nobody_reads_any_more_is_saved_and_stopped(run, tmp_path, monkeypatch, straight):
+    """As with `train.py ... | head`: no trained step is lost."""
     show, stdout = Console.print, sys.stdout
 
-    class Gone:
+    class ClosedPipe:
         def write(self, text):
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
@@ -261,7 +260,7 @@ def test_a_reader_of_the_output_that_has_gone_stops_the_run_saved(run, tmp_path,
 
     def closed(self, text):
         if text.startswith("step      5/"):
-            sys.stdout = Gone()
+            sys.stdout = ClosedPipe()
         show(self, text)
 
     with monkeypatch.context() as patch:
@@ -273,9 +272,8 @@ def test_a_reader_of_the_output_that_has_gone_stops_the_run_saved(run, tmp_path,
     assert_same_run(run(tmp_path / "run", *BYTE, "--resume"), straight)
 
 
-def test_a_worker_that_falls_to_the_signal_does_not_make_it_an_error():
-    """In the moment between its start and its first instruction of ours, a data worker dies of a SIGTERM
-    to all."""
+def test_a_worker_killed_by_the_same_signal_is_not_an_error():
+    """A data worker that has just started, and has not run our code yet, dies of a SIGTERM sent to all."""
     with pytest.raises(StopRun) as stopped, StopOnSignal() as stop:
         stop.stepping = True
         signal.raise_signal(signal.SIGTERM)
@@ -285,8 +283,9 @@ def test_a_worker_that_falls_to_the_signal_does_not_make_it_an_error():
         raise RuntimeError("no signal")
 
 
-def test_data_workers_outlive_one_signal_and_not_two():
-    """A worker finishes its step; one that waits for the network must not delay the end of the run."""
+def test_data_workers_survive_a_first_signal_but_not_a_second():
+    """The first lets a worker finish its step. The second keeps one that waits for the network from delaying
+    the end of the run."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -300,17 +299,17 @@ def test_data_workers_outlive_one_signal_and_not_two():
     os.read(reader, 1)
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(pid, signum)
-    assert os.read(reader, 1) == b"2", "alive after one of each"
+    assert os.read(reader, 1) == b"2", "the worker should survive one signal of each kind"
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
-def test_a_killed_run_leaves_no_lock_though_its_data_workers_live_on(tmp_path):
+def test_a_killed_run_leaves_no_lock_even_if_its_data_workers_live_on(tmp_path):
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         lock = claim_folder(tmp_path)
-        worker = os.fork()  # what a data worker is
+        worker = os.fork()  # data workers are forked like this
         if worker and lock:
             os.write(writer, str(worker).encode())
         time.sleep(60)
@@ -329,8 +328,8 @@ def test_a_killed_run_leaves_no_lock_though_its_data_workers_live_on(tmp_path):
 # ---- bad numbers ---------------------------------------------------------------------------------
 
 
-def test_weights_that_a_step_throws_out_of_range_are_not_saved(run, tmp_path, monkeypatch):
-    """The loss and the gradient of step 3 are finite, and the step itself is too large for float32."""
+def test_weights_that_overflow_in_a_step_are_not_saved(run, tmp_path, monkeypatch):
+    """The loss and the gradient of step 3 are finite, but the updated weights are too large for float32."""
 
     def overflows(self, *args):
         STEP(self, *args)
@@ -345,7 +344,7 @@ def test_weights_that_a_step_throws_out_of_range_are_not_saved(run, tmp_path, mo
     assert load_model(tmp_path / "run" / "last.ckpt")[2]["metrics"]["step"] == 2
 
 
-def test_a_validation_loss_that_is_no_number_stops_the_run(run, tmp_path, monkeypatch):
+def test_a_nan_validation_loss_stops_the_run(run, tmp_path, monkeypatch):
     validate = train.LitCausalLM.validation_step
 
     def broken(self, *args):
@@ -363,7 +362,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(run, tmp_path, monkey
 
 
 def without_gradient(net):
-    """As a network that has been compiled wrongly: the loss is right, and nothing follows from it."""
+    """Break the network as a wrong compiler would: the loss is right, but every gradient is zero."""
     forward = net.forward
     net.forward = lambda **batch: [
         part + 0 * net.norm.weight.sum() for part in torch.no_grad()(forward)(**batch)
@@ -395,7 +394,7 @@ def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monk
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
-def test_a_step_without_targets_has_no_gradient_and_goes_by(run, tmp_path, monkeypatch):
+def test_a_step_without_targets_has_no_gradient_and_training_continues(run, tmp_path, monkeypatch):
     def masked(self, step, index):
         if self.trainer.global_step in (0, 3):
             for batch in step.micro_batches:
@@ -408,7 +407,7 @@ def test_a_step_without_targets_has_no_gradient_and_goes_by(run, tmp_path, monke
 
 
 @pytest.mark.parametrize("source", ["text", "stream"])
-def test_bad_numbers_name_the_samples(run, tmp_path, monkeypatch, source):
+def test_an_error_about_bad_numbers_names_the_samples(run, tmp_path, monkeypatch, source):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
     words = (
@@ -455,7 +454,7 @@ def test_bad_numbers_name_the_samples(run, tmp_path, monkeypatch, source):
     ],
     ids=["cpu", "python", "worker"],
 )
-def test_memory_that_runs_out_is_explained(run, tmp_path, monkeypatch, error, advice):
+def test_running_out_of_memory_is_explained(run, tmp_path, monkeypatch, error, advice):
     def full(self, *args):
         if self.trainer.global_step == 5:
             raise error
@@ -468,9 +467,9 @@ def test_memory_that_runs_out_is_explained(run, tmp_path, monkeypatch, error, ad
 
 
 @pytest.mark.parametrize("workers", [2, 0])
-def test_shared_memory_that_runs_out_is_explained(tiny_run, workers):
-    """Where data workers cannot be started the system only says that no space is left; without workers it
-    is not that."""
+def test_running_out_of_shared_memory_is_explained(tiny_run, workers):
+    """If data workers cannot be started, the system only says that no space is left. Without workers the
+    same error has another cause."""
     config = load_config(tiny_run.folder / "run_config.yaml", [f"hardware.num_workers={workers}"])
     plan = SimpleNamespace(
         config=config, folder=tiny_run.folder, world=1, device="cpu", command="python3 train.py"
@@ -484,21 +483,17 @@ def test_shared_memory_that_runs_out_is_explained(tiny_run, workers):
 
 
 @pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
-def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
+def test_resuming_from_a_checkpoint_with_nan_is_refused(run, tmp_path, part):
     made = stopped_run(run, tmp_path / "run", *BYTE, at=6)
     checkpoint, path = made.checkpoint("last"), made.folder / "step-0000006.ckpt"
-    tensors = (
-        checkpoint["state_dict"] if part == "state_dict" else checkpoint["optimizer_states"][0]["state"][0]
-    )
-    next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim()).view(-1)[3] = (
-        math.nan
-    )
+    if part == "state_dict":
+        tensors, said = checkpoint["state_dict"], "weights"
+    else:
+        tensors, said = checkpoint["optimizer_states"][0]["state"][0], "optimizer"
+    first = next(tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim())
+    first.view(-1)[3] = math.nan
     torch.save(checkpoint, path)
-    with pytest.raises(
-        UserError,
-        match=rf"step-0000006\.ckpt: {'weights' if part == 'state_dict' else 'optimizer'}.* holds a "
-        r"NaN.*--resume CKPT",
-    ):
+    with pytest.raises(UserError, match=rf"step-0000006\.ckpt: {said}.* holds a NaN.*--resume CKPT"):
         run(tmp_path / "run", *BYTE, "--resume")
     assert run(tmp_path / "run", *BYTE, f"--resume={made.folder / 'step-0000004.ckpt'}").code == 0
 
@@ -506,66 +501,53 @@ def test_a_resume_from_bad_numbers_is_refused(run, tmp_path, part):
 # ---- file systems without locks ------------------------------------------------------------------
 
 
-def no_locks(monkeypatch, number: int) -> None:
+def refuse_locks(monkeypatch, number: int) -> None:
     def refused(*args):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refused)
 
 
-NO_SECOND = "so do not start a second run there"
-WITHOUT_LOCKS = pytest.mark.parametrize(
+NO_SECOND_RUN = "so do not start a second run there"
+LOCK_ERRORS = pytest.mark.parametrize(
     "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO, errno.EPERM], ids=errno.errorcode.get
 )
 
 
-@WITHOUT_LOCKS
-def test_a_file_system_without_locks_is_a_warning(run, tmp_path, monkeypatch, number):
-    no_locks(monkeypatch, number)
+@LOCK_ERRORS
+def test_a_file_system_without_locks_gives_a_warning(run, tmp_path, monkeypatch, number):
+    refuse_locks(monkeypatch, number)
     made = run(tmp_path / "run", *BYTE, "training.max_steps=1", "training.warmup_steps=0")
     assert made.code == 0
     assert (
         made.err
         == f"warning: {tmp_path / 'run'} cannot be locked ({os.strerror(number)}): its file system has no "
-        f"locks, {NO_SECOND}\n"
+        f"locks, {NO_SECOND_RUN}\n"
     )
 
 
 def test_prepare_writes_without_locks_too(tmp_path, monkeypatch, capsys):
-    no_locks(monkeypatch, errno.ENOLCK)
+    refuse_locks(monkeypatch, errno.ENOLCK)
     (tmp_path / "text.txt").write_text("some words\n\n" * 40)
-    assert (
-        prepare.main(
-            [
-                "tokens",
-                "--input",
-                str(tmp_path / "text.txt"),
-                "--tokenizer",
-                "byte",
-                "--output",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    files = ["--input", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")]
+    assert prepare.main(["tokens", *files, "--tokenizer", "byte"]) == 0
     assert capsys.readouterr().err.count("cannot be locked") == 1
     assert (tmp_path / "out" / "meta.json").exists()
 
 
-def test_check_says_that_there_are_no_locks_and_leaves_nothing(argv_of, tmp_path, monkeypatch, capsys):
+def test_check_reports_missing_locks_and_writes_nothing(argv_of, tmp_path, monkeypatch, capsys):
     for number in (0, errno.ENOLCK):
         if number:
-            no_locks(monkeypatch, number)
+            refuse_locks(monkeypatch, number)
         with pytest.raises(SystemExit):
             train.main([*argv_of(tmp_path / "run", *BYTE), "--check"])
-        assert (
-            "no locks (No locks available), so nothing keeps a second run out" in capsys.readouterr().out
-        ) == bool(number)
+        warning = "no locks (No locks available), so nothing keeps a second run out"
+        assert (warning in capsys.readouterr().out) == bool(number)
         assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
-def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, monkeypatch, number):
+def test_a_new_folder_that_cannot_be_written_is_refused_and_removed(tmp_path, monkeypatch, number):
     def refused(path, *args, **options):
         raise OSError(number, os.strerror(number), path)
 
@@ -581,8 +563,8 @@ def test_a_folder_that_takes_no_file_is_refused_and_not_left_behind(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_run_whose_output_is_a_full_disk_or_closed_goes_on(tmp_path, argv_of, straight):
-    """In processes of their own, as a user starts them."""
+def test_a_run_continues_when_its_output_is_closed_or_on_a_full_disk(tmp_path, argv_of, straight):
+    """Each run is started as a user does, in a process of its own."""
     for number, redirect in enumerate([">/dev/full 2>&1", ">&- 2>&-"]):
         folder = tmp_path / str(number)
         command = [

@@ -1,4 +1,4 @@
-"""Resume is exact: a run that is stopped and resumed ends with the same bits as one that never stopped."""
+"""Resuming is exact: a stopped and resumed run ends with the same bits as one that never stopped."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from support.messages import UserError
 from support.run.metrics import TextSamples
 from support.run.saving import CheckpointSaver
 
-FINISHED = "nothing left to do"
+NOTHING_LEFT = "nothing left to do"
 
 
 @pytest.fixture
 def small_text(tmp_path) -> str:
-    """About 28 blocks of 32 bytes: an epoch of a little more than two steps of 12."""
+    """A text of about 28 blocks of 32 bytes: an epoch is a little more than two steps of 12 blocks."""
     path = tmp_path / "small.txt"
     path.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(1000)))
     return f"data.path={path}"
@@ -38,7 +38,7 @@ DROPOUT = ("model.dropout=0.1", "training.grad_accum_steps=3", *BYTE)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("at", [3, 8], ids=["between-validations", "in-a-validating-step"])
 def test_resume_with_dropout_and_accumulation_is_exact(run, tmp_path, optimizer, at, small_text):
-    """Across epochs as well: 12 steps of 12 blocks go through the small text five times."""
+    """Across epochs too: 12 steps of 12 blocks read the small text five times."""
     words = (*DROPOUT, small_text, f"training.optimizer={optimizer}")
     straight = run(tmp_path / "straight", *words)
     folder = tmp_path / "stopped"
@@ -54,7 +54,9 @@ def test_resume_with_dropout_and_accumulation_is_exact(run, tmp_path, optimizer,
     list(product([1, 2, 4, 5, 7, 11], ["adamw", "muon"], ["32-true", "bf16-mixed"], [0, 2])),
     ids=lambda value: str(value),
 )
-def test_resume_is_exact_wherever_it_stopped(run, tmp_path, small_text, at, optimizer, precision, workers):
+def test_resume_is_exact_after_a_stop_at_any_step(
+    run, tmp_path, small_text, at, optimizer, precision, workers
+):
     words = (*DROPOUT, small_text, f"training.optimizer={optimizer}", f"hardware.precision={precision}")
     straight = run(tmp_path / "straight", *words)
     stopped_run(run, tmp_path / "stopped", *words, at=at)
@@ -63,7 +65,7 @@ def test_resume_is_exact_wherever_it_stopped(run, tmp_path, small_text, at, opti
     )
 
 
-def test_resume_twice_with_another_number_of_workers_is_exact(run, tmp_path):
+def test_resuming_twice_with_another_number_of_workers_is_exact(run, tmp_path):
     words = ("model.dropout=0.1",)
     straight = run(tmp_path / "straight", *words)
     folder = tmp_path / "stopped"
@@ -72,7 +74,7 @@ def test_resume_twice_with_another_number_of_workers_is_exact(run, tmp_path):
     assert_same_run(run(folder, *words, "--resume"), straight)
 
 
-def test_resume_of_a_stream_is_exact(run, tmp_path):
+def test_resuming_a_stream_is_exact(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     with open(rows, "w") as file:
         for i in range(40):
@@ -93,7 +95,7 @@ def test_resume_of_a_stream_is_exact(run, tmp_path):
     )
 
 
-def test_a_longer_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path):
+def test_an_extended_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path):
     words = (*BYTE, "training.schedule_steps=20", "model.dropout=0.1")
     straight = run(tmp_path / "straight", *words, "training.max_steps=20")
     folder = tmp_path / "longer"
@@ -103,22 +105,20 @@ def test_a_longer_run_with_the_same_schedule_equals_a_straight_one(run, tmp_path
     assert_same_run(longer, straight)
 
 
-def test_resume_at_another_val_every_validates_at_its_steps(run, tmp_path):
+def test_a_new_val_every_on_resume_decides_which_steps_validate(run, tmp_path):
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=6)
-    assert [row["step"] for row in run(folder, *BYTE, "training.val_every=5", "--resume").val_rows] == [
-        4,
-        10,
-        12,
-    ]
+    resumed = run(folder, *BYTE, "training.val_every=5", "--resume")
+    assert [row["step"] for row in resumed.val_rows] == [4, 10, 12]
 
 
-def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tmp_path):
+def test_splitting_a_step_differently_on_resume_changes_only_rounding(run, tmp_path):
     words = (*BYTE, "training.optimizer=adamw", "training.lr=0.003")
-    straight, folder = run(tmp_path / "straight", *words), tmp_path / "recut"
+    straight = run(tmp_path / "straight", *words)
+    folder = tmp_path / "resplit"
     stopped_run(run, folder, *words, at=5)
-    recut = run(folder, *words, "training.micro_batch_size=2", "training.grad_accum_steps=4", "--resume")
-    assert [row["loss"] for row in recut.train_rows] == pytest.approx(
+    resplit = run(folder, *words, "training.micro_batch_size=2", "training.grad_accum_steps=4", "--resume")
+    assert [row["loss"] for row in resplit.train_rows] == pytest.approx(
         [row["loss"] for row in straight.train_rows], rel=1e-4
     )
 
@@ -126,7 +126,7 @@ def test_cutting_the_step_up_differently_on_resume_changes_only_rounding(run, tm
 # ---- signals -------------------------------------------------------------------------------------
 
 
-def test_a_stop_leaves_the_curves_and_the_command_to_go_on(run, tmp_path):
+def test_a_stopped_run_leaves_its_curves_and_the_command_to_resume(run, tmp_path):
     made = stopped_run(run, tmp_path / "run", *BYTE, at=3, pictures=True)
     assert re.match(
         rf"stopped; saved {made.folder}/\S+\.ckpt.*; resume with: python3 ", made.out.splitlines()[-1]
@@ -139,7 +139,7 @@ def test_a_stop_leaves_the_curves_and_the_command_to_go_on(run, tmp_path):
 
 @pytest.fixture
 def usual_handlers():
-    """Those of a fresh Python process, whatever an earlier test has left."""
+    """The signal handlers of a new Python process, set for this test."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
     yield usual
@@ -150,18 +150,18 @@ def usual_handlers():
 @pytest.mark.parametrize(
     "words", [(), ("training.max_steps=0", "training.warmup_steps=0")], ids=["trained", "nothing to train"]
 )
-def test_a_run_gives_the_signals_back(run, tmp_path, usual_handlers, words):
+def test_a_run_restores_the_signal_handlers(run, tmp_path, usual_handlers, words):
     run(tmp_path / "run", *BYTE, "training.max_steps=2", *words)
     assert {signum: signal.getsignal(signum) for signum in usual_handlers} == usual_handlers
 
 
-def test_ctrl_c_in_process_exits_130_and_gives_the_signals_back(run, tmp_path, usual_handlers):
+def test_ctrl_c_in_this_process_exits_130_and_restores_the_signal_handlers(run, tmp_path, usual_handlers):
     stopped_run(run, tmp_path / "run", *BYTE, at=3, signum=signal.SIGINT)
     assert {signum: signal.getsignal(signum) for signum in usual_handlers} == usual_handlers
 
 
 def test_a_signal_between_two_steps_loses_nothing(run, tmp_path, monkeypatch):
-    """It arrives when step 5 has passed the checkpoint saver, here while text samples are written."""
+    """It arrives after the checkpoint saver has seen step 5, here while text samples are written."""
     show = TextSamples.on_train_batch_end
 
     def stop(self, trainer, *args):
@@ -177,9 +177,7 @@ def test_a_signal_between_two_steps_loses_nothing(run, tmp_path, monkeypatch):
     assert saved == made.train_rows[-1]["step"] >= 5
 
 
-def test_a_signal_before_the_first_step_does_not_claim_a_checkpoint_that_is_not_there(
-    run, tmp_path, monkeypatch
-):
+def test_after_a_signal_before_the_first_step_no_missing_checkpoint_is_named(run, tmp_path, monkeypatch):
     start = CheckpointSaver.on_train_start
 
     def stop(self, *args):
@@ -199,7 +197,7 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(run, tmp_path, monkeypatc
     assert made.out.splitlines()[-1].startswith("weights sha256")
 
 
-COMMANDS = {
+COMMANDS_TO_START = {
     "plain": lambda argv, last: argv,
     "fresh": lambda argv, last: ["--fresh", *argv],
     "resumed from a file": lambda argv, last: [*argv[:2], "--resume", last, *argv[2:]],
@@ -207,13 +205,13 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("how", COMMANDS)
-def test_the_command_to_go_on_works_when_pasted(run, tmp_path, argv_of, monkeypatch, capsys, how):
-    """Whatever the stopped run was started with; the folder's name has a space in it."""
+@pytest.mark.parametrize("how", COMMANDS_TO_START)
+def test_the_command_to_resume_works_when_pasted(run, tmp_path, argv_of, monkeypatch, capsys, how):
+    """However the stopped run was started; its folder's name has a space in it."""
     folder = tmp_path / "my run"
     if how != "plain":
         stopped_run(run, folder, *BYTE, at=2)
-    argv = COMMANDS[how](argv_of(folder, *BYTE), str(folder / "last.ckpt"))
+    argv = COMMANDS_TO_START[how](argv_of(folder, *BYTE), str(folder / "last.ckpt"))
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     monkeypatch.setattr("support.run.show.draw_loss", lambda folder: None)
     with monkeypatch.context() as patch:
@@ -228,8 +226,8 @@ def test_the_command_to_go_on_works_when_pasted(run, tmp_path, argv_of, monkeypa
     assert len(rows) == 12
 
 
-def test_ctrl_c_of_a_real_process_exits_130_and_the_run_goes_on(run, tmp_path, argv_of):
-    """The only test that starts train.py for this: the signal goes out when the first row has been shown."""
+def test_ctrl_c_in_a_real_process_exits_130_and_the_run_can_be_resumed(run, tmp_path, argv_of):
+    """The signal is sent to train.py, started as a user does, once it has shown its first row."""
     words = (*BYTE, "training.schedule_steps=1000000", "training.max_steps=1000000")
     process = subprocess.Popen(
         [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)],
@@ -262,7 +260,9 @@ def test_ctrl_c_of_a_real_process_exits_130_and_the_run_goes_on(run, tmp_path, a
     [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)],
     ids=["SIGTERM", "Ctrl-C twice"],
 )
-def test_signals_to_a_real_process(tmp_path, argv_of, signals, status):
+def test_signals_to_a_real_process_give_its_exit_status_without_a_traceback(
+    tmp_path, argv_of, signals, status
+):
     words = (*BYTE, "training.schedule_steps=1000000", "training.max_steps=1000000")
     process = subprocess.Popen(
         [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)],
@@ -279,9 +279,9 @@ def test_signals_to_a_real_process(tmp_path, argv_of, signals, status):
     assert (process.returncode, "Traceback" in err) == (status, False)
 
 
-# A process that is killed while it writes the checkpoint of step 8: half of it is on disk under its temporary
-# name.
-KILLED = """
+# This process is killed while it writes the checkpoint of step 8: half of the file is on disk, under its
+# temporary name.
+KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 import support.checkpoint, train
 
@@ -298,20 +298,18 @@ train.main(sys.argv[1:])
 
 
 def test_resume_after_a_kill_in_the_middle_of_a_checkpoint_is_exact(run, tmp_path, argv_of):
-    folder, words = tmp_path / "killed", ("model.dropout=0.1",)
+    folder = tmp_path / "killed"
+    words = ("model.dropout=0.1",)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *argv_of(folder, *words)],
+        [sys.executable, "-c", KILLED_WHILE_SAVING, *argv_of(folder, *words)],
         capture_output=True,
         env={**os.environ, "PYTHONPATH": "."},
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     with open(folder / "metrics.jsonl") as file:
         assert [line for line in file if '"step": 8' in line]  # the row was written before its checkpoint
-    assert sorted(path.name for path in folder.glob("*.ckpt")) == [
-        "best.ckpt",
-        "last.ckpt",
-        "step-0000004.ckpt",
-    ]
+    kept = sorted(path.name for path in folder.glob("*.ckpt"))
+    assert kept == ["best.ckpt", "last.ckpt", "step-0000004.ckpt"]
     with pytest.raises(UserError, match="unfinished run"):
         run(folder, *words)
     resumed = run(folder, *words, "--resume")
@@ -319,7 +317,7 @@ def test_resume_after_a_kill_in_the_middle_of_a_checkpoint_is_exact(run, tmp_pat
     assert_same_run(resumed, run(tmp_path / "straight", *words))
 
 
-def test_rows_behind_the_checkpoint_and_a_cut_off_line_are_dropped_on_resume(run, tmp_path):
+def test_resume_drops_rows_after_the_checkpoint_and_a_line_cut_off(run, tmp_path):
     straight = run(tmp_path / "straight", *BYTE)
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=6)
@@ -352,7 +350,7 @@ def stopped(run, tmp_path_factory) -> Path:
         ("training.grad_clip=null", "training.grad_clip", "1.0", "None"),
     ],
 )
-def test_resume_under_another_config_is_refused_with_key_and_both_values(
+def test_resume_with_another_config_is_refused_naming_the_key_and_both_values(
     run, stopped, override, key, before, now
 ):
     contents = {path: path.stat().st_mtime_ns for path in stopped.iterdir()}
@@ -363,7 +361,7 @@ def test_resume_under_another_config_is_refused_with_key_and_both_values(
     assert {path: path.stat().st_mtime_ns for path in stopped.iterdir()} == contents
 
 
-def test_keys_that_only_say_how_long_where_and_what_is_shown_may_change(run, stopped, tmp_path):
+def test_keys_for_length_places_and_display_may_change_on_resume(run, stopped, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(stopped, folder)
     moved_text = tmp_path / "text.txt"
@@ -387,12 +385,12 @@ def test_keys_that_only_say_how_long_where_and_what_is_shown_may_change(run, sto
     assert resumed.checkpoint()["tiny_transformer"]["metrics"]["step"] == 5
 
 
-def test_a_step_of_another_size_is_refused_on_resume(run, stopped):
+def test_resume_with_another_step_size_is_refused(run, stopped):
     with pytest.raises(UserError, match=r"8 sequences and would now have 12.*keep the product"):
         run(stopped, *BYTE, "training.grad_accum_steps=3", "--resume")
 
 
-def test_a_changed_text_is_refused_on_resume(run, stopped, tmp_path):
+def test_resume_with_a_changed_text_is_refused(run, stopped, tmp_path):
     text = Path("data/tiny_corpus.txt").read_text()
     (tmp_path / "text.txt").write_text(text.replace("computer", "compuper", 1))
     with pytest.raises(UserError, match="training text has changed"):
@@ -405,21 +403,21 @@ def test_resume_without_a_run_is_an_error(run, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_resume_of_a_finished_run_says_that_nothing_is_left(run, tiny_run):
+def test_resuming_a_finished_run_says_that_nothing_is_left(run, tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.folder.iterdir()}
     made = run(tiny_run.folder, "--resume")
-    assert (made.code, FINISHED in made.out, len(made.out.splitlines())) == (0, True, 1)
+    assert (made.code, NOTHING_LEFT in made.out, len(made.out.splitlines())) == (0, True, 1)
     assert {path: path.stat().st_mtime_ns for path in tiny_run.folder.iterdir()} == before
 
 
-def test_resume_and_fresh_contradict_each_other(run, tmp_path, capsys):
+def test_resume_and_fresh_together_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", "--resume", "--fresh")
     assert stop.value.code == 2
 
 
-def test_a_checkpoint_file_alone_is_enough_to_go_on(run, tmp_path, monkeypatch, capsys):
-    """Its own config is used, and the run continues in the folder that config names."""
+def test_a_checkpoint_file_alone_is_enough_to_resume(run, tmp_path, monkeypatch, capsys):
+    """The config stored in it is used, and the run continues in the folder named there."""
     folder = tmp_path / "run"
     straight = run(tmp_path / "straight", *BYTE)
     stopped_run(run, folder, *BYTE, at=6)
@@ -429,7 +427,7 @@ def test_a_checkpoint_file_alone_is_enough_to_go_on(run, tmp_path, monkeypatch, 
 
 
 def test_resume_from_a_file_never_writes_into_another_unfinished_run(run, stopped, tmp_path):
-    """The folder the config names holds something else than the run the file belongs to."""
+    """The config names a folder with another run than the one the file belongs to."""
     other = tmp_path / "other"
     stopped_run(run, other, *BYTE, "seed=7", at=2)
     metrics = (other / "metrics.jsonl").read_text()
@@ -438,9 +436,7 @@ def test_resume_from_a_file_never_writes_into_another_unfinished_run(run, stoppe
     assert (other / "metrics.jsonl").read_text() == metrics
 
 
-def test_the_latest_checkpoint_is_found_and_damaged_ones_are_skipped_with_a_warning(
-    tiny_run, tmp_path, capsys
-):
+def test_the_latest_checkpoint_is_found_and_damaged_ones_give_a_warning(tiny_run, tmp_path, capsys):
     assert find_latest_checkpoint(tmp_path) is None
     folder = tmp_path / "run"
     shutil.copytree(tiny_run.folder, folder)
@@ -456,7 +452,7 @@ def test_the_latest_checkpoint_is_found_and_damaged_ones_are_skipped_with_a_warn
     assert "step-0000012.ckpt" in warnings[1]
 
 
-def test_a_run_goes_on_from_the_newest_whole_checkpoint(run, tmp_path):
+def test_a_run_resumes_from_the_newest_whole_checkpoint(run, tmp_path):
     straight = run(tmp_path / "straight", *BYTE)
     folder = tmp_path / "run"
     stopped_run(run, folder, *BYTE, at=7)

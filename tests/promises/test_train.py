@@ -32,7 +32,7 @@ def weights(run_) -> dict[str, torch.Tensor]:
     return run_.checkpoint()["state_dict"]
 
 
-def assert_close_weights(one, other) -> None:
+def assert_weights_are_close(one, other) -> None:
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:
@@ -49,17 +49,17 @@ def shapes(micro: int, accum: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("cut", [(1, 4), (2, 2)])
-def test_accumulation_equals_the_big_batch(run, tmp_path, cut):
+def test_accumulated_micro_batches_equal_one_big_batch(run, tmp_path, cut):
     whole = run(tmp_path / "whole", *SHORT, *ADAMW, *shapes(4, 1))
     parts = run(tmp_path / "parts", *SHORT, *ADAMW, *shapes(*cut))
-    assert_close_weights(whole, parts)
+    assert_weights_are_close(whole, parts)
     for a, b in zip(whole.train_rows, parts.train_rows, strict=True):
         assert a["tokens"] == b["tokens"]
         assert [a["loss"], a["grad_norm"]] == pytest.approx([b["loss"], b["grad_norm"]], rel=1e-4)
 
 
 def with_holes(loader: DataLoader) -> DataLoader:
-    """The same steps, but row r of a step has its first 9 r labels ignored: 0, 9, 18, 27 of 32."""
+    """The same steps, with the first 9 * r labels of row r ignored: 0, 9, 18 and 27 of 32."""
 
     class Holes(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -77,20 +77,23 @@ def with_holes(loader: DataLoader) -> DataLoader:
     return DataLoader(Holes(), batch_size=None)
 
 
-def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_path, monkeypatch):
-    """The gradient is that of the mean over all targets of the step, not the mean of the micro-batches'
-    means."""
+def test_every_target_counts_the_same_in_uneven_micro_batches(run, tmp_path, monkeypatch):
+    """The step follows the mean over all its targets, not the mean of the micro-batches' means."""
 
-    def holed(*args, **options):
+    def loaders_with_holes(*args, **options):
         training, validation = make_dataloaders(*args, **options)
         return with_holes(training), validation
 
-    monkeypatch.setattr(train, "make_dataloaders", holed)
+    monkeypatch.setattr(train, "make_dataloaders", loaders_with_holes)
     untrained = run(tmp_path / "untrained", *SHORT, *ADAMW, "training.max_steps=0", "training.warmup_steps=0")
     whole = run(tmp_path / "whole", *SHORT, *ADAMW, *shapes(4, 1))
     parts = run(tmp_path / "parts", *SHORT, *ADAMW, *shapes(1, 4))
-    assert_close_weights(whole, parts)
-    assert [row["tokens"] for row in whole.train_rows] == [74, 148, 222]  # 32 + 23 + 14 + 5 targets a step
+    assert_weights_are_close(whole, parts)
+    assert [row["tokens"] for row in whole.train_rows] == [
+        74,
+        148,
+        222,
+    ]  # a step has 32 + 23 + 14 + 5 targets
     assert [row["loss"] for row in whole.train_rows] == pytest.approx(
         [row["loss"] for row in parts.train_rows], rel=1e-5
     )
@@ -107,13 +110,8 @@ def test_targets_count_alike_however_unevenly_micro_batches_hold_them(run, tmp_p
 
 def test_learning_rate_warms_up_and_falls_to_zero_as_the_config_says(tiny_run):
     config = load_config(tiny_run.folder / "run_config.yaml").training
-    assert (config.schedule, config.warmup_steps, config.max_steps, config.lr, config.muon_lr) == (
-        "linear",
-        2,
-        12,
-        0.01,
-        0.02,
-    )
+    assert (config.schedule, config.warmup_steps, config.max_steps) == ("linear", 2, 12)
+    assert (config.lr, config.muon_lr) == (0.01, 0.02)
     expected = [0.5, 1.0] + [(12 - step) / 10 for step in range(2, 12)]
     assert [row["lr"] for row in tiny_run.train_rows] == pytest.approx([0.01 * factor for factor in expected])
     for name, last in (("step-0000004", 0.9), ("final", 0.1)):
@@ -123,16 +121,16 @@ def test_learning_rate_warms_up_and_falls_to_zero_as_the_config_says(tiny_run):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weights_stay_float32_and_move(run, tmp_path, precision, optimizer):
+def test_weights_stay_float32_and_all_of_them_change(run, tmp_path, precision, optimizer):
     made = run(tmp_path / "run", *SHORT, f"hardware.precision={precision}", f"training.optimizer={optimizer}")
     assert {tensor.dtype for tensor in weights(made).values()} == {torch.float32}
     torch.manual_seed(42)
     before = GPTMini(load_model(made.folder / "final.ckpt")[0].config).state_dict()
-    still = [name for name, tensor in before.items() if torch.equal(tensor, weights(made)[f"net.{name}"])]
-    assert still == []
+    unchanged = [name for name, tensor in before.items() if torch.equal(tensor, weights(made)[f"net.{name}"])]
+    assert unchanged == []
 
 
-def test_bf16_differs_from_float32_by_rounding_only(run, tmp_path):
+def test_bf16_differs_from_float32_only_by_rounding(run, tmp_path):
     exact = run(tmp_path / "32", *SHORT, *ADAMW)
     rounded = run(tmp_path / "16", *SHORT, *ADAMW, "hardware.precision=bf16-mixed")
     assert rounded.sha256 != exact.sha256
@@ -142,26 +140,28 @@ def test_bf16_differs_from_float32_by_rounding_only(run, tmp_path):
 
 
 def test_gradient_checkpointing_gives_the_same_weights(run, tmp_path):
-    dropout = "model.dropout=0.2"  # recomputing must draw the same numbers
+    dropout = "model.dropout=0.2"  # recomputing must draw the same random numbers
     plain = run(tmp_path / "plain", *SHORT, dropout)
     saving = run(tmp_path / "saving", *SHORT, dropout, "model.gradient_checkpointing=true")
     assert saving.sha256 == plain.sha256
 
 
-def test_dropout_is_drawn_anew_at_each_step_from_the_seed(run, tmp_path, monkeypatch):
+def test_each_micro_batch_draws_new_dropout_from_the_seed(run, tmp_path, monkeypatch):
     drawn = []
-    seed = train.LitCausalLM.seed_dropout
-    monkeypatch.setattr(
-        train.LitCausalLM,
-        "seed_dropout",
-        lambda *args: (seed(*args), drawn.append(torch.rand(1).item()), seed(*args))[0],
-    )
+    seed_dropout = train.LitCausalLM.seed_dropout
+
+    def record_draw(*args):
+        seed_dropout(*args)
+        drawn.append(torch.rand(1).item())
+        seed_dropout(*args)
+
+    monkeypatch.setattr(train.LitCausalLM, "seed_dropout", record_draw)
     dropped = run(tmp_path / "dropped", *SHORT, "model.dropout=0.2")
     assert len(set(drawn)) == len(drawn) == 6  # three steps of two micro-batches
     assert dropped.sha256 != run(tmp_path / "plain", *SHORT).sha256
 
 
-def test_no_clip_is_a_clip_that_never_bites(run, tmp_path):
+def test_no_clipping_equals_a_clip_that_is_never_reached(run, tmp_path):
     shas = [
         run(tmp_path / clip, *SHORT, *ADAMW, f"training.grad_clip={clip}").sha256
         for clip in ("null", "1000.0", "0.01")
@@ -169,7 +169,7 @@ def test_no_clip_is_a_clip_that_never_bites(run, tmp_path):
     assert shas[0] == shas[1] != shas[2]
 
 
-def test_document_mask_trains_and_makes_a_difference(run, tmp_path):
+def test_a_document_mask_trains_and_changes_the_weights(run, tmp_path):
     masked = run(
         tmp_path / "masked",
         *SHORT,
@@ -183,11 +183,11 @@ def test_document_mask_trains_and_makes_a_difference(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_plain_weight_names(run, tmp_path):
+def test_compiled_training_keeps_plain_weight_names(run, tmp_path):
     compiled = run(tmp_path / "compiled", *SHORT, *ADAMW, "model.n_layers=1", "training.compile=true")
     plain = run(tmp_path / "plain", *SHORT, *ADAMW, "model.n_layers=1")
     assert weights(compiled).keys() == weights(plain).keys()
-    assert_close_weights(compiled, plain)
+    assert_weights_are_close(compiled, plain)
     load_model(compiled.folder / "final.ckpt")
 
 
@@ -197,17 +197,8 @@ def test_compiled_training_gives_plain_weight_names(run, tmp_path):
 def test_every_logged_step_has_a_full_row_in_order(tiny_run):
     assert [row["step"] for row in tiny_run.train_rows] == list(range(1, 13))
     assert [row["step"] for row in tiny_run.rows] == sorted([*range(1, 13), 4, 8, 12])
-    names = [
-        "step",
-        "tokens",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens_per_sec",
-        "examples_per_sec",
-        "step_ms",
-        "memory_mb",
-    ]
+    names = ["step", "tokens", "loss", "lr", "grad_norm"]
+    names += ["tokens_per_sec", "examples_per_sec", "step_ms", "memory_mb"]
     for row in tiny_run.train_rows:
         assert [name for name in names if name in row] == names
         assert all(
@@ -219,7 +210,7 @@ def test_every_logged_step_has_a_full_row_in_order(tiny_run):
         assert row["tokens_per_sec"] * row["step_ms"] / 1000 == pytest.approx(4 * 2 * 32, rel=0.01)
 
 
-def test_rows_come_for_step_one_and_every_log_every(run, tmp_path):
+def test_rows_are_logged_at_step_one_and_every_log_every_steps(run, tmp_path):
     made = run(
         tmp_path / "run",
         "training.max_steps=8",
@@ -231,16 +222,16 @@ def test_rows_come_for_step_one_and_every_log_every(run, tmp_path):
     assert [row["step"] for row in made.val_rows] == [8]  # the last step always validates
 
 
-def test_rows_are_on_disk_when_the_next_step_begins(run, tmp_path, monkeypatch):
-    seen, step = [], train.LitCausalLM.training_step
+def test_a_row_is_on_disk_before_the_next_step_begins(run, tmp_path, monkeypatch):
+    seen = []
+    step = train.LitCausalLM.training_step
 
-    def look(self, *args):
-        seen.append(
-            [line.count('"loss"') for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        )
+    def count_rows_then_step(self, *args):
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        seen.append([line.count('"loss"') for line in lines])
         return step(self, *args)
 
-    monkeypatch.setattr(train.LitCausalLM, "training_step", look)
+    monkeypatch.setattr(train.LitCausalLM, "training_step", count_rows_then_step)
     run(tmp_path / "run", *SHORT)
     assert seen == [[], [1], [1, 1]]
 
@@ -251,7 +242,7 @@ def test_perplexity_is_the_exponential_of_val_loss(tiny_run):
         assert row["perplexity"] == pytest.approx(math.exp(row["val_loss"]), rel=1e-9)
 
 
-def test_first_loss_is_that_of_a_uniform_guess_and_it_falls(tiny_run):
+def test_the_loss_starts_at_a_uniform_guess_and_falls(tiny_run):
     losses = [row["loss"] for row in tiny_run.train_rows]
     assert losses[0] == pytest.approx(math.log(400), abs=0.15)
     assert f"a uniform guess over 400 tokens has loss {math.log(400):.4f}" in tiny_run.out
@@ -259,14 +250,14 @@ def test_first_loss_is_that_of_a_uniform_guess_and_it_falls(tiny_run):
 
 
 @pytest.mark.parametrize("name", ["step-0000004", "final"])
-def test_val_loss_is_that_of_a_full_pass_over_the_validation_text(tiny_run, name):
-    """An independent pass: one block at a time over the plain row of tokens, every token but the first
-    scored once."""
+def test_val_loss_equals_a_full_pass_over_the_validation_text(tiny_run, name):
+    """The witness reads the tokens block by block and scores every token but the first once."""
     model, tokenizer, metadata = load_model(tiny_run.folder / f"{name}.ckpt")
     tokens = []
     for document in load_corpus(load_config(tiny_run.folder / "run_config.yaml")).val:
         tokens += [*tokenizer.encode(document), tokenizer.eos_id]
-    tokens, total = torch.tensor(tokens), 0.0
+    tokens = torch.tensor(tokens)
+    total = 0.0
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, 32):
             block = tokens[start : start + 33]
@@ -279,30 +270,34 @@ def test_val_loss_is_that_of_a_full_pass_over_the_validation_text(tiny_run, name
     assert metadata["metrics"]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_val_batches_limits_the_validation(run, tmp_path, monkeypatch):
-    batches, step = [], train.LitCausalLM.validation_step
-    monkeypatch.setattr(
-        train.LitCausalLM, "validation_step", lambda *args: (batches.append(1), step(*args))[1]
-    )
+def test_val_batches_limits_how_much_is_validated(run, tmp_path, monkeypatch):
+    batches = []
+    step = train.LitCausalLM.validation_step
+
+    def record_batch(*args):
+        batches.append(1)
+        return step(*args)
+
+    monkeypatch.setattr(train.LitCausalLM, "validation_step", record_batch)
     run(tmp_path / "run", *SHORT, "training.val_batches=2")
     assert len(batches) == 2
 
 
-def test_epochs_become_steps(run, tmp_path):
+def test_epochs_are_converted_to_steps(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(1000)))
     epochs = ("training.max_steps=null", "training.schedule_steps=null", "training.epochs=1.5")
     made = run(tmp_path / "run", f"data.path={text}", "data.val_fraction=0.1", "tokenizer.kind=byte", *epochs)
-    # 900 characters to train on and EOS: 28 blocks of 32, so 1.5 epochs are 42 blocks: 5.25 steps of 8.
+    # 900 training characters and an EOS make 28 blocks of 32: 1.5 epochs are 42 blocks, or 5.25 steps of 8.
     assert made.checkpoint()["tiny_transformer"]["metrics"]["step"] == 6
     assert made.checkpoint()["tiny_transformer"]["metrics"]["epoch"] == pytest.approx(48 / 28)
     assert made.checkpoint()["tiny_transformer"]["config"]["training"]["schedule_steps"] == 6
 
 
-# ---- what a run leaves ---------------------------------------------------------------------------
+# ---- what a run writes ---------------------------------------------------------------------------
 
 
-def test_checkpoints_last_best_and_final_are_names_of_step_files(tiny_run):
+def test_last_best_and_final_are_names_of_step_files(tiny_run):
     names = sorted(path.name for path in tiny_run.folder.glob("*.ckpt"))
     assert names == ["best.ckpt", "final.ckpt", "last.ckpt", *(f"step-{step:07}.ckpt" for step in (4, 8, 12))]
 
@@ -317,7 +312,7 @@ def test_checkpoints_last_best_and_final_are_names_of_step_files(tiny_run):
 
 
 def test_keep_last_removes_older_step_files_and_keeps_best(run, tmp_path, monkeypatch):
-    """The first validation is the best, the last better than the one before it only."""
+    """Step 2 has the best validation loss; step 6 is better than step 4 only."""
     losses = {2: 1.0, 4: 3.0, 6: 2.0}
     monkeypatch.setattr(
         train.LitCausalLM,
@@ -343,7 +338,7 @@ def test_keep_last_removes_older_step_files_and_keeps_best(run, tmp_path, monkey
 
 
 @pytest.mark.parametrize("keep", [1, 3, 5])
-def test_keep_last_keeps_as_many_as_it_says(run, tmp_path, keep):
+def test_keep_last_keeps_that_many_step_files(run, tmp_path, keep):
     made = run(
         tmp_path / "run",
         *SHORT,
@@ -354,16 +349,17 @@ def test_keep_last_keeps_as_many_as_it_says(run, tmp_path, keep):
     assert [int(path.stem[5:]) for path in sorted(made.folder.glob("step-*"))] == list(range(8 - keep, 8))
 
 
-def test_a_step_that_validates_is_saved_once_and_after_its_row(run, tmp_path, monkeypatch):
-    """Saved before, a run that is killed in between would never validate this step."""
-    saved, save = [], CheckpointSaver.save
+def test_a_validating_step_is_saved_once_and_after_its_row(run, tmp_path, monkeypatch):
+    """If it were saved before its row, a run killed in between would never validate this step."""
+    saved = []
+    save = CheckpointSaver.save
 
-    def look(self, trainer, *args, **options):
+    def record_save(self, trainer, *args, **options):
         rows = (self.folder / "metrics.jsonl").read_text().splitlines()
         saved.append((trainer.global_step, '"val_loss"' in rows[-1]))
         save(self, trainer, *args, **options)
 
-    monkeypatch.setattr(CheckpointSaver, "save", look)
+    monkeypatch.setattr(CheckpointSaver, "save", record_save)
     run(
         tmp_path / "run",
         "tokenizer.kind=byte",
@@ -385,7 +381,7 @@ def test_a_new_best_is_saved_even_between_saves(run, tmp_path):
     }
 
 
-def test_run_config_reads_back_as_the_config_that_ran(tiny_run):
+def test_run_config_yaml_holds_the_config_that_ran(tiny_run):
     path = tiny_run.folder / "run_config.yaml"
     config = load_config(path)
     assert (
@@ -398,7 +394,7 @@ def test_run_config_reads_back_as_the_config_that_ran(tiny_run):
         assert word in path.read_text()
 
 
-def test_the_header_states_what_will_run(tiny_run):
+def test_the_header_says_what_will_run(tiny_run):
     n_params = load_model(tiny_run.folder / "final.ckpt")[0].n_params()
     assert f"{n_params:,} parameters" in tiny_run.out
     for pattern in (
@@ -439,17 +435,15 @@ def test_text_samples_are_printed_and_do_not_change_the_run(run, tiny_run, tmp_p
     samples = ("training.sample_every=5", "training.sample_prompts=[Attention is, A token]")
     made = run(tmp_path / "run", *samples)
     shown = [line for line in made.out.splitlines() if "sample:" in line]
-    for line, (step, prompt) in zip(
-        shown, [(step, prompt) for step in (5, 10) for prompt in ("Attention is", "A token")], strict=True
-    ):
+    expected = [(5, "Attention is"), (5, "A token"), (10, "Attention is"), (10, "A token")]
+    for line, (step, prompt) in zip(shown, expected, strict=True):
         assert re.match(rf"step {step:>6} sample: ['\"]{prompt}.{{10}}", line)
     assert made.sha256 == tiny_run.sha256
     assert made.timeless_rows == tiny_run.timeless_rows
 
 
-def test_each_sample_prompt_has_a_seed_of_its_own_and_the_same_in_each_run(run, tmp_path):
-    """Otherwise two models that write the same would write the same after each prompt: a model that has
-    learned nothing does."""
+def test_each_sample_prompt_has_its_own_seed_which_is_the_same_in_every_run(run, tmp_path):
+    """With one seed for all, an untrained model would write the same text after every prompt."""
     samples = ("training.sample_every=3", "training.sample_prompts=[a, a, a]", "training.lr=1e-9")
     texts = []
     for name in ("one", "two"):
@@ -459,8 +453,8 @@ def test_each_sample_prompt_has_a_seed_of_its_own_and_the_same_in_each_run(run, 
     assert len(set(texts[0])) == len(texts[0]) == 3
 
 
-def test_a_sample_shows_the_space_between_a_prompt_and_what_follows(run, tmp_path):
-    """This tokenizer's decoder takes off the first space of a text; and its BOS is no part of a text."""
+def test_a_sample_shows_the_space_between_the_prompt_and_the_text_after_it(run, tmp_path):
+    """This tokenizer's decoder removes the first space of a text, and its BOS is not part of a text."""
     (tmp_path / "tokenizer.json").write_text(tokenizer_like("llama + bos").backend.to_str())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (tmp_path / "text.txt").write_text("tick tock " * 600)
@@ -481,7 +475,7 @@ def test_a_sample_shows_the_space_between_a_prompt_and_what_follows(run, tmp_pat
     assert re.search(r"sample: 'tick tock tick", made.out)
 
 
-def test_samples_under_dropout_are_the_saved_models_and_do_not_change_the_run(run, tmp_path):
+def test_samples_are_drawn_without_dropout_and_do_not_change_the_run(run, tmp_path):
     dropout = (*SHORT, "model.dropout=0.2")
     samples = ("training.sample_every=3", "training.sample_prompts=[Attention is]")
     made = run(tmp_path / "with", *dropout, *samples)
@@ -510,7 +504,7 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(run, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_workers_do_not_change_the_run(run, tmp_path):
+def test_data_workers_do_not_change_the_run(run, tmp_path):
     assert (
         run(tmp_path / "two", *SHORT, "hardware.num_workers=2").sha256
         == run(tmp_path / "none", *SHORT).sha256
@@ -520,11 +514,11 @@ def test_workers_do_not_change_the_run(run, tmp_path):
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def names(folder) -> set[str]:
+def file_names(folder) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name != ".lock"}
 
 
-RUN = {
+FILES_OF_A_RUN = {
     "step-0000003.ckpt",
     "last.ckpt",
     "best.ckpt",
@@ -536,7 +530,7 @@ RUN = {
 }
 
 
-def test_a_finished_run_is_moved_aside_and_foreign_files_stay(run, tmp_path):
+def test_a_finished_run_is_moved_aside_and_the_users_files_stay(run, tmp_path):
     folder = tmp_path / "run"
     shas = [run(folder, *SHORT, "seed=1", pictures=True).sha256]
     (folder / "notes.txt").write_text("mine")
@@ -545,9 +539,9 @@ def test_a_finished_run_is_moved_aside_and_foreign_files_stay(run, tmp_path):
     assert f"the earlier run in {folder} has been moved to {folder / 'old-1'}" in second.out
     shas.append(second.sha256)
     shas.append(run(folder, *SHORT, "seed=3", pictures=True).sha256)
-    assert names(folder) == RUN | {"notes.txt", "old-1", "old-2"}
-    assert names(folder / "old-1") == RUN | {"tensorboard"}
-    assert names(folder / "old-2") == RUN
+    assert file_names(folder) == FILES_OF_A_RUN | {"notes.txt", "old-1", "old-2"}
+    assert file_names(folder / "old-1") == FILES_OF_A_RUN | {"tensorboard"}
+    assert file_names(folder / "old-2") == FILES_OF_A_RUN
     assert [weights_sha256(folder / part / "final.ckpt") for part in ("old-1", "old-2", ".")] == shas
     assert len(set(shas)) == 3
 
@@ -568,7 +562,7 @@ def unfinished(run, folder):
     return made
 
 
-def test_an_unfinished_run_is_refused_with_three_ways_out(run, tmp_path):
+def test_an_unfinished_run_is_refused_and_three_ways_out_are_named(run, tmp_path):
     made = unfinished(run, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
     with pytest.raises(UserError) as error:
@@ -585,10 +579,12 @@ def test_fresh_moves_an_unfinished_run_aside(run, tmp_path):
     again = run(made.folder, *SHORT, "--fresh")
     assert (again.code, again.train_rows[0]["step"]) == (0, 1)
     assert weights_sha256(made.folder / "old-1" / "last.ckpt") == kept
-    assert names(made.folder) == RUN - {"loss.svg", "loss.png"} | {"old-1"}
+    assert file_names(made.folder) == FILES_OF_A_RUN - {"loss.svg", "loss.png"} | {"old-1"}
 
 
-def test_a_longer_run_that_is_not_finished_is_refused_though_the_shorter_one_was(run, tmp_path, monkeypatch):
+def test_an_extended_run_that_is_unfinished_is_refused_although_the_shorter_one_finished(
+    run, tmp_path, monkeypatch
+):
     """Once extended past final.ckpt, a run is unfinished again."""
     made = run(tmp_path / "run", *SHORT)
     step = train.LitCausalLM.training_step
@@ -604,17 +600,17 @@ def test_a_longer_run_that_is_not_finished_is_refused_though_the_shorter_one_was
         run(made.folder, *SHORT, "training.max_steps=9")
 
 
-def test_a_folder_in_use_is_refused(run, tmp_path):
+def test_a_folder_that_another_run_uses_is_refused(run, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with filelock.FileLock(folder / ".lock"):
         with pytest.raises(UserError, match=r"another run is writing to .*--override checkpoint\.dir="):
             run(folder, *SHORT)
-        assert names(folder) == set()
+        assert file_names(folder) == set()
     assert run(folder, *SHORT).code == 0
 
 
-def test_the_folder_is_free_again_when_a_run_has_ended(run, tmp_path, monkeypatch):
+def test_a_failed_run_frees_its_folder(run, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise UserError("as if")
 
@@ -647,7 +643,8 @@ def infinite_gradient(forward):
 
 @pytest.mark.parametrize("damage", [nan_loss, infinite_gradient])
 def test_bad_numbers_stop_the_run_and_never_reach_a_checkpoint(run, tmp_path, monkeypatch, damage):
-    forward, step = GPTMini.forward, train.LitCausalLM.training_step
+    forward = GPTMini.forward
+    step = train.LitCausalLM.training_step
 
     def third_is_bad(self, *args):
         monkeypatch.setattr(GPTMini, "forward", damage(forward) if self.trainer.global_step == 2 else forward)
@@ -681,13 +678,13 @@ def test_a_logger_that_is_not_installed_is_one_clear_error(run, tmp_path, monkey
     monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
     folder = tmp_path / "run"
     run(folder, *SHORT)
-    before = names(folder)
+    before = file_names(folder)
     with pytest.raises(UserError, match=r"^logging\.tensorboard=true needs .*pip install tensorboard$"):
         run(folder, *SHORT, "logging.tensorboard=true")
-    assert names(folder) == before  # a run that cannot start moves nothing aside
+    assert file_names(folder) == before  # a run that cannot start moves nothing aside
 
 
-def test_a_checkpoint_folder_that_is_a_file_is_a_clear_error(run, tmp_path):
+def test_a_file_in_place_of_the_checkpoint_folder_is_a_clear_error(run, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"checkpoint\.dir"):
         run(tmp_path / "file", *SHORT)
