@@ -165,6 +165,59 @@ def tiny_run(shared_once: Callable[..., Path]) -> Run:
     return Run(folder / "checkpoints", *json.loads((folder / "said.json").read_text()))
 
 
+@pytest.fixture(scope="session")
+def instructions(shared_once: Callable[..., Path]) -> Path:
+    """A JSON file with 24 questions and answers."""
+    from finetuning import rows
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "rows.json").write_text(json.dumps(rows(24)))
+
+    return shared_once("instructions", make) / "rows.json"
+
+
+@pytest.fixture
+def sft(instructions: Path, tiny_run: Run) -> Callable[..., Run]:
+    """sft(folder, "training.max_steps=4", "--resume"): fine-tune the shared tiny run in this process.
+    `sft.argv` takes the same words and returns the command line."""
+    from finetuning import SIX_STEPS
+
+    import finetune
+
+    def argv(folder: Path, *words: str) -> list[str]:
+        overrides = [
+            f"base_ckpt={tiny_run.folder / 'final.ckpt'}",
+            f"data.path={instructions}",
+            f"checkpoint.dir={folder}",
+            *SIX_STEPS,
+            *(word for word in words if not word.startswith("--")),
+        ]
+        flags = [part for word in words if word.startswith("--") for part in word.split("=", 1)]
+        return [
+            "--config",
+            "config_finetune.yaml",
+            "--device",
+            "cpu",
+            *(f"--override={override}" for override in overrides),
+            *flags,
+        ]
+
+    def run(folder: Path, *words: str) -> Run:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr("support.run.show.draw_loss", lambda folder: None)
+            code = finetune.main(argv(folder, *words))
+        return Run(folder, code, out.getvalue(), err.getvalue())
+
+    run.argv = argv
+    return run
+
+
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
