@@ -1,4 +1,4 @@
-"""The validation loss of a checkpoint over its whole validation set, in numbers that compare across models.
+"""The loss of a checkpoint on its whole validation set, in numbers that can be compared between models.
 
 python3 eval_val.py --ckpt checkpoints/best.ckpt                       # the text its training validated on
 python3 eval_val.py --ckpt checkpoints/best.ckpt --config config.yaml  # the validation text of another config
@@ -24,6 +24,7 @@ from support.messages import UserError, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line."""
     parser = make_parser(__doc__)
     parser.add_argument(
         "--ckpt",
@@ -45,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         metavar="N",
-        help="blocks scored at once (default training.micro_batch_size); the loss is the same",
+        help="blocks scored at once (default training.micro_batch_size); does not change the loss",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args(argv)
@@ -65,9 +66,10 @@ from support.text.hub import LOCAL_FORMATS, HubError
 
 
 def suggest_local_text(error: HubError, args: argparse.Namespace, metadata: dict) -> HubError:
-    """The same error with what works without the hub: any text, or without --config the one in the
-    checkpoint's own config, if that is on this machine."""
+    """The same error with other advice: score a text with --data, or leave --config out if the text that the
+    checkpoint validated on is on this machine."""
     own_data = (metadata.get("config") or {}).get("data", {})
+    # No dataset, or the name of a file format ("text", "json", "parquet"), means files on this machine.
     is_local = own_data.get("dataset") in (None, *LOCAL_FORMATS) or bool(own_data.get("path"))
     advice = f"give a text:\n       python3 eval_val.py --ckpt {args.ckpt} --data my_book.txt"
     if args.config and own_data and is_local:
@@ -76,7 +78,7 @@ def suggest_local_text(error: HubError, args: argparse.Namespace, metadata: dict
 
 
 def name_of_set(args: argparse.Namespace, is_own_set: bool) -> str:
-    """What is scored, in words."""
+    """What is scored, in words. `is_own_set`: it is the text that the checkpoint's run validated on."""
     if args.data:
         return args.data
     if is_own_set:
@@ -85,9 +87,15 @@ def name_of_set(args: argparse.Namespace, is_own_set: bool) -> str:
 
 
 def report_lines(found: Validation, name: str) -> list[str]:
-    """What is printed of a validation; `name` says what was scored."""
+    """The lines to print; `name` says what was scored.
+
+    A nat is the unit of a loss in natural logarithms. Perplexity is e to the power of the loss: the model is
+    as unsure as if it chose evenly among that many tokens. Bits per byte can be compared between tokenizers;
+    nats per token cannot, because tokens differ in length.
+    """
+    scored_instructions = found.token_accuracy is not None  # only instructions have this accuracy
     unit, where = "document", f"in blocks of {found.seq_len}"
-    if found.token_accuracy is not None:
+    if scored_instructions:
         unit, where = "instruction", "in their responses"
     plural = "" if found.n_documents == 1 else "s"
     lines = [
@@ -96,7 +104,7 @@ def report_lines(found: Validation, name: str) -> list[str]:
         f"val_loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
         f"{found.bits_per_byte:.4f} bits per byte",
     ]
-    if found.token_accuracy is not None:
+    if scored_instructions:
         lines.append(
             f"token_accuracy {found.token_accuracy:.4f}, response_accuracy {found.response_accuracy:.4f}"
         )
@@ -104,6 +112,7 @@ def report_lines(found: Validation, name: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The whole script as one call. Returns the exit status; raises UserError."""
     args = parse_args(argv)
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1")
@@ -113,21 +122,24 @@ def main(argv: list[str] | None = None) -> int:
     config = scoring_config(model, metadata, args.ckpt, args.config, flag_overrides(args), args.data)
     is_own_set = False
     if metadata.get("config") and not args.data:
-        own_config = scoring_config(model, metadata, args.ckpt, None)
+        own_config = scoring_config(model, metadata, args.ckpt, path=None)
+        # The seed too: it draws which documents are held out.
         is_own_set = (config.data, config.seed) == (own_config.data, own_config.seed)
+    is_fine_tuned = metadata.get("template") is not None
     try:
-        documents = documents_of(config, args.data, metadata.get("template") is not None, args.ckpt)
+        documents = documents_of(config, args.data, fine_tuned=is_fine_tuned, ckpt=args.ckpt)
     except HubError as error:
         raise suggest_local_text(error, args, metadata) from None
     if config.seq_len > model.config.max_seq_len:
         warn(
             f"training.seq_len={config.seq_len}, but the model reads at most {model.config.max_seq_len} "
-            "tokens, so blocks of that length are scored"
+            f"tokens, so the blocks that are scored have {model.config.max_seq_len} tokens"
         )
     precision = resolve_precision(config.hardware.precision, device)
     found = validate(model, tokenizer, documents, config, args.batch_size, precision)
-    metrics, name = metadata["metrics"], name_of_set(args, is_own_set)
-    logged = metrics.get("val_loss") if is_own_set else None  # the loss on another set does not compare
+    metrics = metadata["metrics"]
+    name = name_of_set(args, is_own_set)
+    logged = metrics.get("val_loss") if is_own_set else None  # of another set: cannot be compared
     if args.json:
         about = {
             "ckpt": args.ckpt,

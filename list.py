@@ -38,9 +38,11 @@ TABLE_COLUMNS = {  # name in the JSON and for --sort: (heading, format of a valu
 LEFT_ALIGNED = ("file", "names", "tokenizer", "config")
 METRICS = ("step", "epoch", "tokens", "train_loss", "val_loss", "perplexity", "best_val_loss")
 FILES_FOR_PARALLEL_READING = 40  # fewer are read by one process
+TOKENIZER_CHARS = 20  # of a tokenizer's kind in the table: a damaged file may hold a text of any length there
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line."""
     parser = make_parser(__doc__)
     parser.add_argument(
         "paths",
@@ -80,33 +82,37 @@ from support.find_checkpoints import find_checkpoints, other_names
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """Eight hexadecimal digits, the same for the same config."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits, the same for the same config: to see which runs share one."""
+    content = json.dumps(config, sort_keys=True)  # sorted: the order of the keys means nothing
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """One row: what the file says about itself. A damaged file is a row with an `error`."""
+    """One row, {column: value}: what the file says about itself. A damaged file is a row with an `error`, so
+    that it does not hide the others."""
     row: dict[str, Any] = {"file": str(path), "names": other_names(path), "size_mb": 0.0, "age_s": 0}
     try:
         status = path.stat()
         row["size_mb"] = round(status.st_size / 2**20, 1)
-        row["age_s"] = max(0, round(time.time() - status.st_mtime))
+        row["age_s"] = max(0, round(time.time() - status.st_mtime))  # a clock may have been wrong
         return row | describe_contents(path)
     except UserError as error:
         return row | {"error": printable(error)}
     except OSError as error:  # a broken link, or a file that has just been removed
         return row | {"error": f"cannot be read ({error.strerror})"}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # a field is missing, or of another type
         return row | {"error": f"damaged metadata: {error!r}"}
 
 
 def describe_contents(path: Path) -> dict[str, Any]:
-    """The part of a row that needs the checkpoint to be opened. Raises an error if it is damaged."""
+    """The part of a row that needs the checkpoint to be opened. Raises UserError, KeyError, TypeError or
+    ValueError if it is damaged."""
     checkpoint = read_checkpoint(path)
-    model = empty_model(checkpoint, str(path))
+    model = empty_model(checkpoint, str(path))  # without memory for weights, so its size costs nothing
     metadata = checkpoint[KEY]
     config = metadata.get("config")
-    return {name: metadata["metrics"].get(name) for name in METRICS} | {
+    metrics = {name: metadata["metrics"].get(name) for name in METRICS}
+    return metrics | {
         "n_params": model.n_params(),
         "tokenizer": str(metadata["tokenizer"]["kind"]),
         "vocab_size": model.config.vocab_size,
@@ -115,7 +121,7 @@ def describe_contents(path: Path) -> dict[str, Any]:
 
 
 def describe_all(paths: list[Path]) -> list[dict[str, Any]]:
-    """A row for each file. Reading one takes some hundredths of a second of computing, so many files are
+    """A row for each file. Reading one takes a few hundredths of a second of computing, so many files are
     divided among the cores."""
     # Only Linux forks: on other systems each new process would import torch again.
     if len(paths) < FILES_FOR_PARALLEL_READING or sys.platform != "linux":
@@ -125,7 +131,7 @@ def describe_all(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def age(seconds: float) -> str:
-    """90 is `1m`, 7200 is `2h`."""
+    """A time in its largest unit, rounded down: 90 seconds are `1m`, 7200 are `2h`."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{int(seconds // size)}{unit}"
@@ -133,20 +139,22 @@ def age(seconds: float) -> str:
 
 
 def cell_text(row: dict[str, Any], name: str) -> str:
-    """A cell of the table."""
+    """The text of one cell; `-` where the checkpoint does not say."""
     value = row.get(name)
     if name == "names":
         return printable(" ".join(value))
     if value is None:
         return "-"
     if name == "tokenizer":
-        value = f"{value[:20]} {row['vocab_size']}"
+        value = f"{value[:TOKENIZER_CHARS]} {row['vocab_size']}"
     if name == "age_s":
         value = age(value)
-    return printable(TABLE_COLUMNS[name][1].format(value))
+    _, value_format = TABLE_COLUMNS[name]
+    return printable(value_format.format(value))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table, and under it what is wrong with damaged files."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -166,12 +174,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def newest(path: str) -> Path:
-    """The checkpoint with the highest step that a file, folder or glob names."""
-    return max(find_checkpoints([path]), key=lambda file: describe(file).get("step") or -1)
+    """The checkpoint with the highest step of those that a file, folder or glob names."""
+
+    def step(file: Path) -> int:
+        return describe(file).get("step") or -1  # a damaged file has none, and comes last
+
+    return max(find_checkpoints([path]), key=step)
 
 
 def print_diff(paths: list[str]) -> None:
-    """The keys in which two configs differ, with both values."""
+    """Print the keys in which the configs of two checkpoints differ, with both values. Raises UserError."""
     if len(paths) != 2:
         raise UserError(
             f"--diff compares two checkpoints or folders, and {len(paths)} are named; "
@@ -181,25 +193,29 @@ def print_diff(paths: list[str]) -> None:
     before = flat_keys(saved_config(read_metadata(first), first))
     after = flat_keys(saved_config(read_metadata(second), second))
     print(f"{printable(first)} -> {printable(second)}")
-    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
-    for key in keys:
+    all_keys = dict.fromkeys([*before, *after])  # each once, in the order of the configs
+    different = [key for key in all_keys if before.get(key) != after.get(key)]
+    for key in different:
         old, new = json.dumps(before.get(key)), json.dumps(after.get(key))
         print(f"  {printable(key)}: {printable(old)} -> {printable(new)}")
-    if not keys:
+    if not different:
         print("  the same config")
 
 
 def sort_key(name: str) -> Callable[[dict[str, Any]], tuple]:
-    """A key for sorting rows by the value `name`: rows without it come last, equal ones by file name."""
+    """A key for sorting rows by the value `name`. Rows without it come last, and rows with the same
+    value in the order of their file names; --reverse turns both around."""
 
     def key(row: dict[str, Any]) -> tuple:
         value = row.get(name)
-        return (True, 0, row["file"]) if value is None else (False, value, row["file"])
+        is_missing = value is None  # false sorts before true
+        return is_missing, 0 if is_missing else value, row["file"]
 
     return key
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The whole script as one call. Returns the exit status; raises UserError."""
     args = parse_args(argv)
     if args.diff:
         print_diff(args.paths)

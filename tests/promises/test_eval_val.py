@@ -147,7 +147,7 @@ def test_any_text_or_the_validation_text_of_another_config_is_scored(score, tiny
         == 0
     )
     said = capsys.readouterr()
-    assert "the model reads at most 32 tokens, so blocks of that length are scored" in said.err
+    assert "the model reads at most 32 tokens, so the blocks that are scored have 32 tokens" in said.err
     assert "blocks of 32" in said.out
 
 
