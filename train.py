@@ -20,6 +20,7 @@ from support.messages import OptionalPart, UserError, is_main_process, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line."""
     parser = make_parser(__doc__)
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -42,7 +43,7 @@ def plan_or_answer(argv: list[str] | None = None) -> "Plan":
 
 
 if __name__ == "__main__":
-    # A user's mistake is answered here, before the slow imports below; Lightning's is slower than all others.
+    # A user's mistake is answered here, before the slow imports below; Lightning is the slowest to import.
     plan = guarded(plan_or_answer, results=False)
     from train import LitCausalLM, run  # this file again, as a module
 
@@ -71,9 +72,10 @@ from support.run.trainer import build_trainer, make_callbacks, quiet_lightning
 
 class LitCausalLM(pl.LightningModule):
     """The training of a GPTMini: loss, gradients, clipping, learning rate and optimizer step, written out
-    here instead of hidden in a trainer."""
+    here instead of hidden in a trainer. Lightning calls the methods whose names it knows (`training_step`,
+    `configure_...`, `on_...`) when their time comes."""
 
-    validates_first = False  # whether the network is also validated before its first step
+    validates_first = False  # whether to validate before the first step too
 
     def __init__(self, plan: Plan, net: GPTMini):
         super().__init__()
@@ -91,11 +93,13 @@ class LitCausalLM(pl.LightningModule):
         self.val_metrics: dict[str, float] = {}  # what a validation measures besides the loss
 
     def configure_model(self) -> None:
-        """With FSDP: divide each block's weights among the processes. Lightning calls this in each one."""
+        """FSDP: each process keeps only a part of each weight, and collects the rest while a block runs.
+        Lightning calls this in each process."""
         if self.config.hardware.strategy == "fsdp" and self.plan.world > 1:
             from torch.distributed.fsdp import fully_shard
 
-            mesh = self.device_mesh["data_parallel"]
+            mesh = self.device_mesh["data_parallel"]  # the processes that share the weights
+            # Each block is collected on its own. The last call takes what is left: embeddings, norm, head.
             for part in (*self.net.layers, self.net):
                 fully_shard(part, mesh=mesh)
 
@@ -108,16 +112,16 @@ class LitCausalLM(pl.LightningModule):
     def training_step(self, step: Step, batch_idx: int) -> None:
         """One optimizer step.
 
-        The gradient is that of the mean loss over all targets of the step: those of all micro-batches in all
-        processes. So splitting a step differently changes only rounding.
+        All micro-batches in all processes count as one big batch: the loss is the mean over all its targets
+        (labels that are scored). So splitting a step differently changes only rounding.
         """
-        step_index = self.trainer.global_step  # 0, 1, ...
+        step_index = self.trainer.global_step  # the number of this step: 0, 1, ...
         training = self.config.training
         optimizer = self.optimizers()
         self.stream_state = step.stream_state
 
         n_targets = sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
-        n_targets = self.sum_over_processes(n_targets).clamp(min=1)
+        n_targets = self.sum_over_processes(n_targets).clamp(min=1)  # not 0: we divide by it
         loss_total = torch.zeros((), device=self.device)
         for micro, batch in enumerate(step.micro_batches):
             self.seed_dropout(step_index, micro)
@@ -129,6 +133,7 @@ class LitCausalLM(pl.LightningModule):
             loss_total += loss_sum.detach()
         loss = (self.sum_over_processes(loss_total) / n_targets).item()
 
+        # Without a limit the norm is still measured, and nothing is clipped.
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
         grad_norm = float(grad_norm)
         self.refuse_bad_step(step_index, loss, grad_norm)
@@ -148,22 +153,26 @@ class LitCausalLM(pl.LightningModule):
         self.step_metrics = {"loss": loss, "lr": training.lr * factor, "grad_norm": grad_norm}
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Random numbers are a function of (seed, step), not of what was drawn before; so a resume needs no
-        state of a generator."""
+        """Make the random numbers of a micro-batch depend on (seed, step), not on what was drawn before. So a
+        resume needs no saved state of a random generator."""
         index = step_shape(self.config, self.global_rank, self.trainer.world_size).micro_index(step, micro)
+        # SeedSequence mixes both numbers into one seed: neighbours get unrelated random numbers.
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]))
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes, in each of them; with one process, `value` itself."""
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def gradients_stay_local(self) -> contextlib.AbstractContextManager:
-        """Before the last micro-batch, gradients need not be sent to the other processes (DDP's no_sync)."""
+        """A context in which gradients are not sent to the other processes (DDP's no_sync). It is enough to
+        send them with the last micro-batch."""
         if self.trainer.world_size == 1:
             return contextlib.nullcontext()
         return self.trainer.strategy.block_backward_sync()
 
     def refuse_bad_step(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise UserError before a NaN or an infinity touches the weights."""
+        """Raise UserError if the loss or the gradient is a NaN or an infinity, before it gets into the
+        weights."""
         refuse_bad_step(
             self.plan,
             step=step,
@@ -176,10 +185,11 @@ class LitCausalLM(pl.LightningModule):
     # ---- validation ------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.val_sums = torch.zeros((), device=self.device)
+        self.val_sums = torch.zeros((), device=self.device)  # the first batch makes it as long as its sums
         self.train_eval_sums = torch.zeros(2, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the sums of a batch. With the first one, measure the `train_eval_batches` too."""
         self.val_sums = self.val_sums + self.validation_sums(batch)
         if batch_idx == 0:
             for seen in self.train_eval_batches:
@@ -188,8 +198,9 @@ class LitCausalLM(pl.LightningModule):
 
     @functools.cached_property
     def train_eval_batches(self) -> list[Batch]:
-        """The first micro-batches of the run. Their loss is measured as that of the validation text is."""
-        hardware = self.config.hardware.model_copy(update={"num_workers": 0})
+        """The first micro-batches of the run. Their loss is measured in the same way as the validation
+        loss."""
+        hardware = self.config.hardware.model_copy(update={"num_workers": 0})  # too few to start a worker
         n_batches = self.config.training.train_eval_batches
         steps, _ = make_dataloaders(
             self.config.model_copy(update={"hardware": hardware}),
@@ -203,16 +214,17 @@ class LitCausalLM(pl.LightningModule):
         return list(itertools.islice(micro_batches, n_batches))
 
     def loss_sums(self, batch: Batch) -> Tensor:
-        """(2,): the summed loss of a batch, and the number of its targets."""
+        """The summed loss of a batch, and the number of its targets: one tensor (2,), so that one sum over
+        processes adds both."""
         loss_sum, n_targets = self.net(**batch)
         return torch.stack([loss_sum, n_targets.to(loss_sum.dtype)])
 
     def validation_sums(self, batch: Batch) -> Tensor:
-        """What is added up over the validation set: summed loss, number of targets, in a subclass more."""
+        """What a validation adds up: summed loss and number of targets; a subclass may add more."""
         return self.loss_sums(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """The mean loss over all validation targets, whatever the size of their batches."""
+        """Set `val_loss` to the mean over all validation targets, whatever the size of their batches."""
         loss_sum, n_targets, *more = self.sum_over_processes(self.val_sums).tolist()
         self.val_loss = loss_sum / max(1.0, n_targets)
         refuse_bad_val_loss(self.plan, step=self.trainer.global_step, val_loss=self.val_loss)
@@ -222,10 +234,12 @@ class LitCausalLM(pl.LightningModule):
             self.val_metrics["train_eval_loss"] = loss_sum / max(1.0, n_targets)
 
     def metrics_of(self, n_targets: float, sums: list[float]) -> dict[str, float]:
-        """`val_metrics` from the sums that a subclass adds."""
+        """`val_metrics` from `sums`, which a subclass adds in `validation_sums`. Here there are none."""
         return {}
 
     # ---- data ------------------------------------------------------------------------------------
+
+    # Lightning calls these two when training starts. Making both and keeping one is cheap: it reads nothing.
 
     def train_dataloader(self):
         return self._dataloaders()[0]
@@ -234,7 +248,7 @@ class LitCausalLM(pl.LightningModule):
         return self._dataloaders()[1]
 
     def _dataloaders(self):
-        """Made here because the rank of the process and the first step are known only now."""
+        """(train, val), made only now: the rank of the process and the first step were not known before."""
         return make_dataloaders(
             self.config,
             self.plan.data,
@@ -249,7 +263,8 @@ class LitCausalLM(pl.LightningModule):
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Make the file complete: it alone is enough to sample, evaluate or resume. Plain types only."""
+        """Make the file complete: it alone is enough to sample, evaluate or resume. Only plain types, so that
+        nobody has to run code to read it."""
         if self.trainer.is_global_zero:
             saved, live = checkpoint["optimizer_states"][0], self.trainer.optimizers[0]
             number_parameters(saved, live, self.parameters())
@@ -267,7 +282,7 @@ class LitCausalLM(pl.LightningModule):
         )
 
     def checkpoint_metrics(self) -> dict[str, Any]:
-        """The numbers in a checkpoint; None for those not known yet."""
+        """The numbers that a checkpoint holds; None for those not known yet."""
         step = self.trainer.global_step
         epoch = None
         if not self.plan.data.streaming:
@@ -287,6 +302,7 @@ class LitCausalLM(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Take back what `on_save_checkpoint` stored; Lightning does the same for weights and optimizer."""
         metrics = checkpoint[KEY]["metrics"]
         self.tokens_seen = metrics["tokens"]
         self.stream_state = checkpoint[KEY]["stream_state"]
@@ -317,9 +333,8 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
         for sink in sinks:
             with OptionalPart(f"closing {sink.name}"):
                 sink.close()
-    if (
-        plan.n_steps == 0
-    ):  # nothing was trained, so nothing was saved: keep the untrained model, to compare with
+    if plan.n_steps == 0:
+        # Nothing was trained, so nothing was saved. Save the untrained model, to compare others with it.
         saver.save(trainer, module)
 
 
@@ -353,8 +368,8 @@ def finish_without_training(plan: Plan, metrics: dict[str, Any]) -> None:
 
 
 def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
-    """Train as planned, with everything around it: the folder, what is printed, and advice where something
-    fails. Returns the exit status."""
+    """Train as planned, with all that belongs to it: the folder, what is printed, advice if something fails.
+    Returns the exit status."""
     resumed = read_metadata(plan.resume_from) if plan.resume_from else None
     start_step = resumed["metrics"]["step"] if resumed else 0
     if start_step and start_step >= plan.n_steps:
@@ -393,4 +408,5 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """What the command line does, for tests and other programs. Returns the exit status."""
     return run(plan_or_answer(argv), LitCausalLM)
