@@ -1,5 +1,5 @@
-"""Make from a text, once, what training reads fastest: a tokenizer of its own, and files of token ids of any
-size.
+"""Turn a text, once, into the files that training reads fastest: a tokenizer of its own, and files of token
+ids. The text can be of any size.
 
 python3 prepare.py tokenizer --input 'books/*.txt' --vocab-size 8192 --output tokens/tokenizer.json
 python3 prepare.py tokens --input 'books/*.txt' --tokenizer tokens/tokenizer.json --output tokens/
@@ -29,6 +29,7 @@ from support.messages import UserError, printable, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line; `task` is its first word, tokenizer or tokens."""
     parser = make_parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="tokenizer|tokens")
     for task, text, add_own_flags in (
@@ -42,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that both tasks share: which text to read, and where to write."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -56,7 +58,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="train", help="the dataset's split (default train)")
     parser.add_argument(
-        "--revision", metavar="COMMIT", help="a commit of the dataset, so that it cannot change meanwhile"
+        "--revision", metavar="COMMIT", help="a commit of the dataset, so that the data stays the same"
     )
     parser.add_argument(
         "--text-field",
@@ -80,6 +82,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the task tokenizer."""
     parser.add_argument(
         "--kind",
         choices=("bpe", "char"),
@@ -92,6 +95,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the task tokens."""
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -120,7 +124,8 @@ def add_token_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2**24,
         metavar="N",
-        help="characters encoded at once: that much work is lost by a kill, and that much text is in memory",
+        help="characters in a shard, which is encoded at once: that much text is in memory, and that much "
+        "work is lost if the command is killed",
     )
     parser.add_argument("--fresh", action="store_true", help="start over, whatever is in the folder")
 
@@ -159,9 +164,10 @@ from tokenizer import (
 TEXT_ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
-def text_source(args: argparse.Namespace, paths: list[str] | None, split: str, flag: str) -> Source:
-    """The text to read: the files that `paths` name, or this split of --dataset. Raises UserError for a path
-    without text files; `flag` is how the message names it."""
+def text_source(args: argparse.Namespace, paths: list[str] | None, split: str | None, flag: str) -> Source:
+    """The text to read: the files that `paths` name, or this split of --dataset. `paths` is None with
+    --dataset, and `split` has no use with files. Raises UserError for a path without text files; `flag` is
+    the flag that gave the paths, for the message."""
     files = each_once(file for path in paths or [] for file in find_files(path, flag, TEXT_ENDINGS))
     return Source(
         files=files,
@@ -178,6 +184,7 @@ def text_source(args: argparse.Namespace, paths: list[str] | None, split: str, f
 
 
 def make_tokenizer(args: argparse.Namespace) -> int:
+    """Train a tokenizer and write its tokenizer.json. Returns the exit status; raises UserError."""
     check_tokenizer_flags(args)
     began = time.monotonic()
     output = Path(args.output)
@@ -191,12 +198,13 @@ def make_tokenizer(args: argparse.Namespace) -> int:
     with atomic_write(output) as file:
         file.write(tokenizer_json(tokenizer).encode())
     print(f"{output}: {described(tokenizer)}, in {time.monotonic() - began:.1f} s")
-    print_longest([text for _, text in longest_tokens(range(tokenizer.vocab_size), tokenizer)])
+    all_ids = range(tokenizer.vocab_size)
+    print_longest([text for _, text in longest_tokens(all_ids, tokenizer)])
     return 0
 
 
 def check_tokenizer_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that cannot be followed."""
+    """Raise UserError for flags that are wrong or do not go together."""
     output = Path(args.output)
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name the file, e.g. {output / 'tokenizer.json'}")
@@ -213,27 +221,31 @@ def check_tokenizer_flags(args: argparse.Namespace) -> None:
 
 
 def train_tokenizer(args: argparse.Namespace, source: Source) -> Tokenizer:
-    """A tokenizer of --kind for this text, with a progress bar while the text is read."""
+    """A tokenizer of --kind for this text: of all its characters, or of byte pairs that are frequent in a
+    sample of it. Shows a progress bar while the text is read."""
     with byte_progress("reading", source.n_bytes) as advance:
 
-        def shown(texts: Iterator[str]) -> Iterator[str]:
+        def counted(texts: Iterator[str]) -> Iterator[str]:
+            """The same texts; the progress bar advances as they are read."""
             for text in texts:
                 advance(len(text.encode()))
                 yield text
 
         if args.kind == "char":
-            return CharTokenizer.train(shown(part for part, _ in source.parts()))
-        return BPETokenizer.train_on(shown(training_pieces(source)), args.vocab_size)
+            all_text = (part for part, _ in source.parts())
+            return CharTokenizer.train(counted(all_text))
+        return BPETokenizer.train_on(counted(training_pieces(source)), args.vocab_size)
 
 
 def training_pieces(source: Source) -> Iterator[str]:
-    """Text to train a bpe tokenizer on, about TRAIN_CHARS characters: of files every second (third, ...)
-    piece, of a stream its beginning."""
+    """Text to train a bpe tokenizer on, about TRAIN_CHARS characters, which is enough to find the frequent
+    words: from files it takes every n-th piece, from a stream the beginning."""
     pieces = (piece for part, _ in source.parts() for piece in cut_pieces(part, cut_at_word, PIECE_CHARS))
     if source.dataset is None:
         # Compressed files (.parquet) hold more text than their size says; then more than TRAIN_CHARS is read.
         n_bytes = sum(file.stat().st_size for file in source.files)
-        yield from islice(pieces, 0, None, max(1, math.ceil(n_bytes / TRAIN_CHARS)))
+        every_nth = max(1, math.ceil(n_bytes / TRAIN_CHARS))
+        yield from islice(pieces, 0, None, every_nth)  # pieces[::every_nth], without a list of all
         return
     n_chars = 0
     for piece in pieces:
@@ -244,6 +256,7 @@ def training_pieces(source: Source) -> Iterator[str]:
 
 
 def print_longest(texts: list[str]) -> None:
+    """Print the longest tokens: they show what a text is full of, such as a line of dashes."""
     print(f"longest tokens: {', '.join(repr(printable(text)) for text in texts)}")
 
 
@@ -251,6 +264,8 @@ def print_longest(texts: list[str]) -> None:
 
 
 def make_token_files(args: argparse.Namespace) -> int:
+    """Write train.npy, val.npy and meta.json: encode the text in shards, then join these. Shards that an
+    earlier, stopped run has finished are used again. Returns the exit status; raises UserError."""
     check_token_flags(args)
     sources = {"train": text_source(args, args.input, args.split, "--input")}
     if args.val_input or args.val_split:
@@ -261,7 +276,7 @@ def make_token_files(args: argparse.Namespace) -> int:
     shard_folder = output / ".shards"
     plan = token_plan(args, tokenizer)
     n_workers = args.num_proc or os.cpu_count() or 1
-    lock = claim_folder(output, "--output ")
+    lock = claim_folder(output, flag="--output ")
     try:
         if args.fresh:
             shutil.rmtree(shard_folder, ignore_errors=True)
@@ -270,11 +285,18 @@ def make_token_files(args: argparse.Namespace) -> int:
             return 0
         open_shard_folder(shard_folder, plan)
         sizes = [source.n_bytes for source in sources.values()]
-        n_bytes = None if None in sizes else sum(sizes)
+        n_bytes = None if None in sizes else sum(sizes)  # None: not known, so the bar shows no end
         with workers(n_workers, tokenizer) as pool, byte_progress("tokens", n_bytes) as advance:
             for name, source in sources.items():
                 write_shards(
-                    shard_folder, name, source, tokenizer, args.shard_chars, pool, n_workers, advance
+                    shard_folder,
+                    name,
+                    source,
+                    tokenizer,
+                    shard_chars=args.shard_chars,
+                    pool=pool,
+                    n_workers=n_workers,
+                    advance=advance,
                 )
         meta = join_shards(
             shard_folder,
@@ -284,18 +306,8 @@ def make_token_files(args: argparse.Namespace) -> int:
             fraction=args.val_fraction,
             seed=args.seed,
         )
-        meta |= {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": tokenizer.to_dict(),
-            "tokenizer_sha256": tokenizer.fingerprint(),
-            "source": {
-                "input": args.input,
-                "val_input": args.val_input,
-                "files": sum(len(source.files) for source in sources.values()),
-            },
-            "plan": plan,
-            "command": f"python3 {shlex.join(sys.argv)}",
-        }
+        meta |= origin_of_files(args, sources, tokenizer, plan)
+        # Last: a folder without meta.json counts as not finished.
         with atomic_write(output / "meta.json") as file:
             file.write(json.dumps(meta, indent=1).encode())
         shutil.rmtree(shard_folder, ignore_errors=True)
@@ -305,8 +317,26 @@ def make_token_files(args: argparse.Namespace) -> int:
     return 0
 
 
+def origin_of_files(
+    args: argparse.Namespace, sources: dict[str, Source], tokenizer: Tokenizer, plan: dict[str, Any]
+) -> dict[str, Any]:
+    """The part of meta.json that says what the token files were made from, and how."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.to_dict(),
+        "tokenizer_sha256": tokenizer.fingerprint(),
+        "source": {
+            "input": args.input,
+            "val_input": args.val_input,
+            "files": sum(len(source.files) for source in sources.values()),
+        },
+        "plan": plan,
+        "command": f"python3 {shlex.join(sys.argv)}",
+    }
+
+
 def check_token_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that cannot be followed, alone or together."""
+    """Raise UserError for flags that are wrong or do not go together."""
     if args.num_proc is not None and args.num_proc < 1:
         raise UserError(f"--num-proc {args.num_proc} must be at least 1")
     if args.shard_chars < 1:
@@ -343,8 +373,9 @@ def read_tokenizer(name: str) -> Tokenizer:
 
 
 def token_plan(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The flags that decide which ids are written: {flag: value}. plan.json holds it while shards are made,
-    then meta.json. The text itself is compared by its sha256."""
+    """The flags that must not change between two runs into one folder, {flag: value}. Most decide which ids
+    are written; --shard-chars decides where shards end. Files are not listed: their text is compared by its
+    sha256, so a file may be moved. plan.json holds the plan while shards are made, then meta.json does."""
     return {
         "--tokenizer": f"{described(tokenizer)}, sha256 {tokenizer.fingerprint()[:16]}",
         "--dataset": args.dataset,
@@ -377,13 +408,14 @@ def refuse_different_plan(output: Path, old_plan: dict[str, Any], new_plan: dict
 def is_up_to_date(
     output: Path, plan: dict[str, Any], sources: dict[str, Source], tokenizer: Tokenizer
 ) -> bool:
-    """Whether the folder is finished. Raises UserError if it is finished, but with another plan or another
-    text."""
+    """Whether the token files in this folder are finished. Raises UserError if they are, but were made with
+    another plan or from another text."""
     meta = read_meta(output)
     if meta is None:
         return False
     refuse_different_plan(output, meta["plan"], plan)
-    if plan["--dataset"] is None:  # a dataset is known by its name and commit; files are read and compared
+    # A dataset is known by its name and commit, which are in the plan. Files are read again and compared.
+    if plan["--dataset"] is None:
         sums = (
             pieces_sha256(pieces)
             for source in sources.values()
@@ -395,12 +427,13 @@ def is_up_to_date(
 
 
 def open_shard_folder(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder of the shards, with plan.json in it. If it is there already, its shards are used again;
-    raises UserError if they were made with another plan."""
+    """Make the folder of the shards, with plan.json in it. If it is there already, its shards will be used
+    again; raises UserError if they were made with another plan."""
     plan_path = folder / "plan.json"
     if plan_path.exists():
         refuse_different_plan(folder.parent, json.loads(plan_path.read_text()), plan)
-        print(f"resuming: {len(list(folder.glob('*-*.json')))} shards are there already", file=sys.stderr)
+        n_shards = len(list(folder.glob("*-*.json")))  # one for each finished shard
+        print(f"resuming: {n_shards} shards are there already", file=sys.stderr)
     folder.mkdir(exist_ok=True)
     with atomic_write(plan_path) as file:
         file.write(json.dumps(plan).encode())
@@ -409,7 +442,7 @@ def open_shard_folder(folder: Path, plan: dict[str, Any]) -> None:
 def print_summary(
     meta: dict[str, Any], output: Path, tokenizer: Tokenizer, seconds: float, n_workers: int
 ) -> None:
-    """What was made, how fast, and in how much memory."""
+    """Print what was made, how fast, and in how much memory. `meta` is what meta.json holds."""
     for name in ("train", "val"):
         part = meta[name]
         counts = f"{part['tokens']:,} tokens, {part['documents']:,} documents"
@@ -420,28 +453,31 @@ def print_summary(
     )
     print_longest([text for _, text, _ in meta["longest_tokens"]])
     megabytes = meta["bytes"] / 1e6
+    processes = "process" if n_workers == 1 else "processes"
     own_memory = peak_memory_mb(resource.RUSAGE_SELF)
     worker_memory = peak_memory_mb(resource.RUSAGE_CHILDREN)
     print(
         f"{megabytes:,.1f} MB of text in {seconds:.1f} s: {megabytes / seconds:.1f} MB/s with {n_workers} "
-        f"process{'es' * (n_workers > 1)}; peak memory {own_memory:,.0f} MB in the main process, at most "
+        f"{processes}; peak memory {own_memory:,.0f} MB in the main process, at most "
         f"{worker_memory:,.0f} MB in each of the others"
     )
 
 
 def peak_memory_mb(who: int) -> float:
-    """The largest resident memory of this process, or of any of its children."""
+    """The most memory that this process has used, or any one of its children; `who` is RUSAGE_SELF or
+    RUSAGE_CHILDREN."""
     units_per_mb = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(who).ru_maxrss / units_per_mb
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The whole script as one call. Returns the exit status; raises UserError."""
     args = parse_args(argv)
     if args.task == "tokenizer":
         return make_tokenizer(args)
     try:
         return make_token_files(args)
     except KeyboardInterrupt:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C also ends the program that reads our output
             print("\nstopped; what has been encoded is kept, and the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # as the shell reports a program that Ctrl-C has ended

@@ -38,7 +38,7 @@ class Source:
     files: list[Path]
     dataset: str | None = None
     config: str | None = None
-    split: str = "train"
+    split: str | None = "train"  # has no use with files
     revision: str | None = None
     text_field: str = "text"
     errors: str = "strict"
