@@ -1,4 +1,4 @@
-"""How the weights move: parameter groups, the optimizers, and the learning rate of each step."""
+"""How the weights change: parameter groups, the optimizers, and the learning rate of each step."""
 
 import math
 
@@ -9,8 +9,8 @@ from support.config.schema import TrainingConfig
 
 
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two AdamW groups. Matrices and embedding tables decay; vectors (norm gains, biases) do not: shrinking a
-    gain towards zero would shrink the signal, not the complexity."""
+    """Two AdamW groups: matrices and embedding tables decay, vectors (norm gains, biases) do not. A smaller
+    gain would only make the signal weaker."""
     return [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
@@ -18,14 +18,17 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> 
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it is a matrix inside a block. Muon leaves embeddings and head, which are lookup tables, to
-    AdamW."""
-    return parameter.dim() == 2 and ".layers." in f".{name}"
+    """Whether this is a matrix inside a block. The embedding table and the head have one row per token, so
+    Muon leaves them to AdamW."""
+    return parameter.dim() == 2 and "layers" in name.split(".")  # layers.0.mlp.up_proj.weight
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
-    """The groups of the optimizer that the config names, without empty ones. The schedule multiplies
-    `peak_lr`; `muon` says how the group steps."""
+    """The parameter groups of the optimizer that the config names; empty groups are left out.
+
+    The schedule's share times `peak_lr` is the group's learning rate. `muon` is True for groups that Muon
+    updates. Frozen parameters are in no group.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for_muon = []
     if config.optimizer == "muon":
@@ -51,7 +54,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     if config.optimizer == "muon":
         return Muon(groups, **options, fused=fused)
     if config.optimizer == "adamw_from_scratch":
-        from from_scratch import AdamW
+        from from_scratch import AdamW  # here, since no other run needs that file
 
         return AdamW(groups, **options)
     raise ValueError(
@@ -61,9 +64,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 
 class Muon(torch.optim.AdamW):
-    """Momentum, orthogonalized: groups with `muon=True` step along the (semi-)orthogonal matrix nearest to
-    their momentum, so that every direction of a weight matrix moves, not only the few large ones. The other
-    groups are AdamW's.
+    """In groups with `muon=True`, each matrix moves along the (semi-)orthogonal matrix nearest to its
+    momentum, the mean of its recent gradients. So every direction of the matrix moves about equally, not only
+    the few that dominate the gradient. AdamW updates the other groups.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). Matrices of one shape are
     orthogonalized together, which on a CPU is several times faster than one by one (docs/EXPERIMENTS.md).
@@ -73,17 +76,19 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update all groups. Returns what `closure` returned, as every optimizer of PyTorch does."""
         for group in self.param_groups:
             if group["muon"]:
                 self._step_group(group)
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if not group["muon"]]
         try:
-            return super().step(closure)  # AdamW, for the groups that are not Muon's
+            return super().step(closure)  # AdamW's step, which sees only the groups left to it
         finally:
             self.param_groups = all_groups
 
     def _step_group(self, group: dict) -> None:
+        """Update the matrices of one group, those of one shape together."""
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for p in group["params"]:
             if p.grad is not None:
@@ -92,6 +97,7 @@ class Muon(torch.optim.AdamW):
             self._step_same_shape(params, group["lr"], group["weight_decay"])
 
     def _step_same_shape(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """Update matrices of one shape; all of them have a gradient."""
         directions = []
         for p in params:
             state = self.state[p]
@@ -99,13 +105,16 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.tensor(0.0)
                 state["momentum_buffer"] = torch.zeros_like(p)
             state["step"] += 1
+            # 0.95 of the old momentum and 0.05 of the gradient: a.lerp(b, share) is (1 - share) a + share b.
             momentum = state["momentum_buffer"].lerp_(p.grad, 1 - self.MOMENTUM)
-            directions.append(full(p.grad.lerp(momentum, self.MOMENTUM)))  # Nesterov: look one step ahead
+            direction = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov: the gradient counts once more
+            directions.append(full(direction))
             p.grad = None  # it has been used; free its memory
-        updates = newton_schulz(torch.stack(directions))
+        updates = newton_schulz(torch.stack(directions))  # (n, rows, columns)
         rows, columns = params[0].shape
         for p, update in zip(params, updates, strict=True):
             p.mul_(1 - lr * weight_decay)
+            # Larger for a tall matrix: then one rate changes the outputs of layers of all shapes alike.
             p.add_(shard_like(update, p), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
@@ -120,25 +129,28 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
-        X = X.mT  # work with the smaller square
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+        X = X.mT  # so that X X^T below is the smaller of the two possible squares
+    # The norm is at least the largest singular value, so after this none is above 1.
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = a * X + (b * A + c * A @ A) @ X  # a X + b X X^T X + c (X X^T)^2 X
     return (X.mT if tall else X).to(G.dtype)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, also if FSDP keeps only a shard of it in this process."""
+    """The whole tensor. With FSDP each process keeps only a part of every weight; this collects the parts."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(tensor: Tensor, p: Tensor) -> Tensor:
-    """`tensor`, divided among processes as `p` is."""
-    if not hasattr(p, "device_mesh"):
+    """Cut `tensor` as FSDP has cut `p`, and keep this process's part. Without FSDP `p` is whole, and `tensor`
+    is returned as it is."""
+    if not hasattr(p, "device_mesh"):  # an ordinary tensor
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
+    # device_mesh: the processes; placements: along which dimension they cut
     return distribute_tensor(tensor, p.device_mesh, p.placements)
 
 
@@ -150,24 +162,30 @@ def shard_like(tensor: Tensor, p: Tensor) -> Tensor:
 
 
 def constant(progress: float) -> float:
+    """Stays at the peak."""
     return 1.0
 
 
 def linear(progress: float) -> float:
+    """Falls in a straight line to zero."""
     return 1 - progress
 
 
 def cosine(progress: float) -> float:
+    """Falls to zero along half a cosine: slowly, faster, slowly (Loshchilov and Hutter, "SGDR", 2017)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def warmup_stable_decay(progress: float) -> float:
-    """Hu et al., "MiniCPM" (2024): the last fifth of the schedule falls to zero."""
+    """Stays at the peak, then falls in a straight line to zero over the last fifth. (Its warmup is in
+    lr_factor, as for all schedules.) The idea is from Hu et al., "MiniCPM" (2024); there the fall is
+    exponential and shorter."""
     return min(1.0, 5 * (1 - progress))
 
 
 def two_steps_down(progress: float) -> float:
-    """DeepSeek LLM (2024): 31.6% of the peak after 80% of the schedule, 10% after 90%."""
+    """Stays at the peak, drops to 31.6% of it after 80% of the schedule, and to 10% after 90% (DeepSeek LLM,
+    2024)."""
     if progress < 0.8:
         return 1.0
     return 0.316 if progress < 0.9 else 0.1
@@ -185,9 +203,10 @@ SCHEDULES = {
 def lr_factor(step: int, schedule: str, warmup_steps: int, schedule_steps: int, floor: float = 0.0) -> float:
     """The share of the peak learning rate in step 0, 1, ... (which are printed as 1, 2, ...).
 
-    Warmup does not start from zero: of W steps the first has 1/W of the peak and the last all of it. The step
-    after the warmup has the peak too. `cosine`, `linear` and `wsd` reach `floor` in the step after the
-    schedule, so its last step still has a little more, and all later steps have `floor`.
+    Warmup does not start from zero: with W steps, the first has 1/W of the peak and the last all of it. The
+    step after the warmup has the peak too. `schedule_steps` counts the warmup too; `floor` is a share of the
+    peak. With schedule_steps=6 the steps 0 to 5 belong to the schedule. From step 6 on `cosine`, `linear` and
+    `wsd` give exactly `floor`; step 5 is still a little above it.
 
     >>> [lr_factor(s, "linear", warmup_steps=2, schedule_steps=6) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -197,9 +216,11 @@ def lr_factor(step: int, schedule: str, warmup_steps: int, schedule_steps: int, 
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, schedule_steps - warmup_steps))
+    # The schedule goes from 1 to 0; squeeze it so that it goes from 1 to floor.
     return floor + (1 - floor) * SCHEDULES[schedule](progress)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give each group the learning rate `factor` times its own peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -1,4 +1,4 @@
-"""From logits to text: the filters that decide which tokens may be drawn, the draw, and the loop around them.
+"""From logits to tokens: the filters that decide which tokens may be drawn, the draw, and the loop around.
 
 A new filter is three edits here (its key in `SamplingConfig`, its function, its line in `filter_logits`), and
 a flag in infer.py.
@@ -24,7 +24,7 @@ class SamplingConfig(BaseModel):
         1.0,
         ge=0,
         allow_inf_nan=False,
-        description="Divides the logits: below 1 safer, above 1 wilder, 0 greedy.",
+        description="Divides the logits: below 1 safer, above 1 wilder, 0: always the likeliest token.",
     )
     top_k: int | None = Field(None, ge=1, description="Draw among the k likeliest tokens only.")
     top_p: float = Field(
@@ -40,15 +40,20 @@ class SamplingConfig(BaseModel):
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens in `seen` (B, S) less likely: a positive logit is divided by the penalty, a negative
-    one multiplied by it (Keskar et al., "CTRL", 2019). A token counts once, however often it was seen."""
-    score = logits.gather(1, seen)  # (B, S)
+    one multiplied by it (Keskar et al., "CTRL", 2019). A token counts once, however often it was seen.
+
+    A penalty above 1 must lower every score: 3 / 2 is below 3, and -3 * 2 is below -3.
+    """
+    score = logits.gather(1, seen)  # (B, S): the logit of each token of the text
     score = torch.where(score > 0, score / penalty, score * penalty)
-    return logits.scatter(1, seen, score)
+    return logits.scatter(1, seen, score)  # write each back; a token seen twice gets the same value twice
 
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
     """A temperature below 1 widens the gaps between logits, one above 1 narrows them."""
-    below_largest = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so nothing overflows below
+    # All are at most 0 now. A tiny temperature may give -inf (never drawn), but not +inf, which would break
+    # the softmax. And a number below 1e-30 might become 0 in float32: 0 / 0 is not a number.
+    below_largest = logits - logits.amax(dim=-1, keepdim=True)
     return below_largest / max(temperature, 1e-30)
 
 
@@ -60,23 +65,24 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Only the likeliest tokens stay, as few as together have the probability p (Holtzman et al., "The
-    Curious Case of Neural Text Degeneration", 2019)."""
-    ordered, index = logits.sort(dim=-1, descending=True)
+    """Go from the likeliest token down and stop as soon as the kept ones add up to p or more. A sure model
+    keeps one token, an unsure one many. (Holtzman et al., "The Curious Case of Neural Text Degeneration",
+    2019.)"""
+    ordered, ids = logits.sort(dim=-1, descending=True)  # ids[b, 0] is the likeliest token of row b
     probs = ordered.softmax(dim=-1)
-    before = (
-        probs.cumsum(dim=-1) - probs
-    )  # what all likelier tokens hold; 0 for the first, so it always stays
+    # The probability of all likelier tokens. It is 0 for the first token, which therefore always stays.
+    before = probs.cumsum(dim=-1) - probs
     ordered = ordered.masked_fill(before >= p, NEVER)
-    return logits.scatter(1, index, ordered)  # back into the order of the vocabulary
+    return logits.scatter(1, ids, ordered)  # column i goes back to column ids[i]
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Tensor:
-    """Logits (B, V) after all filters, in this order; `seen` (B, S) are the tokens so far."""
-    logits = logits.float()
+    """Logits (B, V) after all filters; `seen` (B, S) are the tokens so far. Temperature comes before top-p,
+    because top-p adds up the probabilities that the temperature makes."""
+    logits = logits.float()  # the model may give bf16, too coarse for small differences
     if sampling.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature > 0:
+    if sampling.temperature > 0:  # 0 means: take the largest (sample_next), so nothing to divide
         logits = divide_by_temperature(logits, sampling.temperature)
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
@@ -91,7 +97,7 @@ def filter_logits(logits: Tensor, sampling: SamplingConfig, seen: Tensor) -> Ten
 def sample_next(
     logits: Tensor, sampling: SamplingConfig, seen: Tensor, generator: Generator | None = None
 ) -> Tensor:
-    """One token for each row, (B,), from logits (B, V). Temperature 0 takes the likeliest."""
+    """One token for each row, (B,), from logits (B, V) and the tokens so far, `seen` (B, S)."""
     logits = filter_logits(logits, sampling, seen)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
@@ -110,9 +116,11 @@ def generate_tokens(
     """Yield the next token of every row, (B,), up to `max_new_tokens` times, after the prompts (B, T).
 
     A row that has reached `eos_id` gets only `eos_id` from then on; when all rows have, the loop ends. The
-    model is a `GPTMini` in eval mode. Beyond its `max_seq_len` it sees the last `max_seq_len` tokens. Their
-    positions shift by one with each new token, so nothing in the cache is valid any more, and each token
-    costs a whole window.
+    model is a `GPTMini` in eval mode. The cache holds what earlier tokens computed, see KVCache in model.py.
+
+    When the text is longer than `max_seq_len`, the model gets only the last `max_seq_len` tokens, numbered
+    again from 0. Each new token changes the number of all the others, but the cached keys were computed for
+    the old numbers. So the cache is no longer used: each new token needs a pass over `max_seq_len` tokens.
     """
     sampling = sampling or SamplingConfig()
     ids = input_ids  # (B, S), one longer after each token
@@ -121,10 +129,11 @@ def generate_tokens(
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     for _ in range(max_new_tokens):
         if ids.shape[1] <= window:
-            x = model.hidden_states(ids[:, cache.length :], cache=cache)  # only what the cache does not hold
+            # Only the tokens that the cache does not hold: first the prompt, then one token each time.
+            x = model.hidden_states(ids[:, cache.length :], cache=cache)
         else:
             x = model.hidden_states(ids[:, -window:])
-        logits = model.lm_head(x[:, -1])  # (B, V): of the last position alone
+        logits = model.lm_head(x[:, -1])  # (B, V), from the last position
         token = sample_next(logits, sampling, ids, generator)  # (B,)
         if eos_id is not None:
             token = token.masked_fill(finished, eos_id)
