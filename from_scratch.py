@@ -67,8 +67,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row i of a table for token i. The same as one-hot (B, T, V) @ table (V, D), without multiplying by all
-    the zeros. Its gradient, too, touches only the rows that were looked up."""
+    """For token i, row i of a table. The same as one-hot (B, T, V) @ table (V, D), without multiplying by all
+    the zeros. Only the rows that were looked up get a gradient."""
 
     def __init__(self, n_tokens: int, width: int):
         super().__init__()
@@ -99,7 +99,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     largest = logits.amax(dim=-1, keepdim=True)
     log_sum_exp = largest.squeeze(-1) + (logits - largest).exp().sum(dim=-1).log()  # (N,)
-    return (log_sum_exp - logits.gather(-1, targets[:, None]).squeeze(-1)).mean()
+    of_targets = logits.gather(-1, targets[:, None]).squeeze(-1)  # (N,): logits[n, targets[n]]
+    return (log_sum_exp - of_targets).mean()
 
 
 def silu(x: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain: LayerNorm without mean and bias (Zhang and Sennrich, 2019)."""
+    """x / sqrt(mean(x^2) + eps) * gain: no mean is subtracted, no bias added (Zhang and Sennrich, 2019)."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
@@ -174,18 +175,20 @@ def rope_halves(x: Tensor, theta: float = 10000.0) -> Tensor:
 
 def rope_neighbours(x: Tensor, theta: float = 10000.0) -> Tensor:
     """The convention of the paper, of Meta's Llama and of llama.cpp: dimensions 2i and 2i + 1 are a pair,
-    which is one complex number, and turning it is multiplying it by exp(i * angle)."""
-    angles = rope_angles(x.shape[-2], x.shape[-1], theta)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).type_as(x)
+    read as one complex number a + bi. To turn it, multiply it by exp(i * angle). x: (..., T, hd)."""
+    angles = rope_angles(x.shape[-2], x.shape[-1], theta)  # (T, hd/2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., hd/2, 2) -> (..., hd/2)
+    turns = torch.polar(torch.ones_like(angles), angles)  # exp(i * angle): length 1, this angle
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)  # (..., hd/2, 2) -> (..., hd)
 
 
 def to_neighbours(x: Tensor) -> Tensor:
     """From halves to neighbours: the order 0 1 2 3 | 4 5 6 7 becomes 0 4 1 5 2 6 3 7.
 
-    Applied to the rows of W_q and W_k it carries weights from one convention to the other, since q . k does
-    not depend on the order of a head's dimensions.
+    To convert a model, put the rows of each head of W_q and W_k in this order: each row makes one dimension.
+    q and k are reordered alike, so q . k is the same sum in another order.
     """
+    # (..., 8) -> (..., 2, 4) -> (..., 4, 2) -> (..., 8)
     return x.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)
 
 
@@ -270,7 +273,7 @@ class AdamW(torch.optim.Optimizer):
     def _step_one(self, w: Tensor, g: Tensor, group: dict) -> None:
         (b1, b2), lr = group["betas"], group["lr"]
         state = self.state[w]
-        if not state:  # the names are those of torch.optim.AdamW
+        if not state:  # torch.optim.AdamW uses the same names
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(w)
             state["exp_avg_sq"] = torch.zeros_like(w)
@@ -301,7 +304,7 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale all gradients together so that their norm, as of one long vector, is at most `limit`. Returns
+    """Scale all gradients together so that their norm, taken as one long vector, is at most `limit`. Returns
     the norm before.
 
     The direction stays: a single unusual batch moves the weights the right way, but not far (Pascanu et al.,
@@ -318,7 +321,7 @@ def learning_rate(step: int, peak: float, floor: float, warmup: int, total: int)
     """The learning rate of step 0, 1, ...: a linear warmup, then half a cosine down to `floor` (Loshchilov
     and Hutter, "SGDR", 2017).
 
-    Warmup, because Adam's m and v know little in the first steps, and a large step on little knowledge does
+    Why a warmup: Adam's m and v know little in the first steps, and a large step on little knowledge does
     harm. The first step has peak / warmup (a step at zero would change nothing). The last step of the warmup
     and the one after it have the peak. Step `total`, the first after the schedule, is the first at `floor`.
     """
@@ -391,9 +394,10 @@ def sampling_probabilities(
 ) -> Tensor:
     """The probability of each token to be drawn next, (V,), from logits (V,).
 
-    temperature divides the logits: below 1 the likeliest gain, above 1 all come closer. top_k keeps the k
-    likeliest. top_p keeps the fewest that together have this probability: many where the model is unsure, one
-    where it is sure (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019).
+    temperature divides the logits: below 1 the likeliest tokens gain, above 1 all come closer. top_k keeps
+    the k likeliest. top_p goes from the likeliest down and stops as soon as the kept tokens add up to top_p
+    or more: a sure model keeps one token, an unsure one many (Holtzman et al., "The Curious Case of Neural
+    Text Degeneration", 2019).
     """
     order = logits.argsort(descending=True)
     p = softmax(logits[order] / temperature)  # likeliest first
@@ -404,24 +408,26 @@ def sampling_probabilities(
     before = p.cumsum(0) - p  # the probability of all likelier tokens; 0 for the first, which always stays
     keep &= before < top_p
     p = p * keep / (p * keep).sum()
-    return torch.zeros_like(p).scatter(0, order, p)
+    return torch.zeros_like(p).scatter(0, order, p)  # p[i] goes to place order[i]: back to the ids' order
 
 
 # ---- byte-pair encoding --------------------------------------------------------------------------
 
 # GPT-2 cuts text into words before it merges anything, so that no token reaches from one word into the next.
-# A word is an English ending, letters, digits or other signs, each with the space before it, or white space
-# (Radford et al., 2019).
+# A word is one of: an English ending ('s, 'll), a run of letters, of digits or of other signs (these three
+# with the space before them), or white space (Radford et al., 2019).
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 Pair = tuple[int, int]
 CACHED_WORDS = 20_000  # BPE remembers the ids of up to this many words
-CACHED_LENGTH = 40  # that have at most this many characters
+CACHED_LENGTH = 40  # and only of words up to this many characters
 
 
 def byte_order() -> list[int]:
-    """The 256 bytes in the order of GPT-2's first ids: those that are a printable character, then the
+    """The 256 bytes in the order of GPT-2's first ids: the bytes that are a printable character, then the
     others."""
-    return sorted(range(256), key=byte_characters().__getitem__)
+    # For each byte a character: its own, or one from chr(256) on if it cannot be printed.
+    characters = byte_characters()
+    return sorted(range(256), key=lambda byte: characters[byte])  # so the unprintable ones come last
 
 
 def merge_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
@@ -454,12 +460,13 @@ class PairCounts:
         self.words, self.times = words, times  # each different word once, and how often it occurs
         self.counts: Counter[Pair] = Counter()
         self.where: defaultdict[Pair, set[int]] = defaultdict(set)
-        for w in range(len(words)):
+        for w in range(len(words)):  # w is a word's place in `words`
             self._count(w, +1)
         self.heap = [(-count, pair) for pair, count in self.counts.items()]
         heapq.heapify(self.heap)
 
     def _count(self, w: int, sign: int) -> set[Pair]:
+        """Add the pairs of word w to the counts (sign +1) or take them away (-1). Returns these pairs."""
         pairs = list(itertools.pairwise(self.words[w]))
         for pair in pairs:
             self.counts[pair] += sign * self.times[w]
@@ -467,7 +474,7 @@ class PairCounts:
         return set(pairs)
 
     def most_frequent(self) -> Pair | None:
-        """The pair that occurs most often; of equals, the one with lower ids. None if no pair is left."""
+        """The pair that occurs most often (the lowest ids, if several do). None if no pair is left."""
         while self.heap:
             count, pair = heapq.heappop(self.heap)
             if -count == self.counts[pair] > 0:
@@ -477,6 +484,7 @@ class PairCounts:
         return None
 
     def merge(self, pair: Pair, new: int) -> None:
+        """Write token `new` for `pair` in every word, and correct the counts of the pairs around it."""
         changed: set[Pair] = set()
         for w in self.where.pop(pair):
             merged = merge_pair(self.words[w], pair, new)
@@ -493,8 +501,8 @@ class PairCounts:
 
 
 class BPE:
-    """Byte-pair encoding: 256 bytes, and one more token for each merge of the two tokens that are next to
-    each other most often.
+    """Byte-pair encoding: a token for each of the 256 bytes, and one for each merge of the two tokens that
+    are next to each other most often.
 
     Gage (1994), Sennrich et al. (2016); on bytes, so that no text is unknown: Radford et al. (2019).
     `specials` are texts such as `<|endoftext|>` that become one token wherever they are written. They get the
@@ -527,7 +535,7 @@ class BPE:
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, specials: Sequence[str] = (EOS_TEXT,)) -> "BPE":
         """Merge the most frequent pair of all words, again and again, until there are `vocab_size` tokens or
-        no pairs are left."""
+        no pairs are left. Returns a BPE with these merges."""
         self = cls([], specials)
         words: Counter[str] = Counter()
         for document in documents:
@@ -549,9 +557,12 @@ class BPE:
     def from_files(
         cls, vocab: str | Path, merges: str | Path, specials: Sequence[str] = (EOS_TEXT,)
     ) -> "BPE":
-        """From vocab.json and merges.txt (or encoder.json and vocab.bpe) as GPT-2 published them. Raises
-        UserError where ids do not fit."""
-        damaged = f"{vocab} and {merges} do not belong together, or are damaged"
+        """From vocab.json and merges.txt (or encoder.json and vocab.bpe) as GPT-2 published them.
+
+        The files write each byte as one visible character, so first turn the texts back into bytes. Raises
+        UserError if the ids in vocab.json are not the ids that this class gives: bytes, merges, specials.
+        """
+        problem = f"{vocab} and {merges} do not belong together, or are damaged"
         byte_of = {char: byte for byte, char in enumerate(byte_characters())}
 
         def as_bytes(text: str) -> bytes:
@@ -565,24 +576,27 @@ class BPE:
             self = cls([(id_of[as_bytes(a)], id_of[as_bytes(b)]) for a, b in pairs], specials)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
-                f"{damaged}; take the vocab.json and the merges.txt of one byte-level tokenizer"
+                f"{problem}; take the vocab.json and the merges.txt of one byte-level tokenizer"
             ) from None
-        in_order = all(id_of.get(token) == id for id, token in enumerate(self.bytes_of))
-        if not in_order or any(ids.get(text, id) != id for text, id in self.specials.items()):
+        same_ids = all(id_of.get(token) == id for id, token in enumerate(self.bytes_of))
+        # A special that is not in the file is fine.
+        wrong_special = any(ids.get(text, id) != id for text, id in self.specials.items())
+        if wrong_special or not same_ids:
             raise UserError(
-                f"{damaged}: ids should go to the bytes first, then to the merges in their order, then to "
+                f"{problem}: ids should go to the bytes first, then to the merges in their order, then to "
                 "special tokens"
             )
         return self
 
     def _around_specials(self, text: str) -> list[str]:
+        """The text cut before and after each special; the specials are pieces too."""
         return self.special.split(text) if self.special else [text]
 
     def _encode_word(self, word: str) -> list[int]:
-        """The ids of a word: always the earliest learned merge that is possible, until none is.
+        """The ids of a word: apply the merge that was learned earliest, again and again, until none applies.
 
         Most words of a text are among a few thousand frequent ones, so the ids of short words are remembered.
-        In the end rare words fill the memory; then all of it is cleared, and the frequent ones soon return.
+        Sooner or later rare words fill the cache; then it is cleared, and the frequent words soon return.
         """
         if word in self.cache:
             return self.cache[word]
@@ -612,8 +626,8 @@ class BPE:
         """The ids of all lines, one by one. For files larger than memory: only a line or two and the cache of
         words are held.
 
-        The end of a line is not a place to cut, because blanks that follow belong to the same word. A place
-        before a blank that follows a character is one. The text after the last such place waits for the next
+        The end of a line is not a place to cut, because blanks that follow belong to the same word. Between a
+        character and a blank the text may be cut. The text after the last such place waits for the next
         line. (Lines without any such place, such as thousands of empty ones, are one word and wait together.)
         """
         waiting = ""
@@ -642,7 +656,7 @@ REPO = Path(__file__).parent
 
 @dataclass
 class Proof:
-    """The witness a part was compared with, the largest difference, and the one that rounding allows."""
+    """What a part was compared with (the witness), the largest difference, and how much rounding allows."""
 
     witness: str
     difference: float
@@ -654,6 +668,7 @@ class Proof:
 
 
 def compare(witness: str, ours: Tensor, theirs: Tensor, allowed: float = 1e-5) -> Proof:
+    """A proof with the largest difference between two tensors."""
     return Proof(witness, (ours - theirs).abs().max().item(), allowed)
 
 
@@ -666,12 +681,12 @@ def with_weights(module: nn.Module, *weights: Tensor) -> nn.Module:
 
 
 def compare_layers(witness: str, ours: nn.Module, theirs: Callable, x: Tensor) -> Iterator[Proof]:
-    """The outputs for x, and the gradients that come back to x."""
+    """Two proofs: the layers' outputs for x, and the gradients that come back to x."""
     outputs, gradients = [], []
     for layer in (ours, theirs):
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
-        weights = torch.linspace(-1, 1, y.numel()).view_as(y)  # so that each output has another gradient
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y)  # so each output gets a different gradient
         (y * weights).sum().backward()
         outputs.append(y.detach())
         gradients.append(leaf.grad)
@@ -742,7 +757,7 @@ def prove_rope() -> Iterator[Proof]:
     yield compare("model.apply_rope", rope_halves(x), model.apply_rope(x, cos, sin))
     neighbours = rope_neighbours(to_neighbours(x))
     yield compare("halves, permuted, are neighbours", to_neighbours(rope_halves(x)), neighbours)
-    # The same query and the same key at every position: only their distance differs.
+    # One query and one key, put at every position: only their distance differs.
     q = rope_halves(torch.randn(1, 8).expand(12, 8))
     k = rope_halves(torch.randn(1, 8).expand(12, 8))
     scores = q @ k.T
@@ -958,8 +973,11 @@ PROOFS: dict[str, Callable[[], Iterator[Proof]]] = {
 
 
 def choose_proofs(parts: list[str]) -> dict[str, Callable[[], Iterator[Proof]]]:
-    """The proofs whose names begin like one of the parts; all without parts. Raises UserError for none."""
-    beginnings = tuple(part.lower() for part in parts) or ("",)
+    """The proofs whose names begin with one of `parts`; without parts, all. Raises UserError if no name
+    fits."""
+    if not parts:
+        return PROOFS
+    beginnings = tuple(part.lower() for part in parts)  # startswith takes several
     chosen = {name: prove for name, prove in PROOFS.items() if name.lower().startswith(beginnings)}
     if not chosen:
         raise UserError(f"no part begins with {' or '.join(parts)}; there are {', '.join(PROOFS)}")
