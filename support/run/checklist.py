@@ -1,4 +1,8 @@
-"""`train.py --check`: the checklist before training. Writes nothing."""
+"""`train.py --check`: the checklist before training. It writes nothing.
+
+A *probe* is a short experiment on the model, with random weights: does the future leak into the past, does
+the cache give the same logits, can the model learn one batch by heart?
+"""
 
 import contextlib
 import itertools
@@ -27,13 +31,16 @@ CHECK_ERRORS = (UserError, MemoryError, torch.OutOfMemoryError)
 
 
 def tiny_copy(config: GPTConfig) -> GPTConfig:
-    """The same switches and head grouping, small enough for a probe that takes seconds."""
+    """A small model with the same switches and, as far as possible, the same number of query heads for each
+    key head. A probe of it takes seconds."""
     queries_per_key = min(4, config.n_heads // config.n_kv_heads)
+    if queries_per_key == 3:  # 4 heads cannot be shared out in threes
+        queries_per_key = 4
     sizes = {
         "d_model": 64,
         "n_layers": 2,
         "n_heads": 4,
-        "n_kv_heads": 4 // queries_per_key if 4 % queries_per_key == 0 else 1,
+        "n_kv_heads": 4 // queries_per_key,
         "head_dim": 16,
         "d_ff": 192,
         "max_seq_len": min(64, config.max_seq_len),
@@ -44,8 +51,8 @@ def tiny_copy(config: GPTConfig) -> GPTConfig:
 
 @torch.no_grad()
 def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
-    """How far the logits of earlier positions move when the last token changes. Anything but 0 means that the
-    model sees the future."""
+    """How much the logits of the earlier positions change when the last token is replaced. Anything but 0
+    means that the model sees the future."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(length, device=device)[None] % model.config.vocab_size
     changed = ids.clone()
@@ -55,8 +62,8 @@ def leak_probe(model: GPTMini, device: str, length: int = 48) -> float:
 
 @torch.no_grad()
 def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
-    """The largest difference between logits computed at once, and logits computed through the cache in two
-    pieces and single tokens."""
+    """The largest difference between the logits of one pass over all tokens and the logits computed with the
+    cache: two pieces first, then one token at a time."""
     length = min(length, model.config.max_seq_len)
     ids = torch.arange(1, length + 1, device=device)[None] % model.config.vocab_size
     cache = model.new_cache(batch_size=1)
@@ -66,8 +73,8 @@ def cache_probe(model: GPTMini, device: str, length: int = 48) -> float:
 
 
 def overfit_probe(model: GPTMini, batch: Batch, steps: int = 60) -> tuple[float, float]:
-    """(first, last) loss when one small batch is trained on again and again. A sound model learns it by
-    heart."""
+    """Train on one small batch again and again; returns (first loss, last loss). A sound model learns the
+    batch by heart, so its last loss is far lower."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -82,8 +89,8 @@ def overfit_probe(model: GPTMini, batch: Batch, steps: int = 60) -> tuple[float,
 
 
 def run_checks(args: Any, finetuning: bool) -> int:
-    """Print the checklist, one line for each item. Returns 0 if all pass, otherwise 1. It takes less than a
-    minute for any config, apart from compiling."""
+    """Print the checklist, one line for each item. Returns 0 if all items pass, otherwise 1. Without
+    training.compile it takes less than a minute for any config."""
     try:
         plan = plan_run(args, finetuning=finetuning, only_looks=True)
     except CHECK_ERRORS as error:
@@ -101,7 +108,7 @@ def run_checks(args: Any, finetuning: bool) -> int:
 
 
 def passes(name: str, check: Callable[[], str]) -> bool:
-    """Run one check and print its line."""
+    """Run one check, print its line, and return whether it passed."""
     try:
         print(f"ok    {name}: {check()}", flush=True)
         return True
@@ -111,13 +118,14 @@ def passes(name: str, check: Callable[[], str]) -> bool:
 
 
 def checklist(plan: Plan, args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
-    """(name, check) pairs. A check returns what it found, or raises UserError."""
+    """Pairs (name, check): a check is a function that returns what it found, or raises UserError. It runs
+    when its turn comes, so that its line is printed as soon as it is known."""
     config, model_config = plan.config, plan.model_config
     for line in plan.data.describe():
-        yield "text", lambda line=line: line
+        yield "text", lambda line=line: line  # line=line keeps this line, not the last one of the loop
     yield "blocks", lambda: describe_blocks(plan)
     yield "tokenizer", lambda: check_tokenizer(plan)
-    with torch.device("meta"):
+    with torch.device("meta"):  # weights with a shape but without numbers: no memory is needed
         n_params = GPTMini(model_config).n_params()
     yield (
         "model",
@@ -139,8 +147,8 @@ def checklist(plan: Plan, args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def build_probe(model_config: GPTConfig, plan: Plan) -> GPTMini:
-    """The model with random weights on the plan's device, without what would hide a mistake: dropout, and
-    layers that start at zero."""
+    """The model with random weights, on the plan's device. Dropout and layers that start at zero are switched
+    off, since they would hide mistakes."""
     torch.manual_seed(plan.config.seed)
     return GPTMini(model_config.model_copy(update={"dropout": 0.0, "zero_init": False})).to(plan.device)
 
@@ -161,8 +169,8 @@ def check_cache(probe: GPTMini, device: str, note: str) -> str:
 
 
 def bounded(value: float, limit: float, text: str) -> str:
-    """The text; UserError if the value is above its limit, or a NaN."""
-    if not value <= limit:
+    """Returns `text` if the value is within the limit. Raises UserError if it is larger, or not a number."""
+    if not value <= limit:  # not the same as value > limit, which is false for a NaN
         raise UserError(
             f"{text}, more than {limit:.0e}; this device or PyTorch version computes attention wrongly: try "
             "--device cpu"
@@ -171,6 +179,7 @@ def bounded(value: float, limit: float, text: str) -> str:
 
 
 def check_tokenizer(plan: Plan) -> str:
+    """Raises UserError if a piece of the text does not survive encoding and decoding."""
     tokenizer = plan.tokenizer
     text = plan.data.sample_text
     ids = tokenizer.encode(text)
@@ -188,21 +197,22 @@ def check_tokenizer(plan: Plan) -> str:
 
 
 def small_batch(plan: Plan, length: int) -> Batch:
-    """Two rows of the first step, of at most `length` tokens, on the plan's device."""
+    """Two rows of the first step, with at most `length` tokens each, on the plan's device."""
     [batch] = batches_of_step(plan, 0, micro_batch_size=2, grad_accum_steps=1)
     has_label = (batch["labels"] != IGNORE).any(dim=0)
-    end = int(has_label.nonzero().max()) + 1  # after a long prompt, the last tokens are those trained on
+    # Cut off the front, not the end: a row may begin with a long prompt, which is not trained on.
+    end = int(has_label.nonzero().max()) + 1
     return {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
 
 
 def check_compile(plan: Plan, model_config: GPTConfig) -> str:
-    """One compiled step against one eager one, with the adapters and the frozen parameters of the run,
-    without dropout."""
+    """Compare the gradients of a compiled step with those of an ordinary (*eager*) one. The network has the
+    adapters and frozen parameters of the run, but no dropout."""
     try_compiler(plan.device)
 
     def build() -> GPTMini:
         net = build_probe(model_config, plan)
-        with contextlib.suppress(UserError):  # the small copy may lack a layer that is frozen
+        with contextlib.suppress(UserError):  # the config may freeze a layer that the small copy lacks
             net = shape_net(net, plan.config)
         return net.to(torch.bfloat16 if plan.precision == "bf16-true" else None).train()
 
@@ -237,9 +247,8 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
 
     last_step = plan.n_steps - 1
     first, last = rate(0), rate(last_step)
-    highest = max(
-        first, rate(min(training.warmup_steps, last_step)), last
-    )  # after the warmup no schedule rises
+    after_warmup = rate(min(training.warmup_steps, last_step))
+    highest = max(first, after_warmup, last)  # no schedule rises after the warmup
     return (
         f"{training.optimizer}, {len(groups)} groups; learning rate starts at {first:.1e}, peaks at "
         f"{highest:.1e}, ends at {last:.1e} ({training.schedule})"
@@ -247,6 +256,7 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
 
 
 def check_memory(plan: Plan) -> str:
+    """Raises UserError if the run needs more memory than the device has."""
     needed = memory_of(plan)
     total = memory_total(plan.device)
     parts = ", ".join(f"{name} {megabytes(size)}" for name, size in needed.items())
@@ -269,20 +279,22 @@ def check_time(plan: Plan, probe: GPTMini) -> str:
     hours, minutes, seconds = total // 3600, total // 60 % 60, total % 60
     return (
         f"about {per_step:.2g} s a step, {hours}:{minutes:02}:{seconds:02} for {plan.n_steps:,} steps (from "
-        f"a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; validation comes on top)"
+        f"a probe at {flops_per_sec / 1e9:,.0f} GFLOP/s; validation not included)"
     )
 
 
 def check_folder(plan: Plan, args: Any) -> str:
+    """Raises UserError if the run may not write to its folder, or if the disk has too little room."""
     folder = plan.folder
     if args.resume is None and not args.fresh:
         refuse_unfinished(folder)
     parent = refuse_unwritable(folder)
     free = shutil.disk_usage(parent).free
+    # A checkpoint holds the weights and two numbers a weight for the optimizer; leave room for four of them.
     needed = 4 * memory_of(plan)["parameters"] * 3
     text = f"{folder} can be written, {megabytes(free)} free, a few checkpoints need {megabytes(needed)}"
     if free < needed:
         raise UserError(f"{text}; free some, or lower checkpoint.keep_last")
     if reason := why_no_lock(parent):
-        text += f"; its file system has no locks ({reason}), so nothing keeps a second run out of it"
+        text += f"; its file system has no locks ({reason}), so nothing stops a second run from writing there"
     return text

@@ -1,7 +1,9 @@
-"""What training.compile needs: a machine that can compile, and compiled gradients that equal the eager ones.
+"""What training.compile needs: a machine that can compile, and compiled gradients that equal those of the
+ordinary (*eager*) network, which PyTorch runs one operation at a time.
 
-torch.compile translates the network into C++ (on a CPU) or Triton (on a GPU) when it is first called. What is
-missing for that, or wrong in a PyTorch version, would otherwise show in the first step of a run, or never.
+torch.compile translates the network into C++ (on a CPU) or Triton (on a GPU) when it is first called. Without
+these checks, a missing compiler would show only in the first step of a run, and a bug in a PyTorch version
+might never show.
 """
 
 import contextlib
@@ -15,10 +17,12 @@ from data import Batch
 from model import GPTMini
 from support.messages import UserError
 
+# The modules whose errors come from compiling.
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._C._dynamo", "triton")
-# A wrong gradient is off by about 1, a rounded one by far less.
+# How far a compiled gradient may be off, in proportion to its size. A wrong one is off by about 1, a rounded
+# one by far less.
 MAX_DIFFERENCE = {"32-true": 1e-2, "bf16-mixed": 0.1, "bf16-true": 0.1}
-# A part of the compiler's own message: (what is missing, how to get it).
+# A piece of the compiler's own message -> (what is missing, how to get it).
 MISSING = {
     "Python.h": (
         "Python's header files (Python.h)",
@@ -48,7 +52,7 @@ def is_of_compiler(error: BaseException) -> bool:
 
 
 def advice_on_compiling(error: BaseException) -> str:
-    """One or two lines for a user: what is missing or has failed, and what to do."""
+    """One or two lines for the user: what is missing or has failed, and what to do about it."""
     text = " ".join(" ".join(str(cause) for cause in causes(error)).split())
     for piece, (missing, remedy) in MISSING.items():
         if piece in text:
@@ -61,14 +65,15 @@ def advice_on_compiling(error: BaseException) -> str:
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
+    """A number that depends on the rows of an embedding table that the ids name."""
     return (F.embedding(ids, table) ** 2).sum()
 
 
 def try_compiler(device: str) -> None:
-    """Compile the smallest thing that has a gradient, an embedding table, and run it.
+    """Compile a small function with a gradient, a look-up in an embedding table, and run it.
 
-    Raises UserError if that fails for any reason, or gives a wrong gradient: PyTorch 2.5 loses a part of it
-    for a token that occurs several times.
+    Raises UserError if that fails for any reason, or if the gradient is wrong: PyTorch 2.5 loses a part of
+    the gradient of a token that occurs several times.
     """
     ids = torch.arange(4 * 64, device=device).view(4, 64) % 7
     gradients = []
@@ -87,7 +92,7 @@ def try_compiler(device: str) -> None:
 
 
 def gradients_of(net: GPTMini, batch: Batch, precision: str, device: str) -> dict[str, Tensor]:
-    """Name and float32 gradient of each parameter that is trained, for the mean loss over the batch."""
+    """{name of a trained parameter: its gradient in float32}, for the mean loss over the batch."""
     autocast = (
         torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
     )
@@ -102,11 +107,12 @@ def gradients_of(net: GPTMini, batch: Batch, precision: str, device: str) -> dic
 
 
 def compare_gradients(build: Callable[[], GPTMini], batch: Batch, precision: str, device: str) -> str:
-    """How far the gradients of the same network and batch differ, eager and compiled. Raises UserError if it
-    is more than rounding.
+    """Says how far compiled gradients differ from eager ones, for one batch. Raises UserError if the
+    difference is more than rounding.
 
-    The difference of each parameter is relative to its own norm, or to a hundredth of the norm of the whole
-    gradient if that is larger.
+    `build` makes the same network each time. The difference is divided by the norm of the parameter's own
+    gradient, or by a hundredth of the norm of all gradients together if that is larger: tiny gradients are
+    mostly rounding.
     """
     eager = gradients_of(build(), batch, precision, device)
     net = build()
@@ -122,7 +128,7 @@ def compare_gradients(build: Callable[[], GPTMini], batch: Batch, precision: str
     }
     worst = max(off, key=off.get)
     text = (
-        f"compiled gradients differ from eager ones by {off[worst]:.1e} at most (of {worst}, in proportion)"
+        f"compiled gradients differ from eager ones by at most {off[worst]:.1e} of their size (for {worst})"
     )
     if not off[worst] <= MAX_DIFFERENCE[precision]:
         raise UserError(

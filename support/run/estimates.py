@@ -1,4 +1,4 @@
-"""Estimates before a run starts: its memory, and the time of a step."""
+"""Estimates made before a run starts: how much memory it needs, and how long a step takes."""
 
 import time
 
@@ -12,37 +12,39 @@ from support.config.schema import Config
 from support.run.plan import Plan
 from support.run.starting_weights import net_on_meta
 
-FLOPS_OF_TIMED_PROBE = 5e10  # about a second on a CPU
+FLOPS_OF_TIMED_PROBE = 5e10  # floating-point operations; about a second on a CPU
 
 
 def estimate_activations(
     model_config: GPTConfig, config: Config, precision: str, device: str = "cpu", seq_len: int | None = None
 ) -> tuple[int, int]:
-    """(bytes that one micro-batch keeps for the backward pass, the most bytes of activations and their
-    gradients that are alive at once).
+    """(bytes that one micro-batch keeps for the backward pass, the most bytes that activations and their
+    gradients take at any moment).
 
-    `seq_len` is the length of the longest row of the data, if no row is as long as the config allows. The
-    first number counts what our blocks and the head save, as `torch.autograd.graph.saved_tensors_hooks` sees
-    it.
+    The activations are what the layers compute. The first number counts those that the blocks and the head
+    save for the backward pass; `torch.autograd.graph.saved_tensors_hooks` lists the same. `seq_len` is the
+    length of the longest row of the data, if that is shorter than the config allows.
     """
-    word = 2 if precision == "bf16-true" else 4
-    matmul = 4 if precision == "32-true" else 2  # what autocast keeps for matrix products
+    word = 2 if precision == "bf16-true" else 4  # bytes of a number
+    matmul = 4 if precision == "32-true" else 2  # bytes of a number that is kept for a matrix product
     c = model_config
     seq_len = seq_len or config.seq_len
     tokens = config.training.micro_batch_size * seq_len
     attention = c.n_heads * c.head_dim
-    kv = attention  # with fewer key and value heads than query heads, they are repeated to as many
+    kv = attention  # fewer key and value heads are repeated until there are as many as query heads
     mlp = c.d_ff * (4 if c.mlp == "swiglu" else 2)
+    # The next lines count tensors: for example, a block saves 4 tensors of d_model numbers a token in `word`
+    # bytes each, and 2 more in `matmul` bytes.
     block = tokens * (4 * c.d_model * word + (2 * c.d_model + 3 * attention + 2 * kv + mlp) * matmul)
     stream = tokens * c.d_model * word
     if c.vocab_size >= CHUNKED_FROM_VOCAB:
-        kept = stream + c.vocab_size * c.d_model * 4  # gradients are computed in the forward pass
+        kept = stream + c.vocab_size * c.d_model * 4  # this head computes its gradients in the forward pass
         head = min(tokens, CHUNK_ROWS) * c.vocab_size * (4 + matmul) + c.vocab_size * c.d_model * 4
     else:
         kept = tokens * c.vocab_size * 4
         head = 3 * kept
     if device == "mps" or (c.dropout and device == "cpu"):
-        # Attention weights are kept; with dropout also their mask and their product with it.
+        # The attention weights are kept; with dropout, also its mask and the masked weights.
         block += tokens * seq_len * c.n_heads * (12 if c.dropout else 4)
     if c.gradient_checkpointing:
         return (c.n_layers + 1) * stream + kept, (c.n_layers + 1) * stream + max(block, head)
@@ -52,8 +54,8 @@ def estimate_activations(
 def estimate_memory(
     model_config: GPTConfig, config: Config, precision: str, device: str = "cpu", seq_len: int | None = None
 ) -> dict[str, int]:
-    """Bytes of one process for parameters, gradients, optimizer state and the activations of one micro-batch,
-    and their total. The first three are exact; of the activations it is the most that is alive at once."""
+    """How many bytes one process needs: for parameters, gradients, optimizer state and the activations of one
+    micro-batch, and in total. The first three are exact. For activations it is the most at any moment."""
     net = net_on_meta(model_config, config)
     n_trained = count_trained(net)
     word = 2 if precision == "bf16-true" else 4
@@ -69,12 +71,13 @@ def estimate_memory(
 
 
 def memory_of(plan: Plan) -> dict[str, int]:
-    """`estimate_memory` for the rows that the data of the plan really has."""
+    """`estimate_memory` for the rows that the data really has, which may be shorter than seq_len."""
     return estimate_memory(plan.model_config, plan.config, plan.precision, plan.device, max(plan.row_lengths))
 
 
 def typical_length(plan: Plan) -> int:
-    """The average number of tokens in a training row that is padded to the longest of its micro-batch."""
+    """The average length of a training row in tokens, with the padding up to the longest row of its
+    micro-batch. If lengths differ, 400 random micro-batches stand for all."""
     lengths = plan.row_lengths
     if len(lengths) == 1:
         return lengths[0]
@@ -83,16 +86,16 @@ def typical_length(plan: Plan) -> int:
 
 
 def count_trained(net: GPTMini) -> int:
-    """How many numbers training changes: all that are not frozen."""
+    """How many of the network's parameters are trained: all that are not frozen."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def estimate_step_time(plan: Plan, probe: GPTMini) -> tuple[float, float]:
-    """(seconds of one optimizer step, floating-point operations per second), from measured steps.
+    """Time a few small steps; returns (seconds of one real step, floating-point operations per second).
 
-    `probe` is the model, or a small copy of it. It gets a micro-batch, or the part of one that takes about a
-    second. The time of forward and backward is scaled to the step by the number of operations, the time of
-    the optimizer by the number of parameters.
+    `probe` is the model, or a small copy of it. It is given one micro-batch, or as many of its rows as take
+    about a second. A real step takes longer: forward and backward in proportion to its operations, the
+    optimizer in proportion to its parameters.
     """
     training = plan.config.training
     typical = typical_length(plan)
@@ -120,7 +123,8 @@ def estimate_step_time(plan: Plan, probe: GPTMini) -> tuple[float, float]:
 
 
 def time_when_done(device: str) -> float:
-    """The time in seconds, once the device has finished its work."""
+    """The time in seconds, taken when the device has finished its work: a GPU works on while Python goes
+    ahead."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

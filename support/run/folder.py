@@ -1,5 +1,5 @@
-"""A run's folder on disk: which files belong to a run, whether a new run may write there, moving an earlier
-run aside, and the record that is kept with a run."""
+"""A run's folder on disk: which files belong to the run, whether a new run may write there, how an earlier
+run is moved aside, and what is recorded so that a run can be repeated."""
 
 import importlib.metadata
 import os
@@ -17,6 +17,7 @@ from support.files.atomic import atomic_write
 from support.files.safe_yaml import dump_yaml
 from support.messages import UserError
 
+# Patterns of the files that a run writes into its folder.
 RUN_FILES = (
     "step-*.ckpt",
     "last.ckpt",
@@ -29,12 +30,12 @@ RUN_FILES = (
     "wandb",
     "wandb_id.txt",
     "run_config.yaml",
-    "final.ckpt",  # last: a run with this file is finished
+    "final.ckpt",  # keep it last: a run is finished when it has this file, so it is moved last too
 )
 
 
 def run_files(folder: Path) -> list[Path]:
-    """What a run has written into its folder, `final.ckpt` last."""
+    """The files of a run in this folder, `final.ckpt` last."""
     return [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
 
 
@@ -56,7 +57,8 @@ def refuse_unwritable(folder: Path) -> Path:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Raise UserError if `folder` holds a run that did not reach its end: it is never overwritten."""
+    """Raise UserError if `folder` holds a run that has not reached its end, since that is never
+    overwritten."""
     if has_checkpoint(run_files(folder)) and not (folder / "final.ckpt").exists():
         raise UserError(
             f"{folder} holds an unfinished run; resume it with --resume, move it aside with --fresh,\n"
@@ -65,7 +67,8 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def refuse_base_in_folder(base_ckpt: str, folder: Path) -> None:
-    """Raise UserError if the new run would move its own base aside, with the earlier run in `folder`."""
+    """Raise UserError if `base_ckpt` belongs to the earlier run in `folder`: the new run would move that run
+    aside, and its own base with it."""
     if Path(base_ckpt).resolve() in [file.resolve() for file in run_files(folder)]:
         raise UserError(
             f"base_ckpt={base_ckpt} is in checkpoint.dir, whose run this one would move aside; write "
@@ -74,8 +77,8 @@ def refuse_base_in_folder(base_ckpt: str, folder: Path) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Move the files of an earlier run to the first free `old-<n>` in the same folder. Returns that folder,
-    or None if there was no run."""
+    """Move the files of an earlier run into a new folder inside `folder`: `old-1`, `old-2`, ... Returns the
+    new folder, or None if there was no run."""
     files = run_files(folder)
     if not has_checkpoint(files):
         return None
@@ -90,7 +93,7 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def run_record() -> dict[str, Any]:
-    """What is needed to repeat a run besides its config: versions, git commit, command line."""
+    """What one needs to repeat a run, besides its config: versions of packages, git commit, command line."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "lightning", "numpy", "tokenizers", "tiktoken", "datasets"):
         try:
@@ -106,7 +109,8 @@ def run_record() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` after it if files have been changed; None without git."""
+    """The git commit of this code, followed by `-dirty` if files have been changed since; None if there is no
+    git."""
     here = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
@@ -117,7 +121,8 @@ def git_commit() -> str | None:
 
 
 def write_run_config(folder: Path, config: Config, record: dict[str, Any]) -> None:
-    """run_config.yaml: the whole config as it was understood, with the run's record as comments on top."""
+    """Write run_config.yaml: every key of the config with the value in use, below the run's record in
+    comments."""
     comments = {**record["versions"], "git_commit": record["git_commit"], "command": record["command"]}
     header = [f"# {key}: {value}".replace("\n", " ") for key, value in comments.items()]
     with atomic_write(folder / "run_config.yaml") as file:

@@ -1,5 +1,5 @@
-"""What stops a run before it does harm (a NaN, gradients that are all zero), and what a user can do when it
-fails: memory that ran out, a process that is gone."""
+"""Checks that stop a run before it does harm (a NaN, gradients that are all zero), and advice to the user
+when a run fails (no memory left, another process gone)."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from support.run.compiling import advice_on_compiling, causes, is_of_compiler
 from support.run.plan import Plan
 from support.weights import first_not_finite
 
-# Nats. With a loss below this, every gradient may round to zero, because there is nothing left to learn.
+# With a loss below this, nothing is left to learn, so it is normal that every gradient rounds to zero.
 LEARNED_LOSS = 1e-3
 
 # ---- bad numbers ---------------------------------------------------------------------------------
@@ -25,8 +25,11 @@ LEARNED_LOSS = 1e-3
 def refuse_bad_step(
     plan: Plan, *, step: int, loss: float, grad_norm: float, dataset: Any, stream_state: str | None
 ) -> None:
-    """Raise UserError if the loss or the gradient of step 0, 1, ... is not finite, or if there is nothing to
-    learn from. Called before the weights are changed, so no checkpoint can hold a NaN or an infinity."""
+    """Raise UserError if the loss or the gradient of a step is not finite, or if every gradient is zero. It
+    is called before the weights change, so that no checkpoint can hold a NaN or an infinity.
+
+    `step` counts from 0. `stream_state` says where a stream was before this step; None for other data.
+    """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         samples = samples_of_step(plan, step, dataset, stream_state)
         raise not_finite_error(
@@ -49,18 +52,19 @@ def refuse_bad_val_loss(plan: Plan, *, step: int, val_loss: float) -> None:
 
 
 def refuse_bad_weights(plan: Plan, *, step: int, tensors: dict[str, Any], strategy: Any) -> None:
-    """Raise UserError, in every process, if a tensor of any process is not finite. A step with a finite
-    gradient can still be so large that it throws the weights out of range."""
+    """Raise UserError, in every process, if a tensor of any process is not finite. Even with a finite
+    gradient, one step can be so large that a weight overflows."""
     bad = first_not_finite(tensors)
     if strategy.reduce_boolean_decision(bad is not None, all=False):
         bad = bad or "a shard of the weights"
         raise not_finite_error(
-            plan, f"step {step}: {bad} is no longer finite; nothing of it has been saved", step - 1
+            plan, f"step {step}: {bad} is no longer finite; this step has not been saved", step - 1
         )
 
 
 def not_finite_error(plan: Plan, what: str, step: int) -> UserError:
-    """The error for a number that is not finite, with what to look at and what to try. `step` is 0, 1, ..."""
+    """The error for a number that is not finite; it says what to look at and what to try. `step` counts from
+    0."""
     last = find_latest_checkpoint(plan.folder)
     return UserError(
         f"{what}\n       last good checkpoint: {last or 'none yet'}; look at the text with --show-step "
@@ -71,7 +75,7 @@ def not_finite_error(plan: Plan, what: str, step: int) -> UserError:
 
 
 def samples_of_step(plan: Plan, step: int, dataset: Any, stream_state: str | None) -> str:
-    """Which text a step trains on, in words: `samples 16 to 23 (blocks 4, 91, ...)`, or a position in the
+    """Says which text a step trains on: `samples 16 to 23 (blocks 4, 91, ...)`, or a position in the
     stream."""
     if plan.data.streaming:
         position = json.loads(stream_state)
@@ -87,7 +91,7 @@ def samples_of_step(plan: Plan, step: int, dataset: Any, stream_state: str | Non
 
 
 def why_no_gradient(config: Config) -> str:
-    """What to try when every gradient is zero, for the likeliest reason."""
+    """What to try when every gradient is zero: advice for the most likely reason."""
     if config.training.compile:
         return (
             f"--override training.compile=false: PyTorch {torch.__version__} seems to compile this model "
@@ -99,10 +103,10 @@ def why_no_gradient(config: Config) -> str:
             "can learn with"
         )
     if config.base_ckpt:
-        return f"another base_ckpt: the weights in {config.base_ckpt} pass nothing on (are they all zero?)"
+        return f"another base_ckpt: no gradient gets through the weights in {config.base_ckpt} (all zero?)"
     return (
-        "model.zero_init=false, or hardware.accelerator=cpu: with its first weights, or on this device, the "
-        "network passes nothing on"
+        "model.zero_init=false, or hardware.accelerator=cpu: with these first weights, or on this device, no "
+        "gradient gets through the network"
     )
 
 
@@ -110,8 +114,8 @@ def why_no_gradient(config: Config) -> str:
 
 
 def explain(error: Exception, plan: Plan) -> UserError | None:
-    """Advice on an error that is not a bug of ours: memory that ran out, a data worker or another process
-    that is gone. None for any other error."""
+    """The same error with advice, if it is not a bug of ours: no memory left, or a data worker or another
+    process gone. None for any other error."""
     text = " ".join(str(error).split())
     advice = None
     if is_out_of_memory(error):
@@ -139,7 +143,7 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the main memory or that of a GPU ran out."""
+    """Whether there was no memory left, in the machine or on its GPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = " ".join(str(error).split())
@@ -147,8 +151,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_out_of_shared_memory(error: Exception) -> bool:
-    """Whether the error comes from a full disk without the name of a file: no file is full then, but the
-    memory that processes share."""
+    """Whether the memory that processes share is full. The system reports that as a full disk, but without
+    the name of a file."""
     return any(
         isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None
         for cause in causes(error)

@@ -1,7 +1,7 @@
-"""What a run needs before its first step: config, tokenizer, data, device, folder and, for a resume, the
+"""What a run needs before its first step: config, tokenizer, data, device, folder and, when it resumes, the
 checkpoint.
 
-No Lightning here: `plan_run` finds every mistake a user can make before that slow import begins.
+Lightning is not imported here, since that takes seconds: `plan_run` reports a user's mistakes before.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ from tokenizer import KINDS, Tokenizer, build_tokenizer, tokenizer_from_dict
 
 @dataclass(kw_only=True)
 class Plan:
-    """A run that can start: everything is checked, nothing is written yet."""
+    """Everything a run needs to start. All of it has been checked, and nothing has been written yet."""
 
     config: Config
     tokenizer: Tokenizer
@@ -70,26 +70,27 @@ class Plan:
 
     @property
     def row_lengths(self) -> list[int]:
-        """The tokens of each training row if they differ (instructions that are not packed); otherwise the
-        one length that all rows have."""
+        """The length in tokens of each training row, if lengths differ (instructions that are not packed);
+        otherwise a list of one, the length of every row."""
         if self.config.data.source == "instructions" and not self.config.data.packing:
             return [len(example) for example in self.data.train.examples]
         return [self.config.seq_len]
 
     @property
     def tokens_per_step(self) -> int:
-        """The most tokens that a step can have."""
+        """The largest number of tokens that a step can have."""
         return self.sequences_per_step * max(self.row_lengths)
 
 
 def plan_run(args: Any, *, finetuning: bool, only_looks: bool) -> Plan:
-    """Check the command line (`--config --override --seed --device --resume --fresh`) against files, data and
-    hardware.
+    """Read the command line and everything it names (config, checkpoint, data), check it, and return the plan
+    of the run. Raises UserError; writes nothing.
 
-    `finetuning` says whether `finetune.py` asks. With `only_looks` nothing will be trained, so the folder may
-    be in use and the compiler is not tried. Raises UserError; writes nothing.
+    `args` holds the flags `--config --override --seed --device --resume --fresh`. `finetuning` is True for
+    `finetune.py` and False for `train.py`. `only_looks` is True if nothing will be trained (`--check`,
+    `--show-step`): then the folder may be in use, and the compiler is not tried.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # not the first process of a distributed run
         end_with_parent()
     resume_from, saved = None, None
     if args.resume not in (None, "auto"):
@@ -138,8 +139,8 @@ def plan_run(args: Any, *, finetuning: bool, only_looks: bool) -> Plan:
 
 
 def read_run_config(args: Any, saved: dict[str, Any] | None, finetuning: bool) -> Config:
-    """The config of a run from its file and overrides. `saved` is the metadata of the checkpoint that
-    --resume names: without --config, its config is used. Raises UserError."""
+    """The config of a run, made from its file and the overrides. `saved` is the metadata of the checkpoint
+    that --resume names; without --config, the config in it is used. Raises UserError."""
     if args.config is None and saved is None:
         example = "config_finetune.yaml" if finetuning else "config_smoke.yaml"
         raise UserError(
@@ -155,7 +156,8 @@ def read_run_config(args: Any, saved: dict[str, Any] | None, finetuning: bool) -
 
 
 def warn_of_unused_prompts(tree: dict[str, Any], config: Config) -> None:
-    """Prompts alone sample nothing. A user who writes `sample_every: null` knows that and gets no warning."""
+    """Warn if there are sample_prompts but no sample_every: then nothing is sampled. A user who writes
+    `sample_every: null` wants that and gets no warning."""
     if config.training.sample_prompts and "sample_every" not in tree["training"]:
         every = config.training.val_every
         warn(
@@ -165,7 +167,7 @@ def warn_of_unused_prompts(tree: dict[str, Any], config: Config) -> None:
 
 
 def check_task(tree: dict[str, Any], finetuning: bool) -> None:
-    """Raise UserError for a config of the other script."""
+    """Raise UserError for a config that belongs to the other script."""
     if finetuning:
         if not tree.get("base_ckpt"):
             raise UserError(
@@ -192,8 +194,8 @@ def check_task(tree: dict[str, Any], finetuning: bool) -> None:
 
 
 def find_run(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """(newest checkpoint of the run in `folder`, its metadata); both None if the run has saved nothing yet.
-    Raises UserError if there is no run."""
+    """(newest checkpoint of the run in `folder`, its metadata), or (None, None) if the run has saved nothing
+    yet. Raises UserError if there is no run."""
     newest = find_latest_checkpoint(folder)
     if newest:
         return newest, read_run(newest)
@@ -203,7 +205,7 @@ def find_run(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
 
 
 def saved_tokenizer(config: Config, saved: dict[str, Any] | None) -> Tokenizer | None:
-    """The tokenizer of the checkpoint that is resumed, or of the base; None if there is neither."""
+    """The tokenizer of the checkpoint to resume from, or of the base; None if there is neither."""
     if saved:
         return tokenizer_from_dict(saved["tokenizer"])
     if config.base_ckpt:
@@ -212,10 +214,8 @@ def saved_tokenizer(config: Config, saved: dict[str, Any] | None) -> Tokenizer |
 
 
 def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
-    """The data that the config names, and the tokenizer: the one given, or one built from that data.
-
-    Raises UserError.
-    """
+    """(tokenizer, the data that the config names). The tokenizer is the one given, or one built from that
+    data. Raises UserError."""
     if config.data.source == "instructions":
         return tokenizer, load_instructions(config, tokenizer)
     if config.data.source == "tokens":
@@ -229,8 +229,8 @@ def load_data(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, P
 
 
 def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Tokenizer, PackedData]:
-    """Token files, and the tokenizer: the one given, or else their own, or else (if they have no meta.json)
-    the config's. Raises UserError."""
+    """(tokenizer, data of token files). The tokenizer is the one given; else the one in the files' meta.json;
+    else, if they have no meta.json, the one that the config names. Raises UserError."""
     data, spec = config.data, config.tokenizer
     files = open_token_files(
         data.path, val_path=data.val_path, dtype=data.dtype, val_fraction=data.val_fraction
@@ -247,7 +247,8 @@ def load_token_files(config: Config, tokenizer: Tokenizer | None) -> tuple[Token
 
 
 def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise UserError for a prompt that cannot be encoded: it would fail hours later, at the first sample."""
+    """Raise UserError for a prompt that cannot be encoded. Without this check, the run would fail hours
+    later, at its first sample."""
     for prompt in config.training.sample_prompts:
         try:
             if not tokenizer.encode(prompt):
@@ -260,7 +261,8 @@ def check_sample_prompts(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def check_strategy(config: Config) -> None:
-    """Raise UserError if the installed PyTorch cannot shard weights."""
+    """Raise UserError if strategy=fsdp is asked for (each process holds only a shard of the weights) and the
+    installed PyTorch cannot do it."""
     if config.hardware.strategy == "fsdp":
         from torch.distributed import fsdp
 
@@ -272,8 +274,8 @@ def check_strategy(config: Config) -> None:
 
 
 def check_processes(config: Config, device: str) -> None:
-    """Raise UserError if the machine lacks the devices, or if a launcher (torchrun) has started another
-    number of processes."""
+    """Raise UserError if the machine has fewer devices than the config asks for, or if a launcher (torchrun)
+    has started another number of processes."""
     hardware = config.hardware
     started = os.environ.get("WORLD_SIZE", "")
     present = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, hardware.devices)
@@ -291,7 +293,7 @@ def check_processes(config: Config, device: str) -> None:
 
 
 def check_loggers(config: Config) -> None:
-    """Raise UserError for a logger that the config names and that is not installed."""
+    """Raise UserError if the config switches on a logger that is not installed."""
     for name in ("tensorboard", "wandb"):
         if getattr(config.logging, name) and importlib.util.find_spec(name) is None:
             raise UserError(f"logging.{name}=true needs a package that is not installed; pip install {name}")
@@ -301,8 +303,8 @@ def check_loggers(config: Config) -> None:
 
 
 def resolve_steps(config: Config, data: PackedData, saved: dict[str, Any] | None) -> tuple[int, int]:
-    """(steps of the schedule, steps of the run). A schedule is as long as the run that it began with; a run
-    that is extended keeps it. Raises UserError."""
+    """(steps of the schedule, steps of the run). A run that is resumed and made longer keeps the schedule
+    that it began with. Raises UserError."""
     training = config.training
     n_steps = training.max_steps
     if n_steps is None:

@@ -9,8 +9,8 @@ from support.config.schema import Config
 from support.config.values import flat_keys
 from support.messages import UserError
 
-# Keys, and beginnings of keys, that may differ when a run is resumed: how long it is, what it shows, and
-# where it runs. The size of the whole step and the text are compared separately.
+# Keys that may change when a run is resumed, or how such keys begin: how long the run is, what it shows, and
+# where it runs. `compare_data` compares the size of a step and the text.
 MAY_CHANGE = (
     "training.max_steps",
     "training.epochs",
@@ -33,7 +33,8 @@ MAY_CHANGE = (
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Our fields of a checkpoint that a run can resume from. Raises UserError if it holds no run."""
+    """The metadata (config, tokenizer, progress) of a checkpoint that a run can resume from. Raises UserError
+    if it holds only a model."""
     metadata = read_metadata(path)
     missing = {"config", "sequences_per_step", "data_fingerprint", "run"} - metadata.keys()
     if missing or not isinstance(metadata["config"], dict):
@@ -51,20 +52,21 @@ def in_folder(checkpoint: Path | None, folder: Path) -> bool:
 
 
 def compare_configs(saved: dict, config: Config, source: Path) -> None:
-    """Raise UserError, with each key and both values, for a config that would have made another run."""
+    """Raise UserError if a key has changed that would make this another run. The error gives old and new
+    values."""
     old = flat_keys(validate_config(saved, str(source)).to_dict())
     new = flat_keys(config.to_dict())
     changed = [key for key in new if new[key] != old.get(key) and not key.startswith(MAY_CHANGE)]
     if changed:
         listed = "; ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in changed[:5])
         raise UserError(
-            f"cannot resume {source} under another config: {listed}; change it back, or start a new run "
+            f"cannot resume {source} with another config: {listed}; change it back, or start a new run "
             "with --fresh"
         )
 
 
 def compare_data(metadata: dict, sequences_per_step: int, fingerprint: str | None) -> None:
-    """Raise UserError for another text, or for steps of another size."""
+    """Raise UserError if the text has changed, or the number of sequences in a step."""
     if metadata["sequences_per_step"] != sequences_per_step:
         raise UserError(
             f"cannot resume: a step had {metadata['sequences_per_step']} sequences and would now have "

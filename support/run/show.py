@@ -1,4 +1,4 @@
-"""What a run prints about itself: the header, its last lines, and the answers of `--show-step` and
+"""What a run prints about itself: the header, its last lines, and the output of `--show-step` and
 `--show-mask`."""
 
 import itertools
@@ -18,7 +18,8 @@ from support.text.mid_document import text_after
 
 
 def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]:
-    """The micro-batches of step 0, 1, ...; `training` changes keys of that section of the config."""
+    """The micro-batches of one step; `start_step` counts from 0. Keywords change keys of the config's
+    `training` section, such as micro_batch_size=2."""
     sections = {
         "hardware": plan.config.hardware.model_copy(update={"num_workers": 0}),
         "training": plan.config.training.model_copy(update=training),
@@ -27,14 +28,15 @@ def batches_of_step(plan: Plan, start_step: int, **training: int) -> list[Batch]
     n_steps = max(plan.n_steps, start_step + 1)
     train, _ = make_dataloaders(config, plan.data, plan.tokenizer, n_steps, start_step=start_step)
     steps = iter(train)
-    if plan.data.streaming:  # a stream starts at its beginning
+    if plan.data.streaming:  # a stream can only be read from its beginning
         for _ in range(start_step):
             next(steps)
     return next(steps).micro_batches
 
 
 def show_step(plan: Plan, step: int) -> str:
-    """The text of every row that step 1, 2, ... trains on. Raises UserError if the run has no such step."""
+    """The text of every row that a step trains on; `step` counts from 1. Raises UserError if the run has no
+    such step."""
     if not 1 <= step <= plan.n_steps:
         raise UserError(f"--show-step {step}: this run has steps 1 to {plan.n_steps}")
     lines = []
@@ -49,7 +51,7 @@ def show_step(plan: Plan, step: int) -> str:
 
 
 def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
-    """Say what will run, before it runs."""
+    """Print what will be trained, before the first step."""
     c, training = plan.model_config, plan.config.training
     n_params, n_trained = net.n_params(), count_trained(net)
     trained = f" of which {n_trained:,} are trained," if n_trained < n_params else ""
@@ -77,7 +79,7 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
     if start_step:
         print(f"resuming {plan.resume_from} after step {start_step}")
     elif plan.config.base_ckpt:
-        print(f"starting from {plan.config.base_ckpt}; at step 0 it is validated as it is")
+        print(f"starting from {plan.config.base_ckpt}; at step 0 its val_loss is measured")
     else:
         print(
             f"a uniform guess over {c.vocab_size:,} tokens has loss {math.log(c.vocab_size):.4f} (its "
@@ -86,15 +88,15 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
 
 
 def draw_curves(folder: Path) -> Path | None:
-    """Draw the curves of a run; returns the picture's path, or None if there is none. A failure is only a
-    warning, so that it cannot hide what has been saved."""
+    """Draw the curves of a run; returns the path of the picture, or None if there is none. If drawing fails,
+    that is only a warning: the run itself has succeeded."""
     with OptionalPart(f"drawing the curves in {folder}"):
         return draw_loss(folder)
     return None
 
 
 def print_end(plan: Plan) -> None:
-    """Draw the curves, and print where everything is."""
+    """Draw the curves, and print where the results are."""
     drawn = draw_curves(plan.folder)
     final = plan.folder / "final.ckpt"
     if not final.exists():  # the disk is full; a warning has been printed
@@ -108,8 +110,8 @@ def print_end(plan: Plan) -> None:
 
 
 def show_mask(plan: Plan, n: int) -> None:
-    """Print the first `n` training pairs. What is trained on is in colour on a terminal, elsewhere between
-    `>>>` and `<<<`. Raises UserError if there are no pairs."""
+    """Print the first `n` pairs of instruction and response. The part that is trained on is in colour on a
+    terminal, elsewhere between `>>>` and `<<<`. Raises UserError if the data has no instructions."""
     from rich.console import Console
     from rich.text import Text
 
@@ -119,7 +121,7 @@ def show_mask(plan: Plan, n: int) -> None:
     data = plan.data.train
     for number, example in enumerate(data.examples[:n], 1):
         labels = example.labels(data.mask_prompt)
-        trained = [False, *(labels != IGNORE).tolist()]  # of each id; the first is never a label
+        trained = [False, *(labels != IGNORE).tolist()]  # for each id; the first is never a label
         console.print(
             f"--- example {number}: {len(example.ids)} tokens, {sum(trained)} trained on ---", style="bold"
         )
@@ -137,7 +139,8 @@ def show_mask(plan: Plan, n: int) -> None:
 
 
 def draw_examples(plan: Plan, n: int, stem: Path) -> Path:
-    """Draw the first `n` pairs as a batch, one pair a row and packed. Returns the path of the picture."""
+    """Draw the first `n` pairs as two batches: one pair a row, and several pairs packed into a row. Returns
+    the path of the picture."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data = plan.data.train
     batches = {"padded": data.example_batch(n, packing=False), "packed": data.example_batch(n, packing=True)}

@@ -1,8 +1,8 @@
-"""Which weights a run starts from (drawn at random, or those of another checkpoint), and which of them are
+"""Which weights a run starts from (random ones, or the weights of another checkpoint), and which of them are
 trained, directly or through adapters.
 
-Fine-tuning takes architecture and tokenizer from its base, since the weights mean nothing without them;
-training on token files takes their tokenizer.
+Fine-tuning uses the architecture and the tokenizer of its base, since the base's weights mean nothing without
+them. For the same reason, training on token files uses the tokenizer that made them.
 """
 
 import difflib
@@ -22,15 +22,15 @@ from support.text.token_files import described, read_meta
 from support.weights import load_weights
 from tokenizer import tokenizer_from_dict
 
-# Keys of the model that change how it is trained, but not what it is.
+# Keys of the config's `model` section that change how a model is trained, but not which model it is.
 MAY_DIFFER_FROM_BASE = ("dropout", "gradient_checkpointing")
 
 
 def with_base(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree as it was read, with the model and tokenizer of the checkpoint `base_ckpt`, and with its
-    template if the tree names none.
+    """Fill in a config for fine-tuning: `tree` is the config as it was read from its file. Returns it with
+    the model and the tokenizer of the checkpoint `base_ckpt`, and with its template if `tree` names none.
 
-    Raises UserError if there is no such checkpoint, or if the tree asks for another model or tokenizer.
+    Raises UserError if there is no such checkpoint, or if the config asks for another model or tokenizer.
     """
     path = tree["base_ckpt"]
     if not isinstance(path, str):
@@ -49,13 +49,14 @@ def with_base(tree: dict[str, Any]) -> dict[str, Any]:
     data = tree.get("data")
     has_instructions = isinstance(data, dict) and data.get("source") == "instructions"
     if not has_instructions or tree.get("template") is None:
-        # More text teaches no conversation, and does not make the model forget the one it knows.
+        # Training on plain text teaches no new template, so the model keeps the one it knows.
         merged["template"] = metadata.get("template")
     return merged
 
 
 def read_base(path: str) -> dict[str, Any]:
-    """Our fields of the checkpoint that fine-tuning starts from. Raises UserError."""
+    """The metadata (config, tokenizer, progress) of the checkpoint that fine-tuning starts from. Raises
+    UserError."""
     try:
         return read_metadata(path)
     except UserError as error:
@@ -69,20 +70,20 @@ def read_base(path: str) -> dict[str, Any]:
 
 
 def refuse_other_values(section: str, asked: dict, base_values: dict, path: str) -> None:
-    """Raise UserError if a config asks for another architecture or tokenizer than its base has."""
+    """Raise UserError if a config asks for an architecture or a tokenizer that its base does not have."""
     for key, value in asked.items():
         if key not in base_values or key in MAY_DIFFER_FROM_BASE:
             continue
         if value not in (None, base_values[key]):
             raise UserError(
-                f"{section}.{key}={value}, and {path} has {base_values[key]}: architecture and tokenizer are "
-                f"the base checkpoint's; leave {section}.{key} out"
+                f"{section}.{key}={value}, and {path} has {base_values[key]}: fine-tuning keeps the "
+                f"architecture and tokenizer of its base checkpoint; leave {section}.{key} out"
             )
 
 
 def tokenizer_section(metadata: dict[str, Any], path: str) -> dict[str, Any]:
-    """The tokenizer of a checkpoint as a section of a config. An imported checkpoint has no config to copy it
-    from."""
+    """The `tokenizer` section of a checkpoint's config. An imported checkpoint has no config, so the section
+    is made from its tokenizer."""
     config = metadata.get("config")
     if isinstance(config, dict):
         return config.get("tokenizer", {})
@@ -90,15 +91,15 @@ def tokenizer_section(metadata: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def section_of(state: dict[str, Any], path: str) -> dict[str, Any]:
-    """The tokenizer that the file at `path` holds, as a section of a config."""
+    """The `tokenizer` section of a config for the tokenizer `state` that the file at `path` holds."""
     if state.get("kind") == "file":
         return {"kind": "file", "path": path}
     return {"kind": state.get("kind")}
 
 
 def with_own_tokenizer(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config tree as it was read, with the tokenizer of the token files it names: their ids mean nothing in
-    another vocabulary. Raises UserError."""
+    """Returns the config as it was read, with the tokenizer of the token files that it names: the ids in them
+    mean nothing to another tokenizer. Raises UserError."""
     data = tree.get("data")
     if not isinstance(data, dict) or data.get("source") != "tokens" or not isinstance(data.get("path"), str):
         return tree
@@ -119,10 +120,11 @@ def with_own_tokenizer(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Do not train the parameters that `patterns` name: whole names, their beginnings, or with * and ?.
+    """Do not train the parameters that `patterns` name. A pattern is the name of a parameter or of a layer,
+    and may have * and ? in it.
 
-    A tied head is the embedding table, so freezing one freezes the other. Raises UserError for a pattern that
-    names nothing, and if nothing is left to train.
+    A head tied to the embedding table is the same tensor, so freezing one freezes the other. Raises UserError
+    if a pattern names nothing, or if nothing is left to train.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
@@ -141,7 +143,8 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
 
 def shape_net(net: GPTMini, config: Config) -> GPTMini:
-    """The network with the adapters and the frozen parameters that the config names. Raises UserError."""
+    """Add the adapters and freeze the parameters that the config names; returns the same network. Raises
+    UserError."""
     if config.lora:
         add_adapters(net, config.lora.rank, config.lora.alpha, config.lora.targets)
     freeze(net, config.training.freeze)
@@ -149,17 +152,17 @@ def shape_net(net: GPTMini, config: Config) -> GPTMini:
 
 
 def net_on_meta(model_config: GPTConfig, config: Config) -> GPTMini:
-    """The same network without memory for its weights, to count them or to find mistakes early. Raises
-    UserError."""
+    """The network of a run on PyTorch's meta device, where weights have a shape but no numbers and take no
+    memory: to count them, or to find mistakes early. Raises UserError."""
     with torch.device("meta"):
         return shape_net(GPTMini(model_config), config)
 
 
 def starting_net(model_config: GPTConfig, config: Config, from_base: bool = True) -> GPTMini:
-    """The network before its first step, in float32: with weights drawn from `config.seed`, or with those of
-    `base_ckpt` (if that has adapters, they are merged). A resume brings all weights and needs no base.
+    """The network before its first step, in float32, with random weights drawn from `config.seed`, or with
+    the weights of `base_ckpt` (its adapters, if any, merged into them). Raises UserError.
 
-    Raises UserError.
+    `from_base` is False for a run that resumes: its checkpoint holds all weights, so the base is not read.
     """
     torch.manual_seed(config.seed)
     net = GPTMini(model_config)

@@ -20,8 +20,8 @@ LOGGERS_TO_QUIET = (
 
 
 def quiet_lightning() -> None:
-    """Hide its notices about loggers, devices and dataloaders, which do not help our readers. Errors still
-    show."""
+    """Hide Lightning's notices about loggers, devices and dataloaders, which do not help our readers. Errors
+    are still shown."""
     for name in LOGGERS_TO_QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -36,8 +36,11 @@ def make_callbacks(
     stop: StopOnSignal,
     saver: CheckpointSaver,
 ) -> list[pl.Callback]:
-    """What happens after each step, in this order: metrics before checkpoints, so that no row is lost between
-    the two. Only the main process has sinks and a console."""
+    """The callbacks of a run, in the order in which Lightning calls them after each step: metrics come before
+    checkpoints, so that a checkpoint never exists without the rows of metrics up to it.
+
+    `sinks` are what takes the rows of metrics. Only the main process has sinks and a console.
+    """
     training = plan.config.training
     metrics = Metrics(
         sinks=sinks,
@@ -62,9 +65,10 @@ def make_callbacks(
 
 
 def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: bool) -> pl.Trainer:
-    """Lightning's engine: devices, processes, precision, and the loop over steps. Its other features are
-    switched off."""
+    """Lightning's trainer, which handles devices, processes, precision and the loop over steps. Its other
+    features are switched off."""
     hardware = plan.config.hardware
+    val_batches_before_training = -1 if validates_first else 0  # -1: the whole validation set
     strategy = "auto"
     if plan.world > 1 and hardware.strategy == "fsdp":
         strategy = ModelParallelStrategy(
@@ -83,11 +87,9 @@ def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: boo
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=plan.config.training.val_every,
-        num_sanity_val_steps=-1
-        if validates_first
-        else 0,  # -1: the whole validation set, before the first step
+        num_sanity_val_steps=val_batches_before_training,
         use_distributed_sampler=False,
-        logger=False,  # ours get rows and nothing else, and a failure of theirs does not end the run
+        logger=False,  # we log through `sinks`: if one of them fails, the run continues
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,

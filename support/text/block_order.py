@@ -1,14 +1,15 @@
-"""The order in which blocks are trained on: another permutation in each epoch, drawn from the seed."""
+"""The order in which blocks are trained on. Each epoch visits every block once, in a new random order (a
+permutation) that is drawn from the seed."""
 
 from functools import lru_cache
 
 import numpy as np
 
-MOST_BLOCKS_STORED = 2**22  # with more blocks the order is computed: stored, it would fill the memory
+MOST_BLOCKS_STORED = 2**22  # with more blocks, the order is not stored (it takes memory) but computed
 
 
 class BlockOrder:
-    """Says which block global sample k = 0, 1, ... trains on."""
+    """Tells which block each training sample is. Samples are counted through all epochs: 0, 1, ..."""
 
     def __init__(self, n_blocks: int, seed: int, shuffle: bool):
         self.n_blocks, self.seed, self.shuffle = n_blocks, seed, shuffle
@@ -28,10 +29,11 @@ class BlockOrder:
 
 
 def permuted(position: int, n: int, key: tuple[int, ...]) -> int:
-    """Where the permutation of 0 ... n - 1 that `key` names puts `position`, computed without storing it.
+    """Where `position` goes in a random-looking permutation of 0 ... n - 1, computed without a list of all
+    numbers. Each `key` gives another permutation.
 
-    `shuffle_bits` permutes the numbers below the next power of four. Where it gives a number that is n or
-    more, it is applied again until the number is below n: so numbers below n are permuted among themselves
+    `shuffle_bits` permutes all numbers below a power of four that is at least n. If its result is n or more,
+    it is applied again, until the result is below n. This still gives each number below n exactly once
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half = (n.bit_length() + 1) // 2
@@ -42,9 +44,11 @@ def permuted(position: int, n: int, key: tuple[int, ...]) -> int:
 
 
 def shuffle_bits(number: int, half: int, key: tuple[int, ...]) -> int:
-    """A permutation of the numbers of 2 * `half` bits: a Feistel network. Each round changes one half of the
-    bits by what a random-looking function gives for the other half, so every round can be undone, and no two
-    numbers meet."""
+    """A permutation of the numbers of 2 * `half` bits, as a Feistel network (a construction from ciphers).
+
+    Each round mixes one half of the bits into a random-looking number and changes the other half with it
+    (`^`, exclusive or). Every round can be undone, so no two numbers get the same result.
+    """
     mask = (1 << half) - 1
     left, right = number >> half, number & mask
     for round_key in round_keys(key):
@@ -55,5 +59,5 @@ def shuffle_bits(number: int, half: int, key: tuple[int, ...]) -> int:
 
 @lru_cache
 def round_keys(key: tuple[int, ...]) -> list[int]:
-    """Six random numbers drawn from the key, one a round."""
+    """Six random numbers drawn from the key, one for each round."""
     return [int(number) for number in np.random.SeedSequence(key).generate_state(6, np.uint64)]

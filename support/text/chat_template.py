@@ -1,5 +1,5 @@
-r"""How an instruction becomes a prompt. A template is data: a few texts in the config. Every fine-tuned
-checkpoint keeps them, so that training, chat and evaluation write a question in the same way.
+r"""How an instruction becomes a prompt. A template is no code, only a few texts in the config. Every
+fine-tuned checkpoint keeps them, so that training, chat and evaluation write a question in the same way.
 
     ### User:                    \
     Name a primary color.        | the prompt: given, not trained on
@@ -7,8 +7,8 @@ checkpoint keeps them, so that training, chat and evaluation write a question in
     ### Assistant:               /
     Red.<|endoftext|>            the response, ended by EOS: what the model learns to write, and where to stop
 
-A prompt is first made as *parts*: texts, and ids of special tokens. `Tokenizer.encode_parts` makes ids of
-them.
+A prompt is first a list of *parts*: texts, and ids of special tokens. `Tokenizer.encode_parts` turns such a
+list into ids.
 """
 
 import re
@@ -22,7 +22,8 @@ SLOT = re.compile(r"\{(instruction|input)\}")  # where a template takes the text
 
 
 class Template(BaseModel):
-    """The texts around an instruction. The response begins where the prompt ends, and EOS ends it."""
+    """The texts around an instruction. The response follows the prompt, and the token EOS (end of text) ends
+    it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -62,8 +63,8 @@ class Template(BaseModel):
         return self
 
     def fill(self, instruction: str, input: str = "") -> str:
-        """One prompt as text, without the system text. What looks like a slot inside the row's texts stays as
-        it is.
+        """One prompt as text, without the system text. If the instruction itself has `{input}` in it, that
+        stays as it is.
 
         >>> TEMPLATES["chat"].fill("Name a color.")
         '### User:\\nName a color.\\n\\n### Assistant:\\n'
@@ -101,17 +102,16 @@ DEFAULT_TEMPLATE = "chat"
 
 
 def template_parts(template: Template, text: str, tokenizer: Tokenizer) -> list[str | int]:
-    """A text of the template itself as parts: the names of special tokens in it become the tokens' ids.
+    """A text of the template as parts: each name of a special token in it becomes the id of that token.
 
-    In: `"<|im_start|>user"`. Out: `[50257, "user"]`, if 50257 is the id of `<|im_start|>`. What people and
-    models write never goes through here, so in their texts such a name stays letters.
+    In: `"<|im_start|>user"`. Out: `[50257, "user"]`, if 50257 is the id of `<|im_start|>`. Only texts of the
+    template come here. In what people and models write, such a name stays plain letters.
     """
     names = [name for name in tokenizer.special_ids if name in text] if template.special_tokens else []
     if not names:
         return [text] if text else []
-    names.sort(
-        key=len, reverse=True
-    )  # the pattern takes the first that fits: the longer of two must come first
+    # The pattern takes the first name that fits, so a long name must come before a short one inside it.
+    names.sort(key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
     return [tokenizer.special_ids.get(piece, piece) for piece in pieces if piece]
 
@@ -119,13 +119,13 @@ def template_parts(template: Template, text: str, tokenizer: Tokenizer) -> list[
 def prompt_parts(
     template: Template, tokenizer: Tokenizer, instruction: str, input: str = "", system: str = ""
 ) -> list[str | int]:
-    """One prompt as parts, after the text `system`.
+    """One prompt as parts. The text `system` comes before it.
 
     In: the instruction "Hi" and the template "<|im_start|>user\\n{instruction}<|im_end|>".
     Out: `[50257, "user\\n", "Hi", 50258]`.
     """
     values = {"instruction": instruction, "input": input}
-    # Split by a pattern with a group, a text gives in turn: text, name of a slot, text, name of a slot, text.
+    # SLOT has a group in it, so split() also returns the slots: [text, slot name, text, slot name, text].
     before, *rest = SLOT.split(template.prompt_with_input if input else template.prompt)
     parts = template_parts(template, system + before, tokenizer)
     for slot, text in zip(rest[::2], rest[1::2], strict=True):
@@ -136,8 +136,8 @@ def prompt_parts(
 def first_prompt_parts(
     template: Template, tokenizer: Tokenizer, instruction: str, input: str = ""
 ) -> list[str | int]:
-    """The prompt that begins a conversation, as parts: BOS, the system text, the prompt. BOS is left out if
-    the tokenizer has none, and is not written twice if the template writes it."""
+    """The prompt that begins a conversation, as parts: BOS (the token that begins a text), the system text,
+    the prompt. BOS is not added if the tokenizer has none, or if the template already begins with it."""
     parts = prompt_parts(template, tokenizer, instruction, input, template.system)
     bos_ids = list(tokenizer.bos_ids)
     return parts if parts[: len(bos_ids)] == bos_ids else [*bos_ids, *parts]
@@ -147,22 +147,21 @@ def first_prompt_parts(
 
 
 def prompt_ids(template: Template, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
-    """The ids of a prompt that begins a conversation. They are the same in training, where the response is
-    known, and in chat, where it is still to be written. Raises UserError for characters that the tokenizer
-    lacks."""
+    """The ids of a prompt that begins a conversation. Training and chat both use them, so the model sees the
+    same prompt in both. Raises UserError for characters that the tokenizer lacks."""
     return tokenizer.encode_parts(first_prompt_parts(template, tokenizer, instruction, input))
 
 
 def conversation_ids(
     template: Template, tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, room: int
 ) -> list[int]:
-    """The ids of a conversation up to where the next answer begins; at most `room` ids.
+    """The ids of a conversation, up to where the next answer begins; at most `room` ids.
 
-    In: `turns` are (question, answer), the oldest first: `[("one", "1")]`; `question` is the new one:
-    `"now"`. Out: the ids of first prompt "one", "1", EOS, prompt "now".
+    In: `turns` are pairs (question, answer), the oldest first: `[("one", "1")]`; `question` is the new one:
+    `"now"`. Out: the ids of the first prompt ("one"), of "1", of EOS, and of the prompt "now".
 
-    If they are more than `room`, the oldest turns are forgotten; of a single question that is still too long,
-    the last `room` ids are kept. A template without `multi_turn` forgets all turns.
+    If there are more than `room` ids, the oldest turns are forgotten. If the question alone is still too
+    long, its last `room` ids are kept. A template without `multi_turn` forgets all turns.
     """
     turns = list(turns) if template.multi_turn else []
     while True:

@@ -1,9 +1,8 @@
-"""How files and datasets become documents: text files, .jsonl and .parquet files, and datasets that are
-streamed.
+"""How files and datasets become documents: text files, .jsonl and .parquet files, and streamed datasets.
 
-a .jsonl or .parquet file                         a document a row
-a file with lines that are `<|endoftext|>`        the text between those lines
-any other file                                    one document
+a .jsonl or .parquet file                         each row is a document
+a file with lines that are `<|endoftext|>`        the text between two such lines is a document
+any other file                                    the whole file is one document
 """
 
 import contextlib
@@ -22,10 +21,11 @@ from support.text.read_text import PART_CHARS, read_blocks, refuse_larger_than_m
 from support.text.rows import RowTexts, jsonl_rows, parquet_rows
 from tokenizer import EOS_TEXT
 
-# It begins with fixed text, which is found fast; what comes before it on its line is looked at afterwards.
+# A pattern that begins with fixed text is found fast. `between_separators` checks that only blanks come
+# before it on its line.
 SEPARATOR = re.compile(r"<\|endoftext\|>[^\S\n]*\n")
-SEPARATOR_CHARS = 1000  # a separator with the blanks around it is shorter
-ROWS_TO_WARN_AT = [10**n for n in range(10)]  # a stream warns each time as many rows have been left out
+SEPARATOR_CHARS = 1000  # a longer line is never a separator, even if most of it is blanks
+ROWS_TO_WARN_AT = [10**n for n in range(10)]  # a stream warns when 1, 10, 100, ... rows have been left out
 Part = tuple[str, bool]  # a part of a document, and whether the document ends with it
 
 
@@ -33,8 +33,8 @@ Part = tuple[str, bool]  # a part of a document, and whether the document ends w
 
 
 def text_documents(path: str, data: Any, key: str = "data.path") -> list[str]:
-    """All documents of the files under `path` that hold any text; `key` names it in errors. Raises UserError
-    if there is none."""
+    """All documents of the files under `path`, without blank ones. `key` is the config key that holds the
+    path, for errors. Raises UserError if there is no text."""
     files = find_files(path, key)
     refuse_larger_than_memory(files, path, key)
     documents = []
@@ -61,7 +61,8 @@ def read_documents(file: Path, text_field: str = "text", errors: str = "strict")
 
 
 def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> Iterator[Part]:
-    """The documents of one file, long ones in parts of about PART_CHARS. Blank documents are left out."""
+    """The documents of one file; a long one comes in parts of about PART_CHARS characters. Blank documents
+    are left out."""
     if kind_of(file) in (".jsonl", ".parquet"):
         yield from parts_of_rows(file, text_field, errors)
         return
@@ -73,6 +74,7 @@ def read_parts(file: Path, text_field: str = "text", errors: str = "strict") -> 
 
 
 def parts_of_rows(file: Path, text_field: str, errors: str) -> Iterator[Part]:
+    """The text of each row, as a whole document."""
     texts = RowTexts(text_field)
     rows = parquet_rows(file, text_field) if kind_of(file) == ".parquet" else jsonl_rows(file, errors)
     for row, where in rows:
@@ -83,6 +85,7 @@ def parts_of_rows(file: Path, text_field: str, errors: str) -> Iterator[Part]:
 
 
 def parts_of_one_document(file: Path, errors: str) -> Iterator[Part]:
+    """The whole file as one document, in parts."""
     text = ""
     begun = False  # whether a part of the document has been given already
     for block in unix_lines(read_blocks(file, errors)):
@@ -95,9 +98,10 @@ def parts_of_one_document(file: Path, errors: str) -> Iterator[Part]:
 
 
 def parts_between_separators(file: Path, errors: str) -> Iterator[Part]:
-    """The text between lines that are `<|endoftext|>`. Line ends around a document do not belong to it."""
+    """The documents between lines that are `<|endoftext|>`, in parts. Line ends before and after a document
+    do not belong to it."""
     text = ""
-    begun = False  # whether a part of the document that `text` continues has been given already
+    begun = False  # whether an earlier part of the document in `text` has been given already
     for block in unix_lines(read_blocks(file, errors)):
         text += block
         if EOS_TEXT in text:
@@ -114,15 +118,15 @@ def parts_between_separators(file: Path, errors: str) -> Iterator[Part]:
 
 
 def without_last_line(text: str) -> str:
-    """The text without its last line, which may yet become a separator; all of it if that line is too long to
-    be one."""
+    """The text without its last line: that may turn out to be a separator when more is read. If the line is
+    too long for a separator, the whole text."""
     last_line = text.rfind("\n", len(text) - SEPARATOR_CHARS) + 1
     return text[:last_line] if last_line else text
 
 
 def last_parts(documents: list[str], begun: bool) -> Iterator[Part]:
-    """The ends of documents, without the line ends around them. The first may continue a document that has
-    `begun` before; a blank document is left out."""
+    """The last part of each document, without line ends before and after the document. `begun` says that
+    earlier parts of the first one have been given. Blank documents are left out."""
     for document in documents:
         if begun:
             yield document.rstrip("\n"), True
@@ -132,8 +136,8 @@ def last_parts(documents: list[str], begun: bool) -> Iterator[Part]:
 
 
 def between_separators(text: str) -> list[str]:
-    """The texts between lines that are `<|endoftext|>`, line ends included; the last one is what follows the
-    last of those lines."""
+    """The texts between lines that are `<|endoftext|>`, line ends included. The last item is the text after
+    the last such line."""
     documents, start = [], 0
     for found in SEPARATOR.finditer(text):
         line = text.rfind("\n", 0, found.start()) + 1
@@ -144,21 +148,21 @@ def between_separators(text: str) -> list[str]:
 
 
 def is_separated(file: Path) -> bool:
-    """Whether a text file has a line that is `<|endoftext|>` and nothing more."""
-    begun = ""  # a line that continues in the next block
+    """Whether a text file has a line that holds `<|endoftext|>` and nothing else."""
+    begun = ""  # the beginning of a line that continues in the next block
     for block in itertools.chain(unix_lines(read_blocks(file, "replace")), ["\n"]):
         text = begun + block
         if EOS_TEXT in text and len(between_separators(text)) > 1:
             return True
         begun = text[text.rfind("\n") + 1 :]
         if len(begun) >= SEPARATOR_CHARS:
-            begun = "-"  # too long to be a separator: it need not be held
+            begun = "-"  # this line is too long for a separator; any text that is none will do
     return False
 
 
 def warn_of_rows(file: Path) -> None:
-    """Warn of a text whose first line is a JSON object: it is probably a .jsonl file with another name, and
-    its markup would be learned."""
+    """Warn if the first line of a text is a JSON object: this is probably a .jsonl file with another name,
+    and the model would learn its braces and quotes."""
     line = next(read_blocks(file, "replace")).partition("\n")[0]
     if line.startswith("{") and line.rstrip().endswith("}"):
         with contextlib.suppress(ValueError, RecursionError):
@@ -173,35 +177,38 @@ def warn_of_rows(file: Path) -> None:
 
 
 class DocumentStream:
-    """Documents of an iterable Hugging Face dataset, with a position that can be saved and returned to.
+    """Documents of a Hugging Face dataset that is read row by row. Its position can be saved, and reading
+    can continue there later.
 
-    The first `skip` rows are held out for validation; at most `limit` rows follow.
+    The first `skip` rows are held out for validation; after them, at most `limit` rows are read.
     """
 
     def __init__(self, dataset, text_field: str, skip: int = 0, limit: int | None = None):
         self.dataset, self.skip, self.limit = dataset, skip, limit
         self.texts = RowTexts(text_field, from_dataset=True)
-        self.n_counted = 0  # rows that have been looked at once; later epochs do not count them again
+        self.n_counted = 0  # rows looked at so far; later epochs do not count their blank rows again
         self.start = dataset.state_dict()
         self.seek(None)
 
     def seek(self, position: dict | None) -> None:
-        """Continue to read from a `position()`, or (None) from the start."""
+        """Go to a position that `position()` returned, or to the start (None)."""
         self.rows_read = position["rows_read"] if position else 0
         if self.rows_read > self.skip:
             self.texts.has_found_text = True
         self.dataset.load_state_dict(position["dataset"] if position else self.start)
-        self.rows = None  # opened by the first take: an open iterator could not travel to a worker process
+        self.rows = (
+            None  # opened by the first `take`, since an open iterator cannot be sent to a worker process
+        )
 
     def position(self) -> dict:
-        """How far reading has come, as plain values."""
+        """How far the stream has been read, as plain values that a checkpoint can hold."""
         return {"rows_read": self.rows_read, "dataset": self.dataset.state_dict()}
 
     def is_at_limit(self) -> bool:
         return self.limit is not None and self.rows_read >= self.skip + self.limit
 
     def take(self, n: int, n_chars: float = math.inf) -> list[str]:
-        """The next n documents, or fewer if these hold `n_chars` characters; an empty list at the end."""
+        """The next n documents; fewer if they reach `n_chars` characters before; an empty list at the end."""
         if self.rows is None:
             self.rows = read_rows(self.dataset)
         documents: list[str] = []
@@ -224,7 +231,7 @@ class DocumentStream:
         return documents
 
     def head(self, n: int, n_chars: float = math.inf) -> list[str]:
-        """The first n documents, as by `take`. Reading is at the start afterwards."""
+        """The first n documents, with the same limits as `take`. Afterwards the stream is at its start."""
         self.seek(None)
         documents = self.take(n, n_chars)
         self.seek(None)

@@ -1,5 +1,5 @@
-"""Datasets and models of the Hugging Face hub, or local ones in its formats. Without network the answer comes
-in seconds."""
+"""Datasets and models from the Hugging Face hub, or local ones in its formats. If there is no network, the
+user hears of it within seconds."""
 
 import contextlib
 import glob
@@ -26,7 +26,7 @@ MODEL_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
-# The weights in older repositories, which have no safetensors.
+# The names of weights in older repositories, which have no safetensors.
 BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 TRAIN_INSTEAD = (
@@ -37,8 +37,8 @@ HELP_PAGE = "docs/TROUBLESHOOTING.md#no-network"
 
 
 class HubError(UserError):
-    """Something of the hub cannot be had. `why` says why; `instead` is what the user can do without the hub,
-    which depends on the script."""
+    """A dataset or model cannot be fetched from the hub. `why` gives the reason; `instead` is what the user
+    of this script can do without the hub."""
 
     def __init__(self, why: str, instead: str):
         super().__init__(f"{why} ({HELP_PAGE}), or {instead}")
@@ -49,9 +49,8 @@ class HubError(UserError):
 
 
 def offline_setting() -> str | None:
-    """The setting with which the user keeps the libraries away from the network, such as `HF_HUB_OFFLINE=1`;
-    None where there is none. It is read as the libraries read it: the first of the three that is set
-    counts."""
+    """The environment variable that forbids the libraries to use the network, such as `HF_HUB_OFFLINE=1`;
+    None if there is none. Of the three names the first that is set counts, as in the libraries."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         value = os.environ.get(name)
         if value:
@@ -60,21 +59,21 @@ def offline_setting() -> str | None:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers at all. Asking first is faster: the libraries try for 20 to 50 seconds before
-    they give up."""
+    """Whether the hub answers at all. We ask before the libraries do, because they try for 20 to 50 seconds
+    before they give up."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # also an error is an answer
+        return True  # an error is an answer too
     except (OSError, ValueError, http.client.HTTPException):  # no network, not a URL, not a web server
         return False
     return True
 
 
 def why_unreachable(what: str, streaming: bool) -> str | None:
-    """Why `what` cannot be had from the hub; None if the hub answers. The text is for a user whose cache does
-    not hold it either."""
+    """Why `what` cannot be fetched from the hub; None if the hub answers. The text assumes that the cache of
+    earlier downloads does not hold it either."""
     needed = "and a stream needs it" if streaming else "and it is not in the cache of earlier downloads"
     if setting := offline_setting():
         return f"{what}: {setting} keeps the Hugging Face hub away, {needed}; unset it"
@@ -85,8 +84,8 @@ def why_unreachable(what: str, streaming: bool) -> str | None:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """In this block the libraries look only into their cache. They read the setting when they are
-    imported."""
+    """Inside `with offline():`, a library that is imported now uses only its cache. It reads the setting when
+    it is imported, so the import must be inside too."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -110,21 +109,21 @@ def open_dataset(
     flag: str = "data.dataset=",
     instead: str = TRAIN_INSTEAD,
 ):
-    """A dataset of the `datasets` library, iterable when streaming.
+    """Open a dataset with the `datasets` library. With `streaming` its rows are read one after the other;
+    otherwise they also have numbers.
 
-    `name` is a name on the hub, or json, parquet or text with `path`. In error messages, `flag` is how the
-    user named the dataset, and `instead` is what works without the hub. Raises UserError when the files, the
-    dataset, its configuration or the split is missing, HubError without network.
+    `name` is a name on the hub, or json, parquet or text, for local files at `path`. For error messages,
+    `flag` is how the user named the dataset, and `instead` is what works without the hub. Raises UserError if
+    the files, the dataset, its configuration or the split is missing; HubError without network.
     """
     options: dict = {"split": split, "streaming": streaming}
     unreachable = None
     if name in LOCAL_FORMATS:
-        # The library reads these names as patterns, so what looks like a pattern in a name is escaped.
+        # The library takes each name for a pattern, so characters such as * and [ in it are escaped.
         options["data_files"] = {split: [glob.escape(file) for file in local_files(name, path)]}
         if name == "text":
-            options["sample_by"] = (
-                "document"  # one document for each file; the library's default is one a line
-            )
+            # Each file is one document; without this, each line would be one.
+            options["sample_by"] = "document"
     else:
         if path is not None:
             raise UserError(f"data.path={path} goes with data.dataset=json, parquet or text, not with {name}")
@@ -148,7 +147,8 @@ def open_dataset(
 
 
 def local_files(name: str, path: str | None) -> list[str]:
-    """The files of a local format: those that a path names, or those of the format in a folder."""
+    """The local files that `path` means: one file, all that match a glob, or all in a folder that are of the
+    format `name`."""
     if path is None:
         raise UserError(
             f"data.dataset={name} reads local files, so give data.path a file, a folder or a quoted glob"
@@ -165,7 +165,7 @@ def local_files(name: str, path: str | None) -> list[str]:
 
 
 def read_rows(dataset: Iterable[dict]) -> Iterator[dict]:
-    """The rows of a dataset. Raises UserError if a file is damaged or the network goes away meanwhile."""
+    """The rows of a dataset. Raises UserError if a file is damaged, or if the network fails while reading."""
     try:
         yield from dataset
     except (OSError, ValueError) as error:
@@ -176,8 +176,8 @@ def read_rows(dataset: Iterable[dict]) -> Iterator[dict]:
 
 
 def find_model(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one as it is, or a hub repository, downloaded to the cache with a
-    progress bar. Raises UserError."""
+    """The folder of a model. `source` is a local folder, which is returned as it is, or a repository of the
+    hub, which is downloaded to the cache with a progress bar. Raises UserError."""
     if os.path.exists(source):
         return check_model_folder(Path(source))
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -215,7 +215,8 @@ def find_model(source: str, revision: str | None = None) -> Path:
 
 
 def not_in_cache(source: str, setting: str | None) -> HubError:
-    """The error for a model that is neither a folder nor in the cache, where the hub is out of reach."""
+    """The error for a model that is neither a local folder nor in the cache, when the hub cannot be
+    reached."""
     if setting:
         why, remedy = f"{setting} keeps the Hugging Face hub away", "unset it"
     else:
@@ -228,8 +229,8 @@ def not_in_cache(source: str, setting: str | None) -> HubError:
 
 
 def check_model_folder(path: Path) -> Path:
-    """The folder itself, if it looks like a model of Hugging Face's. Raises UserError that says what is there
-    instead, and what reads that."""
+    """Returns the folder if it looks like a Hugging Face model. Otherwise raises UserError, which says what
+    is there instead and which command reads it."""
     if not (path.is_dir() or path.is_file()):
         raise UserError(f"--from {path} is a pipe, a socket or a device; name a folder")
     if own := own_checkpoint(path):
@@ -240,5 +241,5 @@ def check_model_folder(path: Path) -> Path:
     if path.is_dir() and (path / "config.json").exists():
         return path
     what = what_is(path) or ("a folder without config.json" if path.is_dir() else "a file")
-    advice = "" if ";" in what else f"; {AS_FOLDER}"  # some of them say themselves what to do
+    advice = "" if ";" in what else f"; {AS_FOLDER}"  # after a `;`, `what` already says what to do
     raise UserError(f"--from {path} is {what}{advice}")

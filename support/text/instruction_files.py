@@ -1,4 +1,5 @@
-"""Files and datasets of instructions, whatever their format, to rows."""
+"""Reads files and datasets of instructions, in any of their formats. A row is a dict, such as
+{"instruction": "...", "output": "..."}."""
 
 import glob
 import json
@@ -22,7 +23,7 @@ ROW_EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
 
 
 def read_files(path: str, key: str, errors: str = "strict") -> Iterator[tuple[dict, str]]:
-    """(row, where it is) of local files: one file, those of a folder, or those of a glob. Raises
+    """Pairs (row, where it is) from local files: one file, all in a folder, or all that match a glob. Raises
     UserError."""
     files = find_files(path, key, KINDS, strict=True)
     refuse_larger_than_memory(files, path, key, "give a part of it")
@@ -36,7 +37,7 @@ def read_files(path: str, key: str, errors: str = "strict") -> Iterator[tuple[di
 
 
 def read_hub(data: Any, split: str) -> Iterator[tuple[dict, str]]:
-    """(row, where it is) of a split of the dataset that the config's `data` section names. Raises
+    """Pairs (row, where it is) from one split of the dataset that the config's `data` section names. Raises
     UserError."""
     dataset = open_dataset(
         data.dataset,
@@ -52,7 +53,7 @@ def read_hub(data: Any, split: str) -> Iterator[tuple[dict, str]]:
 
 
 def json_rows(path: Path) -> Iterator[dict]:
-    """The rows of a .json file, which is a list of objects."""
+    """The rows of a .json file, which must be a list of objects. Raises UserError."""
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
@@ -75,7 +76,7 @@ def json_rows(path: Path) -> Iterator[dict]:
 
 
 def key_of_rows(tree: dict) -> str | None:
-    """The first key that holds a list of objects."""
+    """The first key whose value is a list of objects; None if there is none."""
     for key, value in tree.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return key
@@ -83,8 +84,8 @@ def key_of_rows(tree: dict) -> str | None:
 
 
 def how_to_list(tree: dict, path: Path) -> str:
-    """What to do with a .json file that is one object: take out the list of rows in it, or put it into a
-    list."""
+    """Advice on a .json file that is one object: how to write the list of rows inside it to a file, or, if
+    it has no such list, how to make the object a list of one."""
     key = key_of_rows(tree)
     if key is None or is_conversation(tree[key]):
         return "put it in square brackets"
@@ -97,8 +98,8 @@ def how_to_list(tree: dict, path: Path) -> str:
 
 
 def parquet_rows(path: Path) -> Iterator[dict]:
-    """All columns of a .parquet file."""
-    escaped = glob.escape(str(path))  # the library reads the name as a pattern
+    """The rows of a .parquet file, with all columns. Raises UserError."""
+    escaped = glob.escape(str(path))  # the library takes the name for a pattern
     try:
         yield from read_rows(
             open_dataset("parquet", None, "train", path=escaped, revision=None, streaming=False)

@@ -1,9 +1,11 @@
-"""Shards of ids, as make_token_files.py writes them, to train.npy and val.npy in the memory of one shard.
+"""Joins the shards of ids that make_token_files.py writes into train.npy and val.npy. Only one shard is in
+memory at a time.
 
-.shards/train-000000.npy, ...  ->  [tokens to train on, tokens to validate on] of each shard  ->  train.npy,
-val.npy
+.shards/train-000000.npy, ...
+    -> of each shard [tokens to train on, tokens to validate on]
+    -> train.npy, val.npy
 
-No torch here.
+torch is not imported here.
 """
 
 import hashlib
@@ -21,16 +23,16 @@ from support.text.validation_split import HoldOutByDraw, held_out_end, random_of
 from tokenizer import Tokenizer
 
 DEFAULT_VAL_FRACTION = 0.1
-DEFAULT_VAL_TOKENS = 2**20  # at most, where no fraction is asked for
+DEFAULT_VAL_TOKENS = 2**20  # if no fraction is asked for, at most this many tokens are held out
 
 
 def read_infos(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What path.json says of each shard that is there, by number; they may have been finished in another
-    order."""
+    """What the .json file of each shard says, in the order of the shards' numbers."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
 
 
 def shard_rows(folder: Path, name: str) -> Iterator[np.ndarray]:
+    """The ids of each shard, in the order of the shards' numbers."""
     for path in sorted(folder.glob(f"{name}-*.npy")):
         yield np.load(path)
 
@@ -39,15 +41,15 @@ def shard_rows(folder: Path, name: str) -> Iterator[np.ndarray]:
 
 
 def document_lengths(row: np.ndarray, eos_id: int) -> np.ndarray:
-    """How many tokens of a shard belong to each document that has some in it."""
+    """How many tokens of this shard each document has, for the documents that are in it."""
     ends = np.flatnonzero(row == eos_id) + 1
     lengths = np.diff(ends, prepend=0, append=len(row))
     return lengths if lengths[-1] else lengths[:-1]
 
 
 class HeldOut(NamedTuple):
-    """What is held out: documents whose random number is below `limit`, and the last `fraction` of each of
-    the `large` ones, given as (start, stop) in tokens."""
+    """Which documents are held out for validation: whole ones whose random number is below `limit`, and the
+    last `fraction` of each large one. `large` holds (first token, token after the last) of those."""
 
     limit: float
     large: list[tuple[int, int]]
@@ -57,10 +59,11 @@ class HeldOut(NamedTuple):
 def choose_held_out(
     folder: Path, *, n_documents: int, n_tokens: int, fraction: float, seed: int, eos_id: int
 ) -> HeldOut:
-    """Go through all shards once, and count each document in the shard where it ends."""
+    """Read all shards once, and choose what is held out. A document may span several shards; it is counted in
+    the shard where it ends."""
     documents = HoldOutByDraw(n_tokens, n_documents, fraction)
     n_ended = 0  # documents that end in the shards before
-    begun = 0  # tokens that the shards before hold of the first document of this one
+    begun = 0  # tokens, in the shards before, of the document that this shard begins with
     position = 0  # tokens in the shards before
     for row in shard_rows(folder, "train"):
         stops = np.flatnonzero(row == eos_id) + 1
@@ -79,10 +82,10 @@ def choose_held_out(
 def divide_shards(
     folder: Path, held_out: HeldOut, seed: int, tokenizer: Tokenizer
 ) -> Iterator[list[np.ndarray]]:
-    """[tokens to train on, tokens to validate on] of each shard. A large document is cut in two, but not
-    within a character, and each part is a document of its own, with its EOS."""
+    """For each shard [tokens to train on, tokens to validate on]. A large document is cut in two, but never
+    inside a character. Each half then is a document of its own, with an EOS (end of text) at its end."""
     n_ended = 0  # documents that end in the shards before
-    first_token = 0  # number of this shard's first token, of all
+    first_token = 0  # tokens in the shards before
     for row in shard_rows(folder, "train"):
         lengths = document_lengths(row, tokenizer.eos_id)
         draws = random_of_documents(n_ended, len(lengths), seed)
@@ -102,7 +105,8 @@ def divide_shards(
 
 
 def next_character(row: np.ndarray, place: int, tokenizer: Tokenizer) -> int:
-    """The first place from `place` on where a character begins; the end of the row if there is none."""
+    """The first place at or after `place` where a character begins; the end of the row if there is none. A
+    text that ends inside a character decodes to a text that ends with U+FFFD."""
     while place < len(row) and tokenizer.decode(row[max(0, place - 8) : place].tolist()).endswith("\ufffd"):
         place += 1
     return place
@@ -111,7 +115,8 @@ def next_character(row: np.ndarray, place: int, tokenizer: Tokenizer) -> int:
 def end_documents_at(
     row: np.ndarray, for_val: np.ndarray, cuts: list[int], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The row and its mask with the end of one document and the beginning of another put in at each place."""
+    """Put the end of one document and the beginning of the next into the row at each cut. Returns the row and
+    its mask `for_val`, both longer now."""
     before, after = ids_around_document(tokenizer, begins=True, ends=True)
     between = [*after, *before]  # EOS belongs to the part that is trained on, BOS to the one held out
     sides = [False] * len(after) + [True] * len(before)
@@ -132,11 +137,11 @@ def write_npy_header(file: Any, dtype: np.dtype, n: int) -> None:
 def write_rows(
     output: Path, rows: Callable[[], Iterable[list[np.ndarray]]], dtype: type, vocab_size: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Write train.npy and val.npy; returns their sizes and sums, and how often each id occurs, (2,
-    vocab_size).
+    """Write train.npy and val.npy. Returns their number of tokens and sha256, and how often each id occurs in
+    each, an array of shape (2, vocab_size).
 
-    `rows()` gives [train, val] a shard at a time. It is called twice, because the head of a file says how
-    many tokens follow.
+    `rows()` gives [train, val] for each shard. It is called twice, because a file must say in its first bytes
+    how many tokens follow.
     """
     counts = np.zeros((2, vocab_size), np.int64)
     for pair in rows():
@@ -161,6 +166,7 @@ def write_rows(
 
 
 def refuse_no_text(infos: dict[str, list[dict[str, Any]]], own_val: bool) -> None:
+    """Raises UserError if no shard holds a document to train on, or to validate on."""
     names = {"train": "train", "val": "validate"} if own_val else {"train": "train"}
     for name, verb in names.items():
         if not sum(info["documents"] for info in infos[name]):
@@ -170,8 +176,9 @@ def refuse_no_text(infos: dict[str, list[dict[str, Any]]], own_val: bool) -> Non
 def join_shards(
     folder: Path, output: Path, tokenizer: Tokenizer, *, own_val: bool, fraction: float | None, seed: int
 ) -> dict[str, Any]:
-    """Write train.npy and val.npy; returns what meta.json says of them. `own_val` says whether there are
-    shards of a validation text; without them `fraction` is held out. Raises UserError if there is no text."""
+    """Write train.npy and val.npy; returns what meta.json will say about them. `own_val` says whether there
+    are shards of a separate validation text; if not, `fraction` is held out. Raises UserError if there is no
+    text."""
     infos = {name: read_infos(folder, name) for name in ("train", "val")}
     refuse_no_text(infos, own_val)
     both = infos["train"] + infos["val"]
@@ -227,11 +234,11 @@ def join_shards(
 
 
 def longest_tokens(ids: Iterable[int], tokenizer: Tokenizer) -> list[tuple[int, str]]:
-    """(id, text) of the ten of these that stand for most bytes: they show what a text is full of."""
+    """(id, text) of those ten tokens that stand for the most bytes. They show what a text is full of."""
     texts = [(id, tokenizer.decode([id])) for id in ids if id != tokenizer.eos_id]
     return sorted(texts, key=lambda pair: (-len(pair[1].encode()), pair[0]))[:10]
 
 
 def source_sha256(shards: Iterable[str]) -> str:
-    """The sum of a text, made from the sums of its shards."""
+    """A checksum of a whole text, made from the checksums of its shards."""
     return hashlib.sha256(" ".join(shards).encode()).hexdigest()

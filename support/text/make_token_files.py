@@ -1,9 +1,10 @@
-"""Text of any size to shards of ids, encoded by several processes. join_shards.py makes token files of them.
+"""Encodes a text of any size into shards of ids, in several processes. join_shards.py then joins the shards
+into token files.
 
     text -> pieces -> shards of --shard-chars characters -> .shards/train-000000.npy, ...
 
-A shard is on disk whole or not at all, with the sha256 of its text. So after a kill the same command encodes
-only what is missing, and notices if the text has changed. No torch here.
+A shard is on disk whole or not at all, with the sha256 of its text. So if the command is killed and run
+again, it encodes only what is missing, and notices if the text has changed. torch is not imported here.
 """
 
 import contextlib
@@ -46,15 +47,15 @@ class Source:
 
     @property
     def n_bytes(self) -> int | None:
-        """The size of the text, for a progress bar; None if it is not known because the text is
-        compressed."""
+        """The size of the text, for a progress bar; None if it is not known (a dataset, or compressed
+        files)."""
         if self.dataset or any(kind_of(file) == ".parquet" for file in self.files):
             return None
         return sum(file.stat().st_size for file in self.files)
 
     def parts(self, position: dict | None = None) -> Iterator[Piece]:
-        """The documents in parts. A stream continues from `position`; files are read from their start, which
-        costs little."""
+        """The documents in parts. A stream starts at `position`. Files are always read from their start,
+        since that is quick."""
         if self.dataset is None:
             for file in self.files:
                 yield from read_parts(file, self.text_field, self.errors)
@@ -86,8 +87,8 @@ class Source:
 def cut_shards(
     parts: Iterable[Piece], tokenizer: Tokenizer, shard_chars: int
 ) -> Iterator[tuple[list[Piece], bool]]:
-    """(pieces, whether the first begins a document), about `shard_chars` characters at a time. The cuts do
-    not depend on the number of workers."""
+    """Cut a text into shards of about `shard_chars` characters: (pieces of the shard, whether the first piece
+    begins a document). The number of workers does not change the cuts."""
     pieces, n_chars, begins = [], 0, True
     for piece, ends in join_pieces(parts, tokenizer):
         pieces.append((piece, ends))
@@ -100,6 +101,7 @@ def cut_shards(
 
 
 def pieces_sha256(pieces: list[Piece]) -> str:
+    """A checksum of the texts, and of where pieces and documents end."""
     digest = hashlib.sha256()
     for piece, ends in pieces:
         text = piece.encode()
@@ -108,18 +110,18 @@ def pieces_sha256(pieces: list[Piece]) -> str:
 
 
 def start_worker(state: dict, parent: int) -> None:
-    """What a worker process does first: make its tokenizer, leave Ctrl-C to the main process, and end when
-    the main process is gone."""
+    """What a worker process does first. It makes its tokenizer, ignores Ctrl-C (the main process handles
+    that), and will end if the main process is gone."""
     global WORKER_TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(grace=0.0, parent=parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core is busy with each worker already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads: the workers already keep all cores busy
     WORKER_TOKENIZER = tokenizer_from_dict(state)
 
 
 def joined(pieces: list[Piece]) -> tuple[bytes, list[int], list[bool]]:
-    """(text of all pieces, length of each, whether a document ends with it), as `encode_shard` takes them:
-    one long text is sent to another process ten times as fast as many short ones."""
+    """(text of all pieces, length of each piece, whether a document ends with it), for `encode_shard`. One
+    long text is sent to another process ten times as fast as many short ones."""
     return (
         "".join(piece for piece, _ in pieces).encode(),
         [len(piece) for piece, _ in pieces],
@@ -130,8 +132,8 @@ def joined(pieces: list[Piece]) -> tuple[bytes, list[int], list[bool]]:
 def encode_shard(
     path: Path, text: bytes, lengths: list[int], ends: list[bool], begins: bool, position: dict | None
 ) -> dict[str, Any]:
-    """In a worker: write path.npy, and then path.json, which says that the shard is complete. Returns what
-    path.json holds. `position` is where a stream can continue after the shard."""
+    """Runs in a worker: encode the text, write path.npy, and then path.json, which shows that the shard is
+    complete. Returns what path.json holds. `position` is where a stream continues after this shard."""
     whole = text.decode()
     cuts = accumulate(lengths, initial=0)
     pieces = []
@@ -145,7 +147,7 @@ def encode_shard(
         "documents": sum(ends),
         "bytes": len(text),
         "sha256": pieces_sha256(pieces),
-        "position": position if ends[-1] else None,  # a stream cannot continue within a document
+        "position": position if ends[-1] else None,  # a stream cannot continue inside a document
     }
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(json.dumps(found).encode())
@@ -155,7 +157,7 @@ def encode_shard(
 @contextlib.contextmanager
 def workers(n: int, tokenizer: Tokenizer) -> Iterator[Executor]:
     """`n` processes that encode shards. After Ctrl-C they finish the shards that they have begun."""
-    context = multiprocessing.get_context("spawn")  # a process that has threads is not safely forked
+    context = multiprocessing.get_context("spawn")  # "fork" is not safe in a process that has threads
     with ProcessPoolExecutor(n, context, start_worker, (tokenizer.to_dict(), os.getpid())) as pool:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes that start now inherit this
         try:
@@ -171,14 +173,14 @@ def workers(n: int, tokenizer: Tokenizer) -> Iterator[Executor]:
 
 
 def shard_info(folder: Path, name: str, number: int) -> dict[str, Any] | None:
-    """What path.json says of a shard, or None if the shard is not there."""
+    """What the .json file of a shard says; None if the shard is not there."""
     path = folder / f"{name}-{number:06}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def read_already(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What path.json says of the first shards, up to the last one after which a stream can continue: the text
-    of these is not read again. An empty list for files."""
+    """What the .json files of the first shards say, up to the last shard after which a stream can continue:
+    the text of these shards is not read again. For local files an empty list, since they are read again."""
     infos = []
     while shard_info(folder, name, len(infos)):
         infos.append(shard_info(folder, name, len(infos)))
@@ -197,8 +199,8 @@ def write_shards(
     n_workers: int,
     advance: Callable,
 ) -> None:
-    """Encode the shards that are not there yet, a few ahead of the slowest worker; `advance` is given the
-    bytes that are done. Raises UserError if the text has changed."""
+    """Encode the shards that are not there yet. The text is read only a few shards ahead of the workers.
+    `advance` is called with the number of bytes just done. Raises UserError if the text has changed."""
     already = read_already(folder, name)
     advance(sum(info["bytes"] for info in already))
     waiting: set[Future] = set()

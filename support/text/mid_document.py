@@ -2,16 +2,16 @@
 
 A part of a document cannot be encoded or decoded as if it were a whole text, for three reasons:
 
-- A tokenizer may treat the start of a text differently. Those of Llama 2 and Mistral put a space before
-  each text, and take the first space away when they decode: encoded on its own, the "s" of "ticks" becomes
-  " s".
+- A tokenizer may treat the start of a text differently. The tokenizers of Llama 2 and Mistral put a space
+  before each text, and take the first space away when they decode. So the "s" of "ticks", encoded on its own,
+  becomes " s".
 - A character can be split over several tokens: "é" is two bytes, so two tokens of kind `byte`. Many
   tokenizers have a token for each byte, for characters that their vocabulary lacks (byte fallback). The first
   half of a character alone decodes to U+FFFD.
 - A token can reach over the border between two parts: "tick" and "s" may be one token together.
 
-So the functions here look at the text before the part. `ids_after` is text to ids, `text_after` is ids to
-text, and `TextStream` is ids to text one by one, for a model that writes.
+So the functions here look at the text before the part. `ids_after` turns text into ids, `text_after` turns
+ids into text, and `TextStream` turns ids into text one by one, while a model writes.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ HALF_CHARACTER = "\ufffd"  # what a decoder writes for bytes that are not a whol
 
 
 def ids_after(tokenizer: Tokenizer, before: Sequence[str | int], text: str) -> list[int]:
-    """The ids of `text` where it follows `before`, which is given as for `Tokenizer.encode_parts`.
+    """The ids of `text` when it follows `before`, a list of parts as `Tokenizer.encode_parts` takes them.
 
-    Both are encoded together, and the ids of `before` are taken off the front. If a token reaches over the
-    border, that is impossible: `before` has its ids already (a prompt that a model has read, say). Then
-    `text` is encoded apart, without a space before it.
+    Both are encoded together, and the ids of `before` are cut off the front. That fails if a token reaches
+    over the border: the ids of `before` are fixed already (a model has read them, say). Then `text` is
+    encoded on its own, without a space before it.
     """
     known = tokenizer.encode_parts(before)
     together = tokenizer.encode_parts([*before, text])
@@ -37,15 +37,15 @@ def ids_after(tokenizer: Tokenizer, before: Sequence[str | int], text: str) -> l
 
 
 def text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` where they follow `before`. Both are decoded together, and the text of `before` is
-    taken off the front."""
+    """The text of `ids` when they follow `before`. Both are decoded together, and the text of `before` is cut
+    off the front."""
     context = context_of(tokenizer, before)
     return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
 
 
 def context_of(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
-    """The last ids of `before` that are enough to decode what follows: at most CONTEXT_TOKENS, all of the
-    same document, and the first of them begins a character."""
+    """The last ids of `before`, enough of them to decode what follows: at most CONTEXT_TOKENS ids, all from
+    the same document, and the first of them begins a character."""
     context = list(before[-CONTEXT_TOKENS:])
     starts = [n for n, id in enumerate(context, 1) if id == tokenizer.eos_id or id in tokenizer.bos_ids]
     if starts:  # a document begins after the last EOS or BOS
@@ -56,7 +56,7 @@ def context_of(tokenizer: Tokenizer, before: Sequence[int]) -> list[int]:
 
 
 class TextStream:
-    """Ids in one by one, text out as soon as it is whole: half a character is never shown.
+    """Takes ids one by one, and gives text as soon as it is whole: half a character is never shown.
 
     >>> from tokenizer import ByteTokenizer
     >>> stream = TextStream(ByteTokenizer())
@@ -65,7 +65,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        """`before` are the ids that come before the first one pushed: those of a prompt."""
+        """`before` are the ids that come before the first one pushed, such as the ids of a prompt."""
         self.tokenizer = tokenizer
         self.context = context_of(tokenizer, before)  # ids whose text has been shown
         self.pending: list[int] = []  # ids whose text has not been shown
@@ -81,7 +81,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What is left at the end, with U+FFFD for an unfinished character."""
+        """The text that is left at the end, with U+FFFD for an unfinished character."""
         text = self._new_text()
         self.context = []
         self.pending = []

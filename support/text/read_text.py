@@ -1,4 +1,4 @@
-"""UTF-8 files read piece by piece, and what is said before text is too large for the memory."""
+"""Reads UTF-8 files piece by piece, and refuses text that is too large for the memory."""
 
 import codecs
 import contextlib
@@ -9,7 +9,9 @@ from support.files.find_files import refuse_disguised
 from support.messages import UserError
 
 PART_CHARS = 2**20  # characters of a long document that are held at once
-MEMORY_PER_BYTE = 2  # at least: a file is held as bytes and as text, later as text and as token ids
+# Bytes of memory for each byte of a file, at least: a file is held as bytes and as text, later as text and as
+# token ids.
+MEMORY_PER_BYTE = 2
 SMALLER_TEXT_HINT = (
     "give data.path a part of it, or stream it as .jsonl: --override data.source=hf --override "
     "data.dataset=json --override data.streaming=true"
@@ -18,7 +20,8 @@ SMALLER_TEXT_HINT = (
 
 @contextlib.contextmanager
 def memory_for_text() -> Iterator[None]:
-    """While text is read and encoded: if memory runs out, the error says what the user can do."""
+    """`with memory_for_text(): ...` around reading and encoding text: if there is no memory left, the error
+    says what the user can do."""
     try:
         yield
     except MemoryError:
@@ -33,8 +36,8 @@ def memory_for_text() -> Iterator[None]:
 def refuse_larger_than_memory(
     files: list[Path], path: str, key: str, advice: str = SMALLER_TEXT_HINT
 ) -> None:
-    """Before anything is read: the system kills a process that takes more memory than there is, without a
-    word."""
+    """Raise UserError if the files need more memory than there is. It is called before anything is read,
+    because the system kills a process that takes too much memory, without any message."""
     from support.device import memory_total
 
     size = sum(file.stat().st_size for file in files)
@@ -48,8 +51,8 @@ def refuse_larger_than_memory(
 
 
 def read_blocks(file: Path, errors: str) -> Iterator[str]:
-    """The text of a UTF-8 file, about PART_CHARS at a time. Raises UserError with the offset of a byte that
-    is not valid text."""
+    """The text of a UTF-8 file, in blocks of about PART_CHARS characters. Raises UserError for a byte that is
+    not valid text, with its offset in the file."""
     offset, raw, decoder = 0, b"", codecs.getincrementaldecoder("utf-8")(errors)
     with open(file, "rb") as stream:
         while True:
@@ -58,10 +61,9 @@ def read_blocks(file: Path, errors: str) -> Iterator[str]:
                 refuse_disguised(file, raw)
             if b"\0" in raw and errors == "strict":
                 raise UserError(
-                    f"{file}: NUL byte at offset {offset + raw.index(0)}, so this looks like binary or "
-                    "UTF-16, not UTF-8 text; "
-                    "convert it, or read it as it is with --override data.errors=replace (prepare.py: "
-                    "--errors replace)"
+                    f"{file}: NUL byte at offset {offset + raw.index(0)}, a byte of value 0, so this looks "
+                    "like binary or UTF-16, not UTF-8 text; convert it, or read it as it is with --override "
+                    "data.errors=replace (prepare.py: --errors replace)"
                 )
             pending = len(decoder.getstate()[0])  # bytes of a character that began in the block before
             try:
@@ -69,9 +71,8 @@ def read_blocks(file: Path, errors: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{file}: byte {error.object[error.start]:#04x} at offset "
-                    f"{offset - pending + error.start} is not UTF-8; "
-                    "convert the file, or put U+FFFD in its place with --override data.errors=replace "
-                    "(prepare.py: --errors replace)"
+                    f"{offset - pending + error.start} is not UTF-8; convert the file, or put U+FFFD in its "
+                    "place with --override data.errors=replace (prepare.py: --errors replace)"
                 ) from None
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(raw)
@@ -80,7 +81,7 @@ def read_blocks(file: Path, errors: str) -> Iterator[str]:
 
 
 def unix_lines(blocks: Iterable[str]) -> Iterator[str]:
-    r"""The blocks with each \r\n as \n, also where one block ends with \r and the next begins with \n."""
+    r"""The blocks with \n for each \r\n, even if one block ends with \r and the next begins with \n."""
     held = ""
     for block in blocks:
         block = held + block

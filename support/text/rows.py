@@ -1,4 +1,4 @@
-"""Rows of .jsonl and .parquet files and of datasets: one field of each holds the text of a document."""
+"""Reads rows of .jsonl and .parquet files, and the text of a document from one field of each row."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ TEXT_EXAMPLE = '{"text": "..."}'
 def jsonl_rows(
     file: Path, errors: str, example: str = TEXT_EXAMPLE, list_hint: str = LIST_OF_TEXTS_HINT
 ) -> Iterator[tuple[dict, str]]:
-    """(row, where it is) of a .jsonl file."""
+    """Pairs (row, where it is) from a .jsonl file, which has a JSON object in each line. Raises UserError."""
     for number, line in enumerate(read_lines(file, errors), 1):
         if line.strip():
             where = f"{file}, line {number}"
@@ -26,8 +26,8 @@ def jsonl_rows(
 
 
 def parquet_rows(file: Path, text_field: str) -> Iterator[tuple[dict, str]]:
-    """(row, where it is) of a .parquet file; only the column of the text is read. Raises UserError for a
-    damaged file."""
+    """Pairs (row, where it is) from a .parquet file; only the column with the text is read. Raises UserError
+    if the file is damaged or has no such column."""
     import pyarrow.parquet
 
     number = 0
@@ -44,13 +44,13 @@ def parquet_rows(file: Path, text_field: str) -> Iterator[tuple[dict, str]]:
                     yield {text_field: text}, f"{file}, row {number}"
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{file} is no parquet file that can be read ({' '.join(str(error).split())[:150]})"
+            f"{file} cannot be read as a parquet file ({' '.join(str(error).split())[:150]})"
         ) from None
 
 
 def parse_json_row(line: str, where: str, example: str, list_hint: str) -> dict:
-    """The object in a line of a .jsonl file; `list_hint` says what to do with a file that is one JSON
-    list."""
+    """The object in one line of a .jsonl file. Raises UserError; `list_hint` says what to do if the file is
+    one JSON list."""
     if line.lstrip().startswith("["):
         raise UserError(
             f"{where} is not a JSON object: a list begins there; {list_hint}, or write a row a line, "
@@ -58,7 +58,7 @@ def parse_json_row(line: str, where: str, example: str, list_hint: str) -> dict:
         )
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a number of too many digits, lists nested too deep
+    except (ValueError, RecursionError) as error:  # bad JSON, too many digits, or lists nested too deep
         raise UserError(
             f"{where} is not JSON: {str(error)[:150]}; each line of a .jsonl file is a whole object, "
             f"{example}"
@@ -72,7 +72,7 @@ def parse_json_row(line: str, where: str, example: str, list_hint: str) -> dict:
 
 
 def is_conversation(value: object) -> bool:
-    """Whether a field holds the turns of a conversation, like [{"role": "user", "content": "Hi"}, ...]."""
+    """Whether a field holds the turns of a conversation: [{"role": "user", "content": "Hi"}, ...]."""
     if not isinstance(value, list) or not value:
         return False
     names = {"role", "from", "content", "value"}
@@ -82,7 +82,7 @@ def is_conversation(value: object) -> bool:
 def row_text(
     row: dict, text_field: str, where: str, hint: str = FIELD_HINT, example: str = TEXT_EXAMPLE
 ) -> str:
-    """The text of a row. Raises UserError if the field is missing, or holds something else than text."""
+    """The text of a row. Raises UserError if the field is missing, or if it holds no valid text."""
     text = row.get(text_field)
     if not isinstance(text, str):
         raise no_text_error(row, text_field, where, hint, example)
@@ -97,6 +97,7 @@ def row_text(
 
 
 def no_text_error(row: dict, text_field: str, where: str, hint: str, example: str) -> UserError:
+    """The error for a row whose `text_field` is missing, or is not a text."""
     for name, value in row.items():
         if is_conversation(value):
             return UserError(
@@ -113,10 +114,10 @@ def no_text_error(row: dict, text_field: str, where: str, hint: str, example: st
 class RowTexts:
     """Gives the text of each row, and counts the rows without text (null or blank), which are left out.
 
-    In a file, a row that holds something else than text is an error, found before the training starts. A
-    dataset (`from_dataset`) may be read while training: an error there would end the run, and every resume at
-    the same row. So such a row of a dataset is left out too, but only after a text was found: a wrong field
-    is still noticed.
+    In a file, a row with something other than text is an error, which is found before the training starts. A
+    dataset (`from_dataset`) may be read during training: there, an error would end the run, and end it again
+    at the same row after each resume. So such a row of a dataset is left out too. But until a first text has
+    been found, it is an error, so that a wrong field name is noticed.
     """
 
     def __init__(self, text_field: str, from_dataset: bool = False):
@@ -127,7 +128,8 @@ class RowTexts:
         self.n_warned_of = 0
 
     def text_of(self, row: dict, where: str, counts: bool = True) -> str:
-        """The text, or "" for a row that is left out; `counts` is false for a row that was counted before."""
+        """The text of a row, or "" if the row is left out. `counts` is False for a row that was seen before,
+        in an earlier epoch."""
         text, reason = "", f"{where} has no text"
         is_null = self.text_field in row and row[self.text_field] is None
         if not is_null:
@@ -147,7 +149,7 @@ class RowTexts:
         return text
 
     def warn_of_rows_without_text(self) -> None:
-        """Warn, unless that was done for the same number of rows."""
+        """Warn of the rows left out, unless the last warning gave the same number."""
         n = self.n_without_text
         if n > self.n_warned_of:
             rows = "row" if n == 1 else "rows"

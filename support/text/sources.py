@@ -1,5 +1,4 @@
-"""The text sources: for each `data.source` the keys that belong to it and, for those that give documents, the
-function that loads them.
+"""The text sources: which config keys belong to each `data.source`, and which function loads its documents.
 
 To add a source: write a function that returns (training documents, validation documents), add an entry to
 SOURCES, and add its name, and the keys it needs, to `DataConfig` in support/config/schema.py.
@@ -20,15 +19,16 @@ from support.text.validation_split import split_rows, warn_of_share
 
 DEFAULT_STREAM_VAL_DOCS = 200
 
-# Training documents, and validation documents, or None if they are still to be held out.
+# (training documents, validation documents). The second is None if the caller still has to hold some out.
 Documents = tuple[list[str] | DocumentStream, list[str] | None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A row of the table: the keys of the config's `data` section that belong to this source, and its loader,
-    which is given that section and the seed. A source without a loader gives no documents: its rows are read
-    elsewhere. One of the keys in `needs` must be given; `hint` says what to write."""
+    """A row of the table: the keys of the config's `data` section that belong to this source, and the
+    function that loads its documents, given that section and the seed. A source with load=None gives no
+    documents: its data is read elsewhere. The config must give one of the keys in `needs`; `hint` says what
+    to write."""
 
     keys: set[str]
     load: Callable[[Any, int], Documents] | None = None
@@ -46,7 +46,7 @@ def load_documents(data: Any, seed: int) -> Documents:
 
 
 def keys_of_other_sources(source: str) -> set[str]:
-    """The keys that belong to other sources, and not to this one."""
+    """The keys that belong only to other sources, so that a config for this one may not give them."""
     all_keys = set().union(*(entry.keys for entry in SOURCES.values()))
     return all_keys - SOURCES[source].keys
 
@@ -55,7 +55,7 @@ def keys_of_other_sources(source: str) -> set[str]:
 
 
 def load_text(data: Any, seed: int) -> Documents:
-    """Documents of local files, in memory."""
+    """The documents of local files, in memory. Raises UserError."""
     train = text_documents(data.path, data)
     if not data.val_path:
         return train, None
@@ -73,7 +73,7 @@ def load_text(data: Any, seed: int) -> Documents:
 
 
 def load_dataset(data: Any, seed: int) -> Documents:
-    """Documents of a Hugging Face dataset, in memory or streamed."""
+    """The documents of a Hugging Face dataset, in memory or streamed. Raises UserError."""
     val = None
     if data.val_split:
         val = without_blanks(row_texts(open_split(data, data.val_split), data.text_field, data.val_docs))
@@ -102,7 +102,7 @@ def open_split(data: Any, split: str):
 
 
 def row_texts(rows: Iterable[dict], text_field: str, limit: int | None = None) -> list[str]:
-    """The text of each row, of at most `limit` rows; "" for a row that has none."""
+    """The text of each of the first `limit` rows (None: of all rows); "" for a row without text."""
     texts = RowTexts(text_field, from_dataset=True)
     limited = itertools.islice(read_rows(rows), limit)
     documents = [texts.text_of(row, f"row {number}") for number, row in enumerate(limited, 1)]
@@ -115,8 +115,8 @@ def without_blanks(texts: list[str]) -> list[str]:
 
 
 def stream_of(rows, val: list[str] | None, data: Any) -> tuple[DocumentStream, list[str]]:
-    """(the stream, validation documents). If none are given, those of the first rows, which the stream
-    skips."""
+    """(the stream, validation documents). If `val` is empty, the first rows of the dataset become the
+    validation documents, and the stream skips them."""
     n_held_out = 0
     if not val:
         n_held_out = data.val_docs or DEFAULT_STREAM_VAL_DOCS
@@ -125,8 +125,8 @@ def stream_of(rows, val: list[str] | None, data: Any) -> tuple[DocumentStream, l
 
 
 def hold_out_docs(rows, data: Any, seed: int) -> tuple[list[str], list[str]]:
-    """(training documents, validation documents) of a dataset in memory: `val_docs` rows drawn by `seed`, and
-    the others, at most the first `train_docs` of them. Rows that are not needed are not read."""
+    """(training documents, validation documents) of a dataset in memory: `val_docs` random rows are held out,
+    and the first `train_docs` of the others are trained on. Rows that are not needed are not read."""
     order = np.random.default_rng(seed).permutation(len(rows))
     others = np.sort(order[data.val_docs :])[: data.train_docs]
     pool = np.sort(np.concatenate([order[: data.val_docs], others]))  # numbers of the rows that are read
@@ -153,8 +153,8 @@ def hold_out_docs(rows, data: Any, seed: int) -> tuple[list[str], list[str]]:
 
 
 def warn_of_short_stream(train: DocumentStream, val: list[str]) -> None:
-    """Warn if a stream has little more text than its beginning, which is held out. No more of it is read than
-    is needed to know."""
+    """Warn if a stream has little text left after its first rows, which are held out. Only as much of it is
+    read as is needed to know that."""
     n_val = sum(map(len, val))
     n_train = sum(map(len, train.head(2**63, 2 * n_val)))
     if n_train < 2 * n_val:

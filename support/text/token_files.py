@@ -1,7 +1,7 @@
-"""Token files: rows of ids on disk that are read without loading them. `prepare.py` writes train.npy and
-val.npy with meta.json; files of other programs have no meta.json.
+"""Token files: long rows of ids on disk, read piece by piece, so that they may be larger than the memory.
+`prepare.py` writes train.npy, val.npy and meta.json; files of other programs come without meta.json.
 
-No torch here.
+torch is not imported here.
 """
 
 import copy
@@ -22,9 +22,9 @@ from support.text.validation_split import held_out_end
 from tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT_VERSION = 1
-N_SAMPLES = 256  # so many windows stand for a whole file,
-SAMPLE_TOKENS = 4096  # each of this many tokens
-DECODE_TOKENS = 2**16  # are decoded at once
+N_SAMPLES = 256  # checks that would take too long on a whole file look at this many pieces of it
+SAMPLE_TOKENS = 4096  # tokens in each piece
+DECODE_TOKENS = 2**16  # tokens that are decoded at once
 HOW_TO_MAKE = (
     "python3 prepare.py tokens --input my_book.txt --tokenizer gpt2 --output tokens makes a folder of "
     "token files"
@@ -32,11 +32,11 @@ HOW_TO_MAKE = (
 
 
 class TokenFile:
-    """Tokens `start` to `stop` of a file, indexed like an array; only what is asked for comes into memory.
+    """Tokens `start` to `stop` of a file, indexed like an array. Only the tokens asked for are read.
 
-    The file is .npy, whole numbers in one dimension, or raw (.bin), little-endian numbers of `dtype`. It is
-    mapped anew for each access: the pages that were read leave this process with the mapping, so memory stays
-    flat however much of a file is visited. Raises UserError for a file that is something else.
+    The file is a .npy file that holds whole numbers in one dimension, or a raw .bin file of such numbers,
+    little-endian, of type `dtype`. For each access the file is mapped into memory anew, and unmapped
+    again: so memory use stays small, however much of a file is read. Raises UserError for other files.
     """
 
     def __init__(self, path: str | Path, dtype: str | None = None, key: str = "data.path"):
@@ -57,17 +57,17 @@ class TokenFile:
                 f"{path} should hold {n:,} tokens and ends before; it was cut off: make or copy it again"
             )
         self.start, self.stop = 0, n
-        self.vocab_size: int | None = None  # once it is known, larger ids are refused
+        self.vocab_size: int | None = None  # once this is set, ids outside the vocabulary are refused
 
     def _read_header(self, file: Any) -> tuple[int, np.dtype, int]:
-        """(where the numbers begin, their type, how many) of a .npy file."""
+        """(offset of the first number, type of the numbers, how many there are) of a .npy file."""
         try:
             version, _ = np.lib.format.read_magic(file)
             readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, _, dtype = readers[version](file)
         except (ValueError, KeyError, EOFError):
             raise UserError(
-                f"{self.path} is no .npy file of numpy, or a damaged one; {HOW_TO_MAKE}"
+                f"{self.path} is not a .npy file of numpy, or is damaged; {HOW_TO_MAKE}"
             ) from None
         if dtype.kind not in "ui" or len(shape) != 1:
             raise UserError(
@@ -76,7 +76,7 @@ class TokenFile:
         return file.tell(), dtype, shape[0]
 
     def _raw_layout(self, size: int, dtype: str | None, key: str) -> tuple[int, np.dtype, int]:
-        """The same of a raw file."""
+        """The same for a raw file of `size` bytes."""
         if dtype is None:
             raise UserError(
                 f"{key}={self.path} is a raw file, which does not say what it holds; add --override "
@@ -85,13 +85,13 @@ class TokenFile:
         number = np.dtype(dtype).newbyteorder("<")
         if size % number.itemsize:
             raise UserError(
-                f"{self.path} has {size:,} bytes, which are no whole number of {dtype}; is data.dtype "
-                "right, and the file complete?"
+                f"{self.path} has {size:,} bytes, not a multiple of the {number.itemsize} bytes of a {dtype}; "
+                "is data.dtype right, and the file complete?"
             )
         return 0, number, size // number.itemsize
 
     def part(self, start: int, stop: int) -> "TokenFile":
-        """Tokens `start` to `stop` of these, as a file of their own."""
+        """Tokens `start` to `stop` of this one, as another TokenFile."""
         part = copy.copy(self)
         part.start, part.stop = self.start + start, self.start + stop
         return part
@@ -114,34 +114,35 @@ class TokenFile:
         if smallest < 0 or largest >= vocab_size:
             wrong = smallest if smallest < 0 else largest
             raise UserError(
-                f"{self.path} holds the id {wrong}, and the tokenizer has ids 0 to {vocab_size - 1}; "
-                "name the tokenizer that made the file by "
-                "tokenizer.kind and tokenizer.path, or the right data.dtype"
+                f"{self.path} holds the id {wrong}, and the tokenizer has ids 0 to {vocab_size - 1}; set "
+                "tokenizer.kind and tokenizer.path to the tokenizer that made the file, or fix data.dtype"
             )
 
     def samples(self) -> np.ndarray:
-        """Windows spread evenly over the file; the whole file if it is not longer than they are."""
+        """N_SAMPLES pieces spread evenly over the file; all of a file that is no longer than they are."""
         if len(self) <= N_SAMPLES * SAMPLE_TOKENS:
             return self[:]
         starts = np.linspace(0, len(self) - SAMPLE_TOKENS, N_SAMPLES, dtype=np.int64)
         return np.concatenate([self[start : start + SAMPLE_TOKENS] for start in starts])
 
     def fingerprint(self) -> str:
-        """sha256 of the length and the samples: a terabyte is not read at each start."""
+        """sha256 of the length and the samples. Not of all tokens: that would read a huge file at each
+        start."""
         head = f"{len(self)} {self.dtype.name} ".encode()
         return hashlib.sha256(head + self.samples().tobytes()).hexdigest()
 
     def text_of(self, tokenizer: Tokenizer, n_tokens: int) -> str:
-        """The text of the first document, of at most `n_tokens` tokens."""
+        """The text of the first document, or of its first `n_tokens` tokens if it is longer."""
         ids = self[:n_tokens]
-        ends = np.flatnonzero(ids[1:] == tokenizer.eos_id)  # an EOS at the very beginning ends nothing
+        ends = np.flatnonzero(ids[1:] == tokenizer.eos_id)  # [1:]: an EOS at the very beginning ends nothing
         if len(ends):
             ids = ids[: ends[0] + 1]
         return tokenizer.decode(text_ids(ids.tolist(), tokenizer))
 
     def count(self, tokenizer: Tokenizer) -> tuple[int, int]:
-        """(documents that end in the file, bytes of their text without the first token's), found by decoding
-        all of it. A long document is decoded in parts, and a character that is cut waits for its end."""
+        """(number of documents that end in the file, bytes of its text without its first token), found by
+        decoding all of it. A long document is decoded in parts; a character that is cut waits for its
+        end."""
         n_documents = n_bytes = 0
         waiting: list[int] = []  # ids of the current document that are not decoded yet
         before: list[int] = []  # ids of it that were decoded last
@@ -165,8 +166,8 @@ class TokenFile:
 
 
 def n_whole(ids: list[int], tokenizer: Tokenizer) -> int:
-    """How many of the ids end with a whole character: all, or up to three fewer; all of them too if the text
-    itself is broken."""
+    """How many of the ids to decode so that the text ends with a whole character: all, or up to three fewer.
+    If that does not help, the text itself is broken, and the answer is all."""
     for n in range(len(ids), len(ids) - 4, -1):
         if not tokenizer.decode(ids[max(0, n - 8) : n]).endswith("\ufffd"):
             return n
@@ -179,15 +180,19 @@ def text_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def n_text_bytes(ids: list[int], tokenizer: Tokenizer, before: list[int] | tuple[()] = ()) -> int:
-    """Bytes of the text of `ids` when they follow `before`."""
+    """How many bytes the text of `ids` has when they follow `before`."""
     return len(text_after(tokenizer, before, text_ids(ids, tokenizer)).encode())
 
 
 def n_first_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
-    """Bytes of the text of the first id, which nothing predicts; BOS has none. A first token that ends within
-    a character has the bytes of that character (four tokens at most) less those of the tokens after it, each
-    of which is shown as U+FFFD."""
-    first, whole = text_ids(ids[:1], tokenizer), 1
+    """How many bytes the text of the first id has. Nothing predicts that id, so its text is not counted. BOS
+    has no text.
+
+    If the first token ends inside a character (of four tokens at most), decode all tokens of the character,
+    and subtract what the later ones hold: each byte of theirs is shown as U+FFFD.
+    """
+    first = text_ids(ids[:1], tokenizer)
+    whole = 1  # how many ids make whole characters
     while tokenizer.decode(ids[:whole]).endswith("\ufffd") and whole < len(ids):
         whole += 1
     if not first or whole == 1:
@@ -203,8 +208,8 @@ def n_first_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
 
 @dataclass
 class TokenFiles:
-    """The training and validation tokens that a config names, and what meta.json says of them (None without
-    it)."""
+    """The training and validation tokens that a config names, and what meta.json holds (None if there is no
+    meta.json)."""
 
     train: TokenFile
     val: TokenFile
@@ -218,8 +223,8 @@ class TokenFiles:
         return self.meta[part]["documents"] if self.meta else None
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the ids were not made by this tokenizer. Of files without meta.json, samples are
-        looked at."""
+        """Raise UserError if the ids were not made by this tokenizer. If there is no meta.json to compare,
+        samples of the files must at least have no ids outside its vocabulary."""
         if self.tokenizer and self.tokenizer.fingerprint() != tokenizer.fingerprint():
             raise UserError(
                 f"{self.train.path.parent} was made by another tokenizer ({described(self.tokenizer)}) "
@@ -228,7 +233,7 @@ class TokenFiles:
             )
         for file in (self.train, self.val):
             file.vocab_size = tokenizer.vocab_size
-            file.samples()  # every access checks the ids it reads
+            file.samples()  # reading them checks them
 
 
 def described(tokenizer: Tokenizer) -> str:
@@ -236,12 +241,12 @@ def described(tokenizer: Tokenizer) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """meta.json of a folder that `prepare.py` made, or None without one. Raises UserError for a damaged
-    one."""
+    """What meta.json holds in a folder that `prepare.py` made; None if there is no such file. Raises
+    UserError if it is damaged."""
     path = folder / "meta.json"
     if not path.is_file():
         return None
-    damaged = UserError(f"{path} is damaged; make the folder again by prepare.py")
+    damaged = UserError(f"{path} is damaged; make the folder again with prepare.py")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version = meta["format_version"]
@@ -264,8 +269,8 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 def open_token_files(
     path: str, *, val_path: str | None = None, dtype: str | None = None, val_fraction: float = 0.1
 ) -> TokenFiles:
-    """The files under a path: a folder with train and val (.npy or .bin), or one file. What validates is
-    `val_path`, or else the folder's val, or else the end of the training tokens. Raises UserError."""
+    """Open the token files at `path`: a folder with train and val (.npy or .bin), or one file. The validation
+    tokens are `val_path`; else the folder's val; else the end of the training tokens. Raises UserError."""
     folder = Path(path)
     meta = read_meta(folder) if folder.is_dir() else None
     train, val = find_token_files(folder)
@@ -284,8 +289,8 @@ def open_token_files(
 
 
 def find_token_files(path: Path) -> tuple[Path, Path | None]:
-    """(training file, validation file or None): those of a folder, or the one file itself. Raises
-    UserError."""
+    """(training file, validation file or None). `path` is the folder they are in, or the training file
+    itself. Raises UserError."""
     if path.is_dir():
         files = {file.name.lower(): file for file in sorted(path.iterdir(), reverse=True) if file.is_file()}
         train = files.get("train.npy") or files.get("train.bin")
@@ -299,17 +304,17 @@ def find_token_files(path: Path) -> tuple[Path, Path | None]:
         raise UserError(f"data.path={path} does not exist; {HOW_TO_MAKE}")
     if not path.is_file() or kind_of(path) not in (".npy", ".bin"):
         raise UserError(
-            f"data.path={path} is no token file (.npy, .bin); {HOW_TO_MAKE}, and data.source=text reads text"
+            f"data.path={path} is not a token file (.npy, .bin); {HOW_TO_MAKE}; for text, set data.source=text"
         )
     return path, None
 
 
 def refuse_other_sizes(files: TokenFiles, folder: Path) -> None:
-    """Raise UserError if a file of the folder has another number of tokens than meta.json says."""
+    """Raise UserError if a file in the folder does not have the number of tokens that meta.json says."""
     for part, file in (("train", files.train), ("val", files.val)):
         n = files.meta[part]["tokens"]
         if file.path.parent == folder and len(file) != n:
             raise UserError(
                 f"{file.path} has {len(file):,} tokens, and {folder / 'meta.json'} says {n:,}; make the "
-                "folder again by prepare.py"
+                "folder again with prepare.py"
             )

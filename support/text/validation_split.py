@@ -1,12 +1,13 @@
 """What is held out for validation: one rule for text in memory, datasets, instructions and token files.
 
-Whole documents are drawn until they hold the share asked for, so that validation is of the same kind as
-training. A document that is much larger than that share is never held out whole: with a book and two notes,
-only the notes would be left to train on. The end of such a document is held out instead, as it is of a single
-document. A row of a dataset or of instructions cannot be cut, so a large one is trained on.
+Random whole documents are held out until they make up the share asked for, so that validation text is of the
+same kind as training text. A document much larger than that share is never held out whole: of a book and two
+notes, only the notes would be left to train on. Only the end of such a document is held out, and the same is
+done if there is only one document. A row of a dataset or of instructions cannot be cut, so a large one is
+trained on.
 
     documents that fit in memory     hold_out, and split_documents, which also cuts them
-    rows, a number of them           hold_out_rows, and split_rows
+    a given number of rows           hold_out_rows, and split_rows
     documents that do not fit        HoldOutByDraw: the rule of hold_out, without a list of all documents
     one long row of tokens           held_out_end, the place where its end begins
 """
@@ -19,23 +20,24 @@ import numpy as np
 from support.messages import warn
 
 DOCUMENTS_PER_DRAW = 2**12  # documents whose random numbers come from one generator
-DRAW_BINS = 2**16  # random numbers are told apart in steps of 1 / DRAW_BINS
+DRAW_BINS = 2**16  # documents are counted by random number, in this many equal steps from 0 to 1
 Row = TypeVar("Row")
 
 
 class SizeLimits(NamedTuple):
-    """How large one held-out document may be, and all of them together, in characters or tokens."""
+    """How large one held-out document may be (`one`), and all of them together (`all`), in characters or
+    tokens."""
 
     one: float
     all: float
 
 
 def size_limits(total: int, n_documents: int, fraction: float) -> SizeLimits:
-    """The limits for documents of `total` characters, of which `fraction` is to be held out.
+    """The limits for documents that have `total` characters together, if `fraction` is to be held out.
 
-    Among a few documents each may hold more than the share, and among many similar ones some are three times
-    as long as most: neither is too large. Together they hold at least half of the share before `all` is
-    reached.
+    If there are only a few documents, each may hold more than the share. If there are many, some are three
+    times as long as the average. Both should still count as normal. `all` leaves room for half of the share
+    and one more document.
     """
     one = total * min(0.5, max(1.5 * fraction, min(0.05, 3 / max(1, n_documents))))
     return SizeLimits(one=one, all=max(one + total * fraction / 2, total * fraction * 1.5))
@@ -47,8 +49,8 @@ def held_out_end(size: int, fraction: float) -> int:
 
 
 def hold_out(sizes: Sequence[int], order: Sequence[int], fraction: float) -> tuple[set[int], set[int]]:
-    """(numbers of the documents held out whole, numbers of those whose end is held out). Whole ones are taken
-    in `order` until they and the ends hold `fraction` of everything."""
+    """(numbers of the documents held out whole, numbers of the documents whose end is held out). Whole ones
+    are taken in `order` until they and the ends make up `fraction` of everything."""
     total = sum(sizes)
     limits = size_limits(total, len(sizes), fraction)
     cut = {number for number, size in enumerate(sizes) if size > limits.one}
@@ -66,8 +68,8 @@ def hold_out(sizes: Sequence[int], order: Sequence[int], fraction: float) -> tup
 
 
 def split_documents(documents: list[str], val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """(training documents, validation documents): `val_fraction` of the characters is held out, drawn by
-    `seed`."""
+    """(training documents, validation documents). `val_fraction` of the characters is held out, chosen at
+    random with `seed`."""
     order = np.random.default_rng(seed).permutation(len(documents))
     whole, cut = hold_out([len(document) for document in documents], order, val_fraction)
     train, val = [], []
@@ -91,7 +93,7 @@ def split_documents(documents: list[str], val_fraction: float, seed: int) -> tup
 
 
 def hold_out_rows(sizes: Sequence[int], order: Sequence[int], n_held: int) -> set[int]:
-    """Numbers of the first `n_held` rows in this order, leaving out those that are too large."""
+    """The numbers of the rows to hold out: the first `n_held` in this order, but none that is too large."""
     limits = size_limits(sum(sizes), len(sizes), n_held / max(1, len(sizes)))
     held: set[int] = set()
     n_chars = 0
@@ -115,8 +117,8 @@ def split_rows(
 
 
 def random_of_documents(first: int, n: int, seed: int) -> np.ndarray:
-    """(n,): a random number in [0, 1) for each of the documents first, first + 1, ...; a document has the
-    same one in whatever portions the documents come."""
+    """A random number in [0, 1) for each of `n` documents, whose numbers are first, first + 1, ... It depends
+    only on the document's number and the seed, so asking for a few documents at a time gives the same."""
     if n == 0:
         return np.zeros(0)
     groups = range(first // DOCUMENTS_PER_DRAW, (first + n - 1) // DOCUMENTS_PER_DRAW + 1)
@@ -128,9 +130,9 @@ def random_of_documents(first: int, n: int, seed: int) -> np.ndarray:
 
 
 class HoldOutByDraw:
-    """`hold_out` for documents too many to list. Each has a random number, and those whose number is below
-    `limit()` are held out whole; the end of those in `large` is. What is kept is how many tokens the
-    documents of each small range of numbers have."""
+    """The rule of `hold_out` for more documents than a list can hold. Each document has a random number, its
+    *draw*. Documents with a draw below `limit()` are held out whole; of the documents in `large`, the end is
+    held out. This object only adds up, for each small range of draws, the tokens of its documents."""
 
     def __init__(self, n_tokens: int, n_documents: int, fraction: float):
         self.n_tokens, self.fraction = n_tokens, fraction
@@ -140,8 +142,8 @@ class HoldOutByDraw:
         self.largest_draw = 0.0
 
     def add(self, sizes: np.ndarray, stops: np.ndarray, draws: np.ndarray) -> None:
-        """Count documents: for each its size, where it stops in the row of all tokens, and its random
-        number."""
+        """Count some documents, given for each its size, the place where it stops in the row of all tokens,
+        and its random number."""
         is_large = sizes > self.limits.one
         for size, stop in zip(sizes[is_large].tolist(), stops[is_large].tolist(), strict=True):
             self.large.append((stop - size, stop))
@@ -151,8 +153,9 @@ class HoldOutByDraw:
         self.largest_draw = max(self.largest_draw, draws.max(initial=0.0))
 
     def limit(self) -> float:
-        """The number below which a document is held out. The document with the largest one is trained on."""
-        held = np.cumsum(self.tokens_by_draw)  # by the documents with numbers up to each bin
+        """The draw below which a document is held out. The document with the largest draw is always trained
+        on, so that one is left."""
+        held = np.cumsum(self.tokens_by_draw)  # tokens held out if the limit is the end of each bin
         n_cut = self.n_tokens - held[-1]
         last_bin = int(np.searchsorted(held, self.fraction * (self.n_tokens - n_cut)))  # reaches the share
         n_bins = last_bin + 1
@@ -162,8 +165,8 @@ class HoldOutByDraw:
 
 
 def warn_of_share(held: int, total: int, fraction: float, unit: str, advice: str) -> None:
-    """Warn where validation holds far more, or far less, than the share asked for. A few words are too little
-    text to have shares."""
+    """Warn if validation holds far more, or far less, than the share asked for; but not for a text of a few
+    words."""
     if total >= 1000 and not fraction / 2 <= held / total <= 2 * fraction + 0.05:
         warn(
             f"validation holds {held:,} {unit} and training {total - held:,}, but {fraction:.3g} of the text "

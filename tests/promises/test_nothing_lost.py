@@ -363,7 +363,7 @@ def test_check_reports_missing_locks_and_writes_nothing(argv_of, tmp_path, monke
             refuse_locks(monkeypatch, number)
         with pytest.raises(SystemExit):
             train.main([*argv_of(tmp_path / "run", *BYTE), "--check"])
-        warning = "no locks (No locks available), so nothing keeps a second run out"
+        warning = "no locks (No locks available), so nothing stops a second run"
         assert (warning in capsys.readouterr().out) == bool(number)
         assert list(tmp_path.iterdir()) == []
 

@@ -214,7 +214,7 @@ def large_id(folder: Path) -> None:
         (
             lambda f: (f / "x.bin").write_bytes(b"abc" * 99),
             ("x.bin", "data.dtype=uint16"),
-            r"297 bytes, which are no whole number of uint16",
+            r"297 bytes, not a multiple of the 2 bytes of a uint16",
         ),
         (lambda f: np.save(f / "x.npy", np.zeros((3, 4), int)), ("x.npy",), r"int64 in the shape \(3, 4\)"),
         (lambda f: np.save(f / "x.npy", np.zeros(30)), ("x.npy",), "float64"),
@@ -247,7 +247,7 @@ def large_id(folder: Path) -> None:
             ("x.npy", "data.val_path=no.npy"),
             r"data\.val_path=no\.npy: no such file",
         ),
-        (lambda f: (f / "x.txt").write_text("text"), ("x.txt",), r"is no token file \(\.npy, \.bin\)"),
+        (lambda f: (f / "x.txt").write_text("text"), ("x.txt",), r"is not a token file \(\.npy, \.bin\)"),
         (lambda f: (f / "x").mkdir(), ("x",), r"no train\.npy or train\.bin there"),
         (lambda f: None, ("x",), "does not exist; python3 prepare.py tokens"),
     ],
