@@ -85,7 +85,7 @@ class TokenFile:
         number = np.dtype(dtype).newbyteorder("<")
         if size % number.itemsize:
             raise UserError(
-                f"{self.path} has {size:,} bytes, not a multiple of the {number.itemsize} bytes of a {dtype}; "
+                f"{self.path} has {size:,} bytes, not a multiple of {number.itemsize}, the size of a {dtype}; "
                 "is data.dtype right, and the file complete?"
             )
         return 0, number, size // number.itemsize
@@ -304,7 +304,7 @@ def find_token_files(path: Path) -> tuple[Path, Path | None]:
         raise UserError(f"data.path={path} does not exist; {HOW_TO_MAKE}")
     if not path.is_file() or kind_of(path) not in (".npy", ".bin"):
         raise UserError(
-            f"data.path={path} is not a token file (.npy, .bin); {HOW_TO_MAKE}; for text, set data.source=text"
+            f"data.path={path} is not a token file (.npy, .bin); {HOW_TO_MAKE}; or set data.source=text"
         )
     return path, None
 
