@@ -1,5 +1,5 @@
-"""What every script's command line shares: the wrapper that turns mistakes into one line and an exit status,
-the common flags, tables and progress bars.
+"""What the command lines of all scripts share: a wrapper that turns a user's mistakes into a line of text and
+an exit status, common flags, tables and progress bars.
 """
 
 import argparse
@@ -17,21 +17,22 @@ from support.foreign.flags import flag_answers
 from support.messages import UserError, is_main_process, warn
 
 SECONDS_BETWEEN_LINES = 20
-# The disk is full, over quota, asked for too large a file, read-only, or broken.
+# The disk or the user's share of it is full, a file would be too large, the disk is read-only, or broken.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # ---- entry and exit ------------------------------------------------------------------------------
 
 
 def guarded(main: Callable, *args, results: bool = True, **kwargs):
-    """Call `main` and return what it returns; turn a user's mistake into one to three lines on standard error
-    and exit status 2, without a traceback.
+    """Call `main` and return what it returns. A user's mistake is printed on standard error, in one to three
+    lines without a traceback, and the script ends with exit status 2.
 
-    Any other exception is a bug of ours and keeps its traceback. Ctrl-C never shows one, also during imports
-    after this call. `results` says that the script prints its results, so that a full disk there is an error.
+    Any other exception is a bug of ours and keeps its traceback. Ctrl-C never shows a traceback, not even
+    during the imports after this call. `results` is True for a script that prints its results: then it is an
+    error if they cannot be written, for example because the disk is full.
 
-    A script calls this twice: first to read its flags, then, after the imports that take seconds, to do its
-    work. The first call prepares standard output and standard error, and its `results` counts.
+    A script calls this twice: first to read its flags, then, after imports that take seconds, to do its work.
+    The first call prepares standard output and standard error, so only its `results` counts.
     """
     sys.excepthook = _quiet_interrupt
     open_output(results)
@@ -41,12 +42,12 @@ def guarded(main: Callable, *args, results: bool = True, **kwargs):
         finally:
             sys.stdout.flush()
     except UserError as error:
-        if is_main_process():  # the other processes found the same
+        if is_main_process():  # the other processes of the run have the same error
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has gone (| head): not an error
+    except BrokenPipeError:  # the program that read our output has ended (| head): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -58,7 +59,8 @@ def guarded(main: Callable, *args, results: bool = True, **kwargs):
 
 
 def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback) -> None:
-    """What Python calls for an exception that nothing caught: Ctrl-C is one line, others are as always."""
+    """Python calls this for an exception that nothing caught. Ctrl-C becomes one line; any other exception is
+    shown as usual."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)  # Python itself then ends with status 130
     else:
@@ -66,22 +68,22 @@ def _quiet_interrupt(kind: type[BaseException], error: BaseException, traceback)
 
 
 def open_output(results: bool) -> None:
-    """Make standard output and standard error take any text, and go on when they fail.
+    """Make sure that printing never ends a script, whatever the text and wherever it goes.
 
-    A character that their encoding lacks is written as an escape (`\\u6771`). A closed stream takes
-    everything and shows nothing. A stream that fails, on a full disk for example, loses what it does not
-    take; only where `results` go to standard output is that a UserError. A second call changes nothing.
+    A character that the encoding of a stream lacks is written as an escape (`\\u6771`). What is printed to a
+    closed stream, or cannot be written (to a full disk, for example), is dropped. But if `results` go to
+    standard output and cannot be written, that is a UserError. A second call changes nothing.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file to be opened would get its number, and everything printed
+        except OSError:  # closed: otherwise the next file opened would get this number, and all we print
             os.open(os.devnull, os.O_RDWR)
     for name, descriptor, holds_results in (("stdout", 1, results), ("stderr", 2, False)):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):  # opened by an earlier call, or caught by a test
             continue
-        if os.name == "nt" and stream:  # a terminal of Windows is not a plain file
+        if os.name == "nt" and stream:  # on Windows a terminal is not a file
             stream.reconfigure(errors="backslashreplace")
             continue
         file = OutputFile(descriptor, holds_results)
@@ -97,11 +99,11 @@ def open_output(results: bool) -> None:
 
 
 class OutputFile(io.FileIO):
-    """Standard output or standard error as a file whose failure (a full disk, a lost terminal) ends nothing:
-    what it does not take is dropped.
+    """Standard output or standard error, as a file that drops what cannot be written (the disk is full, the
+    terminal is closed), so that the script continues.
 
-    If it holds results, its first failure is a UserError. If the reader of standard output has gone
-    (`| head`), that is a BrokenPipeError, as always.
+    If it holds results, its first failure is a UserError. If the program that reads standard output has ended
+    (`| head`), that is a BrokenPipeError, as usual.
     """
 
     def __init__(self, descriptor: int, holds_results: bool):
@@ -117,18 +119,18 @@ class OutputFile(io.FileIO):
             if self.holds_results:
                 self.holds_results = False
                 raise UserError(
-                    f"standard output cannot be written ({error.strerror}); a part is missing, so send it "
-                    "elsewhere"
+                    f"standard output cannot be written ({error.strerror}), so part of the results is "
+                    "missing; send it elsewhere"
                 ) from None
             return len(data)
 
 
 def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
-    """From now on this process ends `grace` seconds after the process that started it, unless it has ended by
-    then. `parent` is the id of that process; give it if it may be gone already.
+    """Start a thread that ends this process `grace` seconds after its parent, the process that started it, is
+    gone. `parent` is the id of the parent; give it if the parent may be gone already.
 
-    For the further processes of a run: without its main process, one that waits for the others would wait for
-    half an hour.
+    The other processes of a run call this. Without it, they would wait for a main process that has been
+    killed for half an hour.
     """
     parent = parent or os.getppid()
 
@@ -146,8 +148,8 @@ def end_with_parent(grace: float = 10.0, parent: int | None = None) -> None:
 
 
 def at_home(path: str, key: str = "") -> str:
-    """The path with the home folder in place of ~ or ~user at its start. Raises UserError, which names the
-    config `key`, for a user that does not exist."""
+    """The path with the home folder in place of ~ or ~user at its start. Raises UserError if there is no such
+    user; the message names the config `key` that holds the path."""
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
         named = f"{key}={path}" if key else path
@@ -160,7 +162,7 @@ def at_home(path: str, key: str = "") -> str:
 
 
 def file_path(text: str) -> str:
-    """The type of a flag that takes a path: ~ is the home folder."""
+    """What argparse calls to convert the value of a flag that takes a path: ~ becomes the home folder."""
     try:
         return at_home(text)
     except UserError as error:
@@ -168,9 +170,9 @@ def file_path(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers flags of other programs with ours."""
+    """A parser that knows flags of other programs: if a user types one, its error names our flag for it."""
 
-    typed: list[str] = []  # the command line, which `error` looks through for unknown words
+    typed: list[str] = []  # the words of the command line; `error` looks for unknown flags among them
 
     def parse_known_args(self, args=None, namespace=None):
         self.typed = list(sys.argv[1:] if args is None else args)
@@ -179,7 +181,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def tasks(self) -> dict[str, "Parser"]:
-        """In a script that does several jobs, the parser of each, by the first word of the command line."""
+        """{first word of the command line: the parser for this job}; empty if the script has only one job."""
         tasks: dict[str, Parser] = {}
         for action in self._actions:
             if isinstance(action.choices, dict):
@@ -187,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         return tasks
 
     def error(self, message: str) -> NoReturn:
-        """Exit with argparse's message and our answers to the unknown words."""
+        """Exit with argparse's message, and a line for each unknown flag that we know from other programs."""
         task = self.tasks().get(self.typed[0], self) if self.typed else self
         words = self.typed if task is self else self.typed[1:]
         paths = any(not action.option_strings and action.dest == "paths" for action in task._actions)
@@ -196,7 +198,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str) -> Parser:
-    """A parser whose --help is the script's docstring, with its examples as they are there."""
+    """A parser whose --help shows the script's docstring with its line breaks, so that examples stay as they
+    are."""
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
@@ -242,7 +245,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
-    """--tokenizer, which changes nothing: a checkpoint brings its own."""
+    """Add --tokenizer, which changes nothing, since a checkpoint has its own tokenizer. Users of other
+    programs try it."""
     parser.add_argument(
         "--tokenizer",
         default="auto",
@@ -254,7 +258,7 @@ def add_tokenizer_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def warn_of_other_tokenizer(wanted: str, kind: str, vocab_size: int) -> None:
-    """Say that what --tokenizer names is not used where the checkpoint has another one."""
+    """Warn if --tokenizer names another tokenizer than the checkpoint's, which is the one used."""
     if wanted not in ("auto", kind):
         warn(
             f"--tokenizer {wanted} is not what this model was trained with; using the checkpoint's own "
@@ -277,7 +281,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def unix_text(text: str) -> str:
-    """A text as training reads texts: without a byte order mark at its beginning, with line ends as \\n."""
+    """The text as training would read it from a file: without the mark U+FEFF that some Windows programs put
+    first, and with \\n for each \\r\\n."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
@@ -285,15 +290,15 @@ def unix_text(text: str) -> str:
 
 
 def print_wide(table: Any) -> None:
-    """Print a rich table on lines of any length, so that no name is ever cut: a narrow terminal wraps them.
-    Names are shown as they are, brackets too."""
+    """Print a table of the library `rich` with lines as long as they need to be, so that no name is cut off:
+    a narrow terminal wraps them. Brackets in names are shown, not read as markup."""
     from rich.console import Console
 
     Console(width=10_000, height=100, highlight=False, markup=False, emoji=False).print(table)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
-    """The items, with a progress bar if standard error is a terminal."""
+    """Yield the items, and show a progress bar if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -305,8 +310,8 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
 
 @contextlib.contextmanager
 def byte_progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of bytes just done: shown as a bar on a terminal, elsewhere as a
-    line every SECONDS_BETWEEN_LINES."""
+    """`with byte_progress(...) as advance:` gives a function to call with the number of bytes just done.
+    Progress is shown as a bar on a terminal, and elsewhere as a line every SECONDS_BETWEEN_LINES seconds."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import (

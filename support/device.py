@@ -1,4 +1,4 @@
-"""Which device and precision to use, and what the machine has."""
+"""Which device and precision to use, and how much memory and speed the device has."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ import torch
 
 from support.messages import UserError
 
-# Where Linux says how much memory a container may use: version 2 of control groups, and version 1.
+# The files in which Linux says how much memory a container may use (cgroups, version 2 and version 1).
 CONTAINER_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
-# Peak of dense bf16 arithmetic in FLOP/s, from the vendors' datasheets. A key is a part of the device's name;
-# the first that fits counts.
+# The most bf16 operations per second (FLOP/s, dense), from the vendors' datasheets. A key is a part of the
+# device's name; the first key that fits counts, so "H100 PCIe" comes before "H100".
 BF16_PEAK = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -29,8 +29,8 @@ BF16_PEAK = {
 
 
 def resolve_device(name: str) -> str:
-    """`cpu`, `cuda` or `mps` for a device name; `auto` is the best that this machine has. Raises UserError
-    for a device that is unknown or not here."""
+    """Turn the device that a user asks for into `cpu`, `cuda` or `mps`; `auto` is the fastest that this
+    machine has. Raises UserError for a device that is unknown or that this machine lacks."""
     is_here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if is_here[device])
@@ -43,8 +43,8 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """Lightning's name for the precision; `auto` is bf16-mixed on a GPU that computes in bf16, else
-    float32."""
+    """Lightning's name for the precision. `auto` is bf16-mixed on a GPU that can compute in bf16, otherwise
+    float32 (`32-true`)."""
     if precision != "auto":
         return precision
     if device == "cuda" and torch.cuda.is_bf16_supported():
@@ -53,7 +53,7 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 def device_label(device: str) -> str:
-    """E.g. `cuda (NVIDIA A100-SXM4-80GB)` or `cpu (2 threads)`."""
+    """The device in words, such as `cuda (NVIDIA A100-SXM4-80GB)` or `cpu (2 threads)`."""
     if device == "cuda":
         return f"cuda ({torch.cuda.get_device_name()})"
     if device == "cpu":
@@ -62,7 +62,7 @@ def device_label(device: str) -> str:
 
 
 def bf16_peak_flops(device: str) -> float | None:
-    """The peak of the device's dense bf16 arithmetic in FLOP/s; None if it is not known."""
+    """The most bf16 operations that the device can do in a second; None if that is not known."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -70,7 +70,8 @@ def bf16_peak_flops(device: str) -> float | None:
 
 
 def memory_used_mb(device: str) -> float:
-    """Peak memory of this process: on the GPU, or resident on a CPU."""
+    """The most memory that this process has used so far, in MB: GPU memory on a GPU, otherwise main
+    memory. (On mps, the memory in use now.)"""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if device == "mps":
@@ -82,15 +83,15 @@ def memory_used_mb(device: str) -> float:
 
 
 def memory_total(device: str) -> int:
-    """How many bytes of memory the device has. For the CPU: as many as a container or `ulimit -v` lets this
-    process have."""
+    """How many bytes of memory the device has. For the CPU, a container or `ulimit -v` may allow this process
+    less than the machine has; then that is the answer."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     import resource
 
     amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in CONTAINER_LIMIT_FILES:
-        # OSError: not in a container. ValueError: in one without a limit, which is written as `max`.
+        # OSError: there is no container. ValueError: it has no limit, which is written as `max`.
         with contextlib.suppress(OSError, ValueError):
             amounts.append(int(Path(file).read_text()))
     ulimit, _ = resource.getrlimit(resource.RLIMIT_AS)

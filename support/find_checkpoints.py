@@ -1,7 +1,8 @@
-"""Which checkpoints there are: those of a run, newest first, and those that files, folders and globs name.
+"""Finds checkpoints: the newest one of a run, or all that the files, folders and globs on a command line
+name.
 
-A run writes step files, such as step-0000500.ckpt. `last`, `best` and `final` are further names of step
-files: hard links, or copies where the file system has no links.
+A run writes step files, such as step-0000500.ckpt. `last.ckpt`, `best.ckpt` and `final.ckpt` are further
+names of step files: hard links (two names of one file), or copies if the file system has no links.
 """
 
 import glob
@@ -18,11 +19,11 @@ from support.messages import UserError, printable, warn
 
 FURTHER_NAMES = ("last", "best", "final")
 
-# ---- of one run ----------------------------------------------------------------------------------
+# ---- the checkpoints of one run ------------------------------------------------------------------
 
 
 def step_of(path: Path) -> int:
-    """The step in a step file's name: step-0000500.ckpt is 500."""
+    """The step in the name of a step file: 500 for step-0000500.ckpt."""
     return int(path.stem.removeprefix("step-"))
 
 
@@ -48,7 +49,8 @@ def find_latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def other_names(path: Path) -> list[str]:
-    """The names of the other checkpoints in its folder that are this same file, or a copy of it."""
+    """The names, without `.ckpt`, of other checkpoints in the same folder that are this very file or a copy
+    of it."""
     if not path.is_file():
         return []
     size, content = path.stat().st_size, _content(path)
@@ -62,12 +64,13 @@ def other_names(path: Path) -> list[str]:
     return sorted(same, key=lambda name: (places.get(name, len(places)), name))
 
 
-# ---- of a command line ---------------------------------------------------------------------------
+# ---- the checkpoints that a command line names ---------------------------------------------------
 
 
 def find_checkpoints(paths: list[str]) -> list[Path]:
-    """Every checkpoint that files, folders (at any depth) and globs name, each once: a step file stands for
-    its further names and copies in the same folder. Raises UserError for a path without a checkpoint."""
+    """All checkpoints that these files, folders (at any depth) and globs name. Each is listed once: a step
+    file stands for its further names and for copies in the same folder. Raises UserError if there is no
+    checkpoint at a path."""
     names_of_file: dict[Hashable, list[Path]] = defaultdict(list)
     for path in paths:
         for file in _checkpoints_at(path):
@@ -76,9 +79,11 @@ def find_checkpoints(paths: list[str]) -> list[Path]:
 
 
 def _checkpoints_at(path: str) -> list[Path]:
-    """The checkpoints that one path names. A folder whose name ends in .ckpt, such as a sharded checkpoint,
-    and a link to nothing are among them, so that the user is told of them. Raises UserError if there is
-    none."""
+    """The checkpoints that one path names. Raises UserError if there is none.
+
+    A link to nothing, and a folder with a name that ends in .ckpt (a sharded checkpoint, for example), are
+    listed too, so that the user hears about them when they cannot be read.
+    """
     left_out_note = ""
     if os.path.isdir(path):
         files, left_out = walk(path, folders_too=".ckpt")
@@ -98,7 +103,7 @@ def _checkpoints_at(path: str) -> list[Path]:
 
 
 def _identity(file: Path) -> Hashable:
-    """Equal for two names of one file."""
+    """A value that is equal for two names of the same file."""
     if not file.exists():  # a link to nothing
         return file
     status = file.stat()
@@ -106,8 +111,8 @@ def _identity(file: Path) -> Hashable:
 
 
 def _each_content_once(files: Iterable[Path]) -> list[Path]:
-    """One name for each content: a plain copy of a run's folder turns further names into files of their
-    own."""
+    """One file for each content. When a run's folder is copied, its hard links may become separate files with
+    the same content."""
     by_size: dict[Hashable, list[Path]] = defaultdict(list)
     for file in files:
         by_size[file.parent, file.stat().st_size if file.exists() else file].append(file)
@@ -120,13 +125,13 @@ def _each_content_once(files: Iterable[Path]) -> list[Path]:
 
 
 def _step_files_first(file: Path) -> tuple[bool, int, Path]:
-    """Sorts the name that stands for all names of a checkpoint first."""
+    """The key to sort the names of one checkpoint by: step files first, then short paths."""
     return not file.name.startswith("step-"), len(file.parts), file
 
 
 def _content(path: Path) -> tuple | None:
-    """Equal for archives of equal content: name, size and checksum of each part. An archive's table holds
-    them, so no weight is read. None for a damaged file."""
+    """A value that is equal for checkpoints with the same content; None for a damaged file. It holds name,
+    size and checksum of each part of the archive. These are in the archive's table, so no weight is read."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()

@@ -1,4 +1,5 @@
-"""What is said to users: the error for their mistakes, warnings, notices, and text made safe to print."""
+"""How the program speaks to users: the error for their mistakes, warnings, notices, and text made safe to
+print."""
 
 import contextlib
 import os
@@ -11,35 +12,36 @@ class UserError(ValueError):
 
 
 def is_main_process() -> bool:
-    """False in the further processes of a distributed run, whatever launched it."""
+    """True in the first process of a run on several GPUs or machines (or the only one), False in the others,
+    whichever program started them."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def warn(message: str) -> None:
-    """Print a warning on standard error. Only the main process of a run prints it, since the others find the
-    same."""
+    """Print a warning on standard error. Only the main process prints it: the others would say the same."""
     if is_main_process():
         print(f"warning: {message}", file=sys.stderr)
 
 
 def inform(message: str) -> None:
-    """Print a notice on standard error, so that standard output holds the result alone. Only the main process
-    of a run prints it."""
+    """Print a notice on standard error, so that standard output holds only results. Only the main process
+    prints it."""
     if is_main_process():
         print(message, file=sys.stderr)
 
 
 class OptionalPart(contextlib.AbstractContextManager):
-    """`with part: ...` around what a run can do without, such as a picture or a log: its first failure is a
-    warning, later ones are silent, and none of them ends the run."""
+    """`with part: ...` around something that a run does not need, such as a picture or a log. If it fails,
+    the run continues: the first failure is a warning, later ones are silent."""
 
     def __init__(self, name: str):
         self.name = name
         self.failed = False
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        """True, so that the error ends here, for everything but a signal or an exit."""
+        """Python calls this at the end of the block. True means that the error is dealt with; False lets it
+        through, which is right for Ctrl-C and for an exit."""
         if not isinstance(error, Exception):
             return False
         if not self.failed:
@@ -53,7 +55,7 @@ class OptionalPart(contextlib.AbstractContextManager):
 
 
 def printable(text: object) -> str:
-    r"""The text, with every character that a terminal would obey instead of showing written as an escape.
+    r"""The text with escapes in place of control characters, which a terminal would obey instead of showing.
 
     >>> printable("clear\x1b[2J and a new line\n")
     'clear\\x1b[2J and a new line\\n'
@@ -62,5 +64,5 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text of several lines, whose line ends and tabs stay."""
+    """The same for a text of several lines: line ends and tabs stay."""
     return "".join(c if c in "\n\t" else printable(c) for c in text)

@@ -1,5 +1,4 @@
-"""Weights, checked before a model uses them: all there and of the right shapes, no larger than claimed,
-finite."""
+"""Checks weights before a model uses them: all of them are there, have the right shape, and are finite."""
 
 import re
 import reprlib
@@ -14,15 +13,15 @@ from support.files.safe_archive import named_tensors
 from support.messages import UserError, printable
 
 MAX_MISFITS_LISTED = 20
-MAX_CONTEXT = 2**22  # tokens; no weight has this size, so nothing in the file can confirm it
+MAX_CONTEXT = 2**22  # the most tokens of max_seq_len; the sizes of the weights say nothing about it
 
 
 def first_not_finite(tree: Any, name: str = "") -> str | None:
-    """The name of the first tensor in nested dicts and lists that holds a NaN or an infinity; None if all
+    """The name of the first tensor, in nested dicts and lists, that holds a NaN or an infinity; None if all
     are finite.
 
-    Reads each tensor once and copies nothing: the smallest and the largest element tell, and each of them
-    is NaN if any element is.
+    It looks only at the smallest and the largest element of each tensor, since both are NaN if any element
+    is. So each tensor is read once, and nothing is copied.
 
     >>> first_not_finite({"net": [torch.zeros(2), torch.tensor([1.0, float("nan")])]})
     'net.1'
@@ -37,9 +36,10 @@ def first_not_finite(tree: Any, name: str = "") -> str | None:
 
 
 def oversized(sizes: dict[str, Any], weights: Collection[torch.Tensor]) -> str | None:
-    """The size of a model that is too large for these weights, in words; None if all sizes are possible.
+    """Says which size in a checkpoint's config is too large for its weights; None if all are possible.
 
-    Asked before a model is built: a million layers would take hours and gigabytes even without weights.
+    This is called before a model is built: a million layers would take hours and gigabytes, even without
+    weights.
     """
     most_elements = max((weight.numel() for weight in weights), default=0)
     widths = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
@@ -51,8 +51,8 @@ def oversized(sizes: dict[str, Any], weights: Collection[torch.Tensor]) -> str |
 
 
 def misfits(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> str | None:
-    """Why `weights` do not fit a model that wants tensors of these names and shapes, in words; None if they
-    fit. What is wrong in the same way in many blocks is said once.
+    """Says how `weights` differ from the tensors that a model wants, in name or shape; None if they fit. A
+    difference that many blocks share is listed once.
 
     >>> wanted = {"layers.0.a": torch.zeros(2), "layers.1.a": torch.zeros(2)}
     >>> misfits(wanted, {"layers.0.a": torch.zeros(3), "layers.1.a": torch.zeros(3)})
@@ -80,15 +80,15 @@ def misfits(wanted: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -
 
 
 def load_weights(model: GPTMini, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Put `weights` into `model`: every name present, every shape right, nothing left over. Raises a
-    UserError that names everything that does not fit."""
+    """Put `weights` into `model`. Raises a UserError that lists what does not fit: a name that is missing or
+    left over, a wrong shape, a wrong type, or a number that is not finite."""
     if wrong := misfits(model.state_dict(), weights):
         raise UserError(f"{source}: weights do not fit the model: {wrong}")
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     if len(dtypes) > 1 or "float" not in dtypes[0]:
         raise UserError(
-            f"{source}: weights of {', '.join(dtypes)}; all should be of one kind of float, so take another "
-            "checkpoint"
+            f"{source}: weights have the types {', '.join(dtypes)}; all should have the same float type, so "
+            "take another checkpoint"
         )
     if bad := first_not_finite(weights):
         raise UserError(

@@ -214,7 +214,7 @@ def large_id(folder: Path) -> None:
         (
             lambda f: (f / "x.bin").write_bytes(b"abc" * 99),
             ("x.bin", "data.dtype=uint16"),
-            r"297 bytes, not a multiple of the 2 of a uint16",
+            r"297 bytes, and one uint16 takes 2, which leaves a rest",
         ),
         (lambda f: np.save(f / "x.npy", np.zeros((3, 4), int)), ("x.npy",), r"int64 in the shape \(3, 4\)"),
         (lambda f: np.save(f / "x.npy", np.zeros(30)), ("x.npy",), "float64"),
