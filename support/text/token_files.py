@@ -85,8 +85,8 @@ class TokenFile:
         number = np.dtype(dtype).newbyteorder("<")
         if size % number.itemsize:
             raise UserError(
-                f"{self.path} has {size:,} bytes, and one {dtype} takes {number.itemsize}, which leaves a rest; is "
-                "data.dtype right, and the file complete?"
+                f"{self.path} has {size:,} bytes, and one {dtype} takes {number.itemsize}, which leaves a "
+                "rest; is data.dtype right, and the file complete?"
             )
         return 0, number, size // number.itemsize
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY
+from conftest import REPO, TINY_OVERRIDES
 
 PAGE = (REPO / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 SECTION = PAGE[PAGE.index("## How to add") :]
@@ -64,7 +64,9 @@ def run_in(folder: Path, *words: str) -> str:
 
 
 def train(folder: Path, *overrides: str) -> str:
-    flags = [word for key in (*TINY, "training.max_steps=4", *overrides) for word in ("--override", key)]
+    flags = [
+        word for key in (*TINY_OVERRIDES, "training.max_steps=4", *overrides) for word in ("--override", key)
+    ]
     return run_in(folder, "train.py", "--config", "config_smoke.yaml", "--device", "cpu", *flags)
 
 
