@@ -139,6 +139,7 @@ def stream_state(folder: Path) -> dict:
     )
 
 
+@pytest.mark.slow
 def test_config_yaml_streams_from_the_hub_trains_and_samples(hub, tmp_path, capsys):
     """The README's Wikipedia run, from the first request to a sample, in a process as a user starts it."""
     hub.requests.clear()
