@@ -1,5 +1,5 @@
-"""A checkpoint: one file that holds a model, its tokenizer and the state of its run. Reading it safely,
-turning it back into a model, writing it whole or not at all.
+"""A checkpoint is one file that holds a model, its tokenizer and the state of its run. Here it is read
+safely, turned back into a model, and written whole or not at all.
 
 The file is a Lightning .ckpt of tensors and plain Python types. The weights are under `state_dict`, as
 `net.*`. Our own fields are under one key, `tiny_transformer`:
@@ -42,7 +42,8 @@ FORMAT_VERSION = 1
 
 
 def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """The dictionary in a checkpoint of ours, on the CPU. Only tensors and plain types are ever unpickled.
+    """The dictionary in one of our checkpoints, on the CPU. Only tensors and plain types are read:
+    anything else could run code. With `mmap`, each weight is read from the disk when it is first used.
 
     Raises UserError for a file that is missing, truncated, unsafe or not ours.
     """
@@ -83,8 +84,8 @@ def _refuse_what_is_no_file(path: Path) -> None:
 
 
 def open_archive(path: Path, mmap: bool) -> Any:
-    """What torch.save put into the file at `path`, after every check that is possible without knowing what
-    it holds. Raises UserError."""
+    """What torch.save put into the file at `path`, checked as far as possible without knowing what it should
+    be. Raises UserError if it cannot be read, or would run code when opened."""
     try:
         with open(path, "rb") as file:
             head = file.read(len(LEGACY_MAGIC))
@@ -117,7 +118,7 @@ def open_archive(path: Path, mmap: bool) -> Any:
 
 
 def _check_layout(checkpoint: Any, path: Path) -> None:
-    """Raise UserError unless this is a checkpoint of ours, of this format version, with plain fields."""
+    """Raise UserError unless this is one of our checkpoints, of this format version, with plain fields."""
     if type(checkpoint) is not dict or KEY not in checkpoint or "state_dict" not in checkpoint:
         foreign = what_is(path) or f"{TORCH} of another program; {AS_FOLDER}"
         raise UserError(f"{path} is not a Tiny Transformer checkpoint (no {KEY!r} in it) but {foreign}")
@@ -138,7 +139,7 @@ def _check_layout(checkpoint: Any, path: Path) -> None:
 
 
 def odd_fields(checkpoint: dict[str, Any]) -> list[str]:
-    """Names of what is missing, or of another type than the rest of the code expects."""
+    """The names of fields that are missing, or not of the type that the rest of the code expects."""
     ours, weights = checkpoint[KEY], checkpoint["state_dict"]
     odd = [name for name in ("model", "tokenizer", "metrics") if not isinstance(ours.get(name), dict)]
     for name, weight in weights.items():
@@ -148,6 +149,7 @@ def odd_fields(checkpoint: dict[str, Any]) -> list[str]:
     for name in ("step", "tokens", "epoch", "lr", "train_loss", "val_loss", "best_val_loss"):
         value = metrics.get(name, 0)
         is_count = type(value) is int and 0 <= value < 2**63
+        # step and tokens are always counts; the others can also be a float, or None while unknown.
         is_measured = name not in ("step", "tokens") and (value is None or type(value) is float)
         if not (is_count or is_measured):
             odd.append(f"metrics.{name}={reprlib.repr(value)}")
@@ -155,8 +157,8 @@ def odd_fields(checkpoint: dict[str, Any]) -> list[str]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pytorch_model.bin, after the same checks. They are mapped, not read, unless PyTorch
-    before 1.6 wrote them. Raises UserError."""
+    """The tensors of a pytorch_model.bin, after the same checks. Each is read from the disk when it is first
+    used, unless PyTorch before 1.6 wrote the file. Raises UserError if it holds something else."""
     tensors = open_archive(path, mmap=True)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
@@ -166,7 +168,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Our fields of a checkpoint. Weights are mapped, not read, so this takes milliseconds."""
+    """Our fields of a checkpoint. The weights are not read, so this takes milliseconds."""
     return read_checkpoint(path)[KEY]
 
 
@@ -174,7 +176,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GPTMini, Tokenizer, dict[str, Any]]:
-    """(model in eval mode, tokenizer, metadata) from one checkpoint file; nothing else is needed.
+    """(model in eval mode, tokenizer, metadata) from a checkpoint; no other file is needed.
 
     >>> model, tokenizer, metadata = load_model("checkpoints/final.ckpt")            # doctest: +SKIP
     """
@@ -192,8 +194,8 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPTMini, Tokenize
 
 
 def empty_model(checkpoint: dict[str, Any], source: str) -> GPTMini:
-    """The model that a checkpoint describes, without memory for its weights (on the meta device). Raises
-    UserError."""
+    """The model that a checkpoint describes, still without weights: on the "meta" device a tensor has a shape
+    but no numbers, and takes no memory. Raises UserError if the description is damaged."""
     sizes = checkpoint[KEY]["model"]
     if wrong := oversized(sizes, checkpoint["state_dict"].values()):
         raise UserError(f"checkpoint {source} is damaged: {wrong}; take another one")
@@ -208,10 +210,11 @@ def empty_model(checkpoint: dict[str, Any], source: str) -> GPTMini:
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict under plain names: without `net.` and what torch.compile or DDP put before a name, and
-    with adapters merged. Raises UserError for adapters that do not fit."""
+    """The weights of a checkpoint under plain names, with adapters merged. Raises UserError if adapters do
+    not fit."""
 
     def plain(name: str) -> str:
+        """The name without `net.`, and without what torch.compile or DDP put into it."""
         parts = [part for part in name.split(".") if part not in ("_orig_mod", "module")]
         return ".".join(parts).removeprefix("net.")
 
@@ -228,17 +231,19 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def weights_sha256(path: str | Path) -> str:
-    """A digest of all weights, in the order of their names: equal if and only if two checkpoints hold the
-    same model, bit for bit."""
+    """The sha256 of all weights, in the order of their names. Two checkpoints have the same one only if their
+    weights are the same, bit for bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model_weights(read_checkpoint(path)).items()):
         digest.update(name.encode())
+        # as bytes, because NumPy has no bf16; a tensor without dimensions cannot be viewed as bytes
         digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.numpy())
     return digest.hexdigest()
 
 
 def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:
-    """The tokenizer in a checkpoint. Raises UserError, also where the `tokenizers` library panics."""
+    """The tokenizer in a checkpoint. Raises UserError if it is damaged, even if the `tokenizers` library
+    panics."""
     try:
         chars = state.get("chars", "")
         if not isinstance(chars, str) or len(set(chars)) < len(chars):
@@ -253,8 +258,8 @@ def saved_tokenizer(state: dict[str, Any], source: str) -> Tokenizer:
 
 
 def saved_config(metadata: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """The config of the run that wrote a checkpoint. Raises UserError for a file without one; such a model
-    can still be sampled from."""
+    """The config of the run that wrote a checkpoint. Raises UserError if the file has none; its model can
+    still be sampled from."""
     config = metadata.get("config")
     if not isinstance(config, dict):
         raise UserError(
@@ -265,8 +270,8 @@ def saved_config(metadata: dict[str, Any], source: str | Path) -> dict[str, Any]
 
 
 def saved_template(metadata: dict[str, Any], source: str | Path) -> Template | None:
-    """How a checkpoint lays out a conversation; None if it has not been fine-tuned on instructions. Raises
-    UserError."""
+    """How the model of a checkpoint expects a conversation to be written; None if it was not fine-tuned on
+    instructions. Raises UserError if the template is damaged."""
     if metadata.get("template") is None:
         return None
     try:
@@ -280,8 +285,8 @@ def saved_template(metadata: dict[str, Any], source: str | Path) -> Template | N
 
 
 def save_archive(content: Any, path: Path) -> None:
-    """torch.save, whole or not at all. Raises OSError where the disk refuses; torch would hide that in an
-    error of its own."""
+    """torch.save, whole or not at all. Raises OSError if the file cannot be written; torch would hide that in
+    an error of its own."""
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
@@ -292,7 +297,8 @@ def save_archive(content: Any, path: Path) -> None:
 
 
 def write_merged(path: Path, target: Path) -> None:
-    """Write the model of a checkpoint with adapters as a plain one: complete, except for resuming its run."""
+    """Write a checkpoint with adapters as one without, the adapters merged into the weights. It can do all
+    but resume the run."""
     checkpoint = read_checkpoint(path)
     only_for_resuming = ("sequences_per_step", "data_fingerprint")
     ours = {name: value for name, value in checkpoint[KEY].items() if name not in only_for_resuming}
@@ -316,9 +322,9 @@ def build_metadata(
     stream_state: str | None = None,
     **only_to_resume: Any,
 ) -> dict[str, Any]:
-    """Our fields of a checkpoint, in plain types. This is the place for a new field.
+    """Our fields of a checkpoint, in plain types. A new field belongs here.
 
-    `only_to_resume`: data_fingerprint and sequences_per_step, which an imported model does not have.
+    `only_to_resume` are data_fingerprint and sequences_per_step, which an imported model does not have.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -335,7 +341,7 @@ def build_metadata(
 
 
 def write_model(path: Path, model: GPTMini, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
-    """Write a checkpoint of a model that was not trained here: complete, except for resuming a run."""
+    """Write a checkpoint of a model that was not trained here. It can do all but resume a run."""
     unknown = dict.fromkeys(("epoch", "train_loss", "lr", "val_loss", "best_val_loss"))
     metadata = build_metadata(
         model=model.config, tokenizer=tokenizer, metrics={"step": 0, "tokens": 0, **unknown}, run=record

@@ -25,15 +25,16 @@ from tokenizer import Tokenizer
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss): the number of equally likely tokens that would be as hard to guess."""
-    return math.exp(min(loss, 700.0))
+    """exp(loss): guessing the next token is as hard as guessing among this many equally likely ones."""
+    return math.exp(min(loss, 700.0))  # exp(710) is too large for a float
 
 
 class Metrics(pl.Callback):
-    """One row for step 1 and every `log_every` steps, and one for each validation; every sink gets each row.
+    """Makes the rows of metrics: one for step 1, one every `log_every` steps, and one for each validation.
+    Each row goes to every sink (a file, a logger, the console).
 
-    A new row or column belongs here. step_ms and the speeds cover the steps since the row before, without
-    data loading, validation and saving.
+    A new row or column belongs here. step_ms and the speeds cover the steps since the row before, without the
+    time for data loading, validation and saving.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Metrics(pl.Callback):
         self.step_started_at = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
+        """Give the row to every sink. If one fails, there is a warning, and the run continues."""
         for sink, optional in self.sinks:
             with optional:
                 sink.write(row)
@@ -89,6 +91,7 @@ class Metrics(pl.Callback):
             row["memory_mb"] = round(memory_used_mb(self.device), 1)
             peak = bf16_peak_flops(self.device)
             if peak:
+                # "model FLOPs utilization": the share of the device's possible speed that the model uses
                 mfu = pl_module.flops_per_token * tokens_per_sec / (peak * trainer.world_size)
                 row["mfu"] = round(mfu, 4)
         return row
@@ -108,8 +111,8 @@ class Metrics(pl.Callback):
 class JsonlFile:
     """metrics.jsonl or samples.jsonl: each row is on disk as soon as it is written.
 
-    On resume, rows of steps that will be run again are first removed (`dropped` holds them). Rows that a full
-    disk refuses are kept and written together with a later one.
+    On resume, the rows of steps that will run again are first removed from the file (`dropped` holds them).
+    Rows that do not fit on a full disk are kept, and written together with a later one.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -133,12 +136,13 @@ class JsonlFile:
         self.waiting = b""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Add a row to the file, after any rows that could not be written before."""
         has_warned = bool(self.waiting)
         self.waiting += (json.dumps(row) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
             rest = self.waiting
-            while rest:
+            while rest:  # one write may take only a part
                 rest = rest[self.file.write(rest) :]
             self.waiting = b""
         except OSError as error:
@@ -151,10 +155,11 @@ class JsonlFile:
 
 
 class LoggerSink:
-    """Hands rows to a Lightning logger (TensorBoard, Weights & Biases), except those that it got before the
-    run was killed and resumed.
+    """Gives rows to a Lightning logger (TensorBoard, Weights & Biases), except those that it already got
+    before the run was killed and resumed.
 
-    A logger that fails `MAX_FAILURES` times in a row is given up: each time it may have waited for a network.
+    After `MAX_FAILURES` failures in a row the logger gets no more rows, because each failure may take long
+    (it may wait for a network).
     """
 
     MAX_FAILURES = 3
@@ -167,13 +172,13 @@ class LoggerSink:
 
     @staticmethod
     def key_of(row: dict[str, Any]) -> tuple[int, bool]:
-        """(step, whether it is a row of a validation): no two rows of a run have the same."""
+        """(step, whether it is a row of a validation). No two rows of a run have the same key."""
         return row["step"], "val_loss" in row
 
     def write(self, row: dict[str, Any]) -> None:
         if self.failures == self.MAX_FAILURES or self.key_of(row) in self.already_logged:
             return
-        self.failures += 1
+        self.failures += 1  # taken back below, unless the logger raises an error
         self.logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=row["step"])
         self.logger.save()
         self.failures = 0
@@ -185,8 +190,8 @@ class LoggerSink:
 def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any]:
     """Where the rows of metrics go besides the console: metrics.jsonl, and the loggers that the config names.
 
-    Every logger has each step once, also when a run resumes at `start_step`: TensorBoard hides the steps that
-    are run again, and Weights & Biases does not get them again.
+    Every logger shows each step once, also after a run resumes at `start_step`: for steps that run again,
+    TensorBoard hides the old rows, and Weights & Biases does not get the new ones.
     """
     file = JsonlFile(folder / "metrics.jsonl", start_step)
     sinks = [file]
@@ -200,12 +205,13 @@ def make_sinks(config: LoggingConfig, folder: Path, start_step: int) -> list[Any
 
 
 def tensorboard_logger(folder: Path, start_step: int) -> Any:
+    """A logger that writes to the folder "tensorboard", and hides what is there from `start_step` + 1 on."""
     purge = {"purge_step": start_step + 1} if start_step else {}
     return pl.loggers.TensorBoardLogger(folder, name="tensorboard", version="", **purge)
 
 
 def wandb_logger(folder: Path) -> Any:
-    """A logger that continues the run of Weights & Biases whose id is in the folder."""
+    """A logger for Weights & Biases. It continues the run whose id is in the folder, or starts one."""
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         with atomic_write(id_file) as file:
@@ -242,13 +248,13 @@ class Console:
             self.bar.start()
 
     def print(self, text: str) -> None:
-        """A line that stays; above the bar, if there is one."""
+        """Print a line that stays; it is above the bar, if there is one."""
         try:
             if self.bar:
                 self.bar.console.print(text, markup=False, highlight=False)
             else:
                 print(text, flush=True)
-        except BrokenPipeError:  # the reader of our output is gone: stop as if asked to
+        except BrokenPipeError:  # nobody reads our output any more (`| head`): stop, as after a SIGTERM
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
             signal.raise_signal(signal.SIGTERM)
 
@@ -275,7 +281,7 @@ class Console:
             self.print(f"step {step:>6}/{self.n_steps}  {numbers}  eta {self._time_left(step)}")
 
     def _time_left(self, step: int) -> str:
-        """Minutes and seconds, from the steps since the first row; - in the first row itself."""
+        """Minutes and seconds until the last step, at the speed since the first row; "-" in the first row."""
         time_now = time.monotonic()
         if self.first_row is None:
             self.first_row = (step, time_now)
@@ -291,8 +297,8 @@ class Console:
 
 
 class TextSamples(pl.Callback):
-    """Every `every` steps, how the model continues each of the prompts. They are drawn with a generator of
-    their own, so that looking does not change the run."""
+    """Shows how the model continues each of the prompts, every `every` steps. The texts are drawn with a
+    random generator of their own, so that they do not change the run."""
 
     NEW_TOKENS = 64
 

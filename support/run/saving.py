@@ -1,7 +1,7 @@
-"""When and how a run is saved: checkpoint files, their further names, and the signals that stop a run.
+"""When and how a run is saved: checkpoint files, their other names, and the signals that stop a run.
 
 Lightning's own callbacks have traps for exact resume (best replaced by a worse one, metrics deleted, saves in
-the middle of a step); these few are small and do one thing each. A step's row of metrics is written before
+the middle of a step). The few here are small and do one thing each. A step's row of metrics is written before
 its checkpoint, so a run that is killed between the two and resumed loses neither.
 """
 
@@ -27,9 +27,9 @@ from support.weights import first_not_finite
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's hook for files: they are written whole or not at all, and read with weights_only.
+    """How Lightning writes and reads checkpoints: whole or not at all, and without running code from a file.
 
-    Only one of several processes writes. If that fails it raises nothing here; `failure` gives the reason.
+    Only the main process writes. If that fails, nothing is raised here; `failure` gives the reason.
     """
 
     failure: str | None = None
@@ -37,6 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        """Write the file. On failure keep the reason: the other processes must hear of it too."""
         self.failure = None
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        """The checked checkpoint to resume from. Raises UserError if a NaN or an infinity is in it."""
         checkpoint = read_checkpoint(path, mmap=False)
         tensors = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
         if bad := first_not_finite(tensors):
@@ -71,9 +73,9 @@ class StopOnSignal(pl.Callback):
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
-        self.signum: int | None = None  # the signal that has arrived
+        self.signum: int | None = None  # the signal that this process got
         self.stepping = False  # whether the first step has begun
-        self.leaving = False  # whether this step is the last
+        self.leaving = False  # whether the run ends after this step
         self.earlier_handlers: dict[int, Any] = {}
         self.pid = os.getpid()
 
@@ -84,16 +86,17 @@ class StopOnSignal(pl.Callback):
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """The signal may also end another process, or a data worker in its first moments, before the step is
-        done. What this process then raises is the same end of the run."""
+        """Set the earlier handlers again. The signal may also have ended another process, or a data worker
+        that just started, before the step was done. The error that this causes here is then a StopRun too."""
         for signum, handler in self.earlier_handlers.items():
             signal.signal(signum, handler)
         if self.signum is not None and isinstance(error, RuntimeError):
             raise StopRun(128 + self.signum) from error
 
     def _answer(self, signum: int, frame: Any) -> None:
+        """Called when a signal arrives: remember it, or end the run at once."""
         if os.getpid() != self.pid:
-            return  # a data worker: it has inherited this handler, and the main process ends it
+            return  # a data worker, which has inherited this handler; the main process ends it
         if self.signum is not None or not self.stepping:
             raise StopRun(128 + signum)
         self.signum = signum
@@ -120,9 +123,11 @@ class StopOnSignal(pl.Callback):
 def number_parameters(
     saved: dict[str, Any], live: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
 ) -> None:
-    """Change a saved optimizer so that it numbers its parameters as the module does, not as its groups do.
+    """Change a saved optimizer so that its parameters are numbered in the module's order, not in the order of
+    the optimizer's groups.
 
-    FSDP takes that numbering for granted; otherwise it would give a parameter the momentum of another.
+    FSDP (weights divided among processes) expects that order on loading. With another one, it would give a
+    parameter the momentum of a different parameter.
     """
     number_in_module = {parameter: i for i, parameter in enumerate(parameters)}
     new_number: dict[int, int] = {}
@@ -134,10 +139,10 @@ def number_parameters(
 
 
 def name_checkpoint(path: Path, *, best: bool, final: bool) -> None:
-    """Make `last.ckpt` a further name of a step file, and also `best.ckpt` and `final.ckpt` if asked.
+    """Make `last.ckpt` another name of a step file, and also `best.ckpt` and `final.ckpt` if asked.
 
-    The final.ckpt of a run with adapters is a file of its own: the plain model that weights and adapters
-    make together, for everyone who only wants to use it.
+    After a run with adapters, final.ckpt is a file of its own: the plain model in which the adapters are
+    merged into the weights, for everyone who only wants to use it.
     """
     wanted = ["last"]
     if best:
@@ -151,13 +156,13 @@ def name_checkpoint(path: Path, *, best: bool, final: bool) -> None:
                 write_merged(path, target)
             else:
                 link_or_copy(path, target)
-        except OSError as error:  # a copy, and the disk is full
+        except OSError as error:  # the name may need a copy of the file, and the disk may be full
             warn(f"{target.name} could not be written next to {path} ({error.strerror})")
 
 
 class CheckpointSaver(pl.Callback):
-    """Saves step-*.ckpt every `save_every` steps, at each new best validation loss, at a signal and at the
-    end; `last`, `best` and `final` are further names of such files. A step that validates is saved after its
+    """Saves step-*.ckpt every `save_every` steps, at each new best validation loss, after a signal and at the
+    end. `last`, `best` and `final` are other names of such files. A step that validates is saved after its
     validation."""
 
     def __init__(self, *, plan: Plan, stop: StopOnSignal):
@@ -173,12 +178,12 @@ class CheckpointSaver(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and self.plan.resumes_in_place:
             self._restore_names(trainer, pl_module)
-        best = (pl_module.best_val_loss, pl_module.best_step)
+        best = (pl_module.best_val_loss, pl_module.best_step)  # as the main process knows it
         pl_module.best_val_loss, pl_module.best_step = trainer.strategy.broadcast(best)
 
     def _restore_names(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before a run resumes in its folder: give its files their names, also where a kill came between a
-        file and its names. best.ckpt is the one to beat, even if the run resumes from an older file."""
+        """Before a run resumes in its folder, give its files their names, in case a kill came before that was
+        done. The loss to beat is the one in best.ckpt, even if the run resumes from an older file."""
         # A run that is extended is no longer finished.
         (self.folder / "final.ckpt").unlink(missing_ok=True)
         with contextlib.suppress(UserError):  # best.ckpt may be missing or damaged
@@ -196,6 +201,7 @@ class CheckpointSaver(pl.Callback):
         return trainer.global_step % self.save_every == 0 or self._last_chance(trainer)
 
     def _last_chance(self, trainer: pl.Trainer) -> bool:
+        """Whether the run ends after this step, so that no later save can make up for a failed one."""
         return trainer.global_step == self.n_steps or self.stop.leaving
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -207,7 +213,7 @@ class CheckpointSaver(pl.Callback):
             self.save(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:  # the base is validated before fine-tuning
+        if trainer.sanity_checking:  # before the first step there is nothing to save (see validates_first)
             return
         earlier_best = (pl_module.best_val_loss, pl_module.best_step)
         improved = pl_module.val_loss < pl_module.best_val_loss
@@ -220,10 +226,10 @@ class CheckpointSaver(pl.Callback):
                 pl_module.best_val_loss, pl_module.best_step = earlier_best
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, best: bool = False) -> bool:
-        """Write the step's file and its names. Returns False if the disk refuses.
+        """Write the step's file and its names. Returns False if the file could not be written.
 
-        Called in every process, since each has its part of the state. Raises UserError if the state must not
-        be saved (a NaN), or cannot be saved and the run is at its end.
+        Called in every process, since each may hold a part of the state. Raises UserError if the state must
+        not be saved (a NaN), or if it could not be saved and the run ends here.
         """
         optimizer = pl_module.optimizers().state_dict()["state"]
         refuse_bad_weights(
@@ -249,7 +255,7 @@ class CheckpointSaver(pl.Callback):
         return True
 
     def _remove_older(self, newest: Path) -> None:
-        """Keep the last `keep_last` step files."""
+        """Keep the newest `keep_last` step files; None keeps all."""
         older = [path for path in step_files(self.folder) if path != newest]
         n_to_remove = max(0, len(older) + 1 - self.keep_last) if self.keep_last else 0
         for path in older[:n_to_remove]:
@@ -262,8 +268,8 @@ class CheckpointSaver(pl.Callback):
         return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failure)
 
     def _rescue(self, trainer: pl.Trainer, name: str, failure: str) -> UserError:
-        """The run ends and its folder takes no file: save to the folder for temporary files. Returns the
-        error that says so."""
+        """The run ends and its folder cannot be written: save to the folder for temporary files instead.
+        Returns an error that says where, or that this failed too."""
         path = Path(trainer.strategy.broadcast(str(temporary_folder()))) / name
         second_failure = self._write(trainer, path)
         if second_failure is None:
