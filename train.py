@@ -395,7 +395,7 @@ def run(plan: Plan, module_class: type[LitCausalLM]) -> int:
         if advice is None:
             raise
         if not is_main_process():  # the main process may not have met this error
-            print(f"warning: another process of this run: {advice}", file=sys.stderr)
+            print(f"warning: from another process: {advice}", file=sys.stderr)
         raise advice from None
     finally:
         if console:

@@ -282,7 +282,7 @@ def test_a_process_reports_a_lost_main_process_and_ends(forked, tmp_path):
     group = forked(tmp_path / "run", *DDP, *ENDLESS).until(r"step +8/")
     ended = group.signal(signal.SIGKILL, group.pids[0]).end()
     assert group.codes == [-signal.SIGKILL, 2]
-    assert_reports_a_lost_process(ended.err, "warning: a further process")
+    assert_reports_a_lost_process(ended.err, "warning: from another process")
     assert_resumes(forked, group)
 
 
