@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.picture and args.show_mask is None:
         raise UserError("--picture goes with --show-mask N")
     if args.picture and (Path(args.picture).is_dir() or Path(args.picture).suffix not in (".svg", ".png")):
-        raise UserError(f"--picture {args.picture}: name a file that ends in .svg; a .png is drawn next to it")
+        raise UserError(f"--picture {args.picture}: name a file ending in .svg; a .png is drawn next to it")
     return args
 
 

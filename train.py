@@ -242,6 +242,8 @@ class LitCausalLM(pl.LightningModule):
     # Lightning calls these two when training starts. Making both and keeping one is cheap: it reads nothing.
 
     def train_dataloader(self):
+        if self.plan.data.streaming:
+            _ = self.train_eval_batches  # a stream has one reader at a time: read these before training
         return self._dataloaders()[0]
 
     def val_dataloader(self):

@@ -74,13 +74,7 @@ LESSONS: list[tuple[str, str, str, str, Callable[[ModuleType], None]]] = [
         ".tril(n_past + 1)",
         check_segments_isolate,
     ),
-    (
-        "a mask aligned to the top left",
-        "model.py",
-        ".tril(n_past)",
-        ".tril()",
-        cached_in_two_pieces,
-    ),
+    ("a mask aligned to the top left", "model.py", ".tril(n_past)", ".tril()", cached_in_two_pieces),
     (
         "repeat instead of repeat_interleave",
         "model.py",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import BYTE, stop_before
 
+import data
 import support.run.metrics
 import support.run.show
 import train
@@ -247,6 +248,28 @@ def test_train_eval_loss_is_measured_on_streams_too(run, tmp_path):
     )
     made = run(tmp_path / "run", *BYTE, *words, "training.max_steps=4", "training.train_eval_batches=3")
     assert [math.isfinite(row["train_eval_loss"]) for row in made.val_rows] == [True]
+
+
+def test_measuring_training_text_of_a_stream_does_not_move_the_stream(run, tmp_path, monkeypatch):
+    """The first validation comes after the first group of documents. Training must continue from there, not
+    from the start of the stream."""
+    monkeypatch.setattr(data, "SHUFFLE_GROUP", 8)
+    rows = tmp_path / "rows.jsonl"
+    texts = [f"Document {n}: " + f"token {n % 7}, loss {n % 5}. " * 8 for n in range(60)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    words = (
+        *BYTE,
+        "data.source=hf",
+        "data.dataset=json",
+        f"data.path={rows}",
+        "data.streaming=true",
+        "data.val_docs=4",
+        "training.max_steps=12",
+        "training.val_every=5",
+    )
+    measured = run(tmp_path / "measured", *words, "training.train_eval_batches=2")
+    plain = run(tmp_path / "plain", *words)
+    assert measured.sha256 == plain.sha256
 
 
 def test_a_checkpoint_holds_its_perplexity(tiny_run):

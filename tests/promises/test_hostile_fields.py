@@ -276,7 +276,7 @@ def test_an_override_made_to_do_harm_is_refused_in_one_line(key):
 def test_a_config_of_megabytes_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "big.yaml", "wb") as file:
         file.truncate(50 * 10**6)
-    with pytest.raises(UserError, match=r"has 50,000,000 bytes, and 1,048,576 at most") as caught:
+    with pytest.raises(UserError, match=r"has 50,000,000 bytes, and at most 1,048,576 are read") as caught:
         read_config_file(tmp_path / "big.yaml")
     one_line(caught.value)
 

@@ -410,7 +410,7 @@ TOKENS_MISTAKES = {
     "--input t.txt --val-fraction 1.5": "--val-fraction 1.5 must be between",
     "--input t.txt --val-split test": "--val-split goes with --dataset",
     "--input binary.txt": "NUL byte at offset 2",
-    "--input bad.parquet": "bad.parquet is .* parquet file",
+    "--input bad.parquet": "bad.parquet cannot be read as a parquet file",
     "--input r.jsonl": r"line 1 has no text in field 'text' \(fields: body\)",
 }
 TOKENIZER_MISTAKES = {
