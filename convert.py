@@ -214,10 +214,11 @@ def export_hf(args: argparse.Namespace) -> None:
             with atomic_write(temporary / name) as file:
                 file.write(text.encode())
         save_weights(model, temporary / "model.safetensors", output)
-        # The library makes a file that only its owner can read: give it the rights of the other files.
+        # safetensors makes a file that only its owner can read: give it the rights of the other files.
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         ours = logits_to_compare(model)
         del model  # transformers now loads its own: two would need twice the memory
+        # written_by_us: a folder that transformers cannot open is an error too
         print(check_logits(ours, temporary, written_by_us=True))
         print(check_exported_text(tokenizer, temporary))
     names = ", ".join(sorted(path.name for path in output.iterdir()))
@@ -248,8 +249,9 @@ def export_gguf(args: argparse.Namespace) -> None:
     template = saved_template(metadata, args.ckpt)
     with all_or_nothing(output) as temporary:
         name = model_name(metadata, args.ckpt)
-        word_splitter = write_gguf(temporary, model, tokenizer, template, dtype, name)
-        print(check_gguf(temporary, model, tokenizer, dtype, word_splitter))
+        # GGUF's name for the rule that splits text into words; the check needs it.
+        splitter_name = write_gguf(temporary, model, tokenizer, template, dtype, name)
+        print(check_gguf(temporary, model, tokenizer, dtype, splitter_name))
     print(f"written: {output} ({dtype}), {output.stat().st_size / 2**20:,.1f} MB")
 
 

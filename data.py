@@ -63,7 +63,7 @@ def load_corpus(config: Config) -> Corpus:
     """The documents that the config names. The validation part is set aside here, before anything is
     trained. Raises UserError if the documents cannot be read or split."""
     train, val = load_documents(config.data, config.seed)
-    if val is None:
+    if val is None:  # the config names no validation text
         train, val = split_documents(train, config.data.val_fraction, config.seed)
     return Corpus(train, val)
 

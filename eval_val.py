@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         own_config = scoring_config(model, metadata, args.ckpt, path=None)
         # The seed too: it draws which documents are held out.
         is_own_set = (config.data, config.seed) == (own_config.data, own_config.seed)
+    # Only fine-tuning on instructions stores the layout of a conversation.
     is_fine_tuned = metadata.get("template") is not None
     try:
         documents = documents_of(config, args.data, fine_tuned=is_fine_tuned, ckpt=args.ckpt)
@@ -139,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     found = validate(model, tokenizer, documents, config, args.batch_size, precision)
     metrics = metadata["metrics"]
     name = name_of_set(args, is_own_set)
-    logged = metrics.get("val_loss") if is_own_set else None  # of another set: cannot be compared
+    # The loss that training logged is that of the run's own set; next to another set it would mislead.
+    logged = metrics.get("val_loss") if is_own_set else None
     if args.json:
         about = {
             "ckpt": args.ckpt,

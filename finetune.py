@@ -119,7 +119,7 @@ class LitSFT(LitCausalLM):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep the loss of the base with the other metrics, for `on_load_checkpoint`."""
-        super().on_save_checkpoint(checkpoint)
+        super().on_save_checkpoint(checkpoint)  # fills checkpoint[KEY], this project's part of the file
         checkpoint[KEY]["metrics"]["base_val_loss"] = self.base_val_loss
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

@@ -602,6 +602,7 @@ class BPE:
             return self.cache[word]
         ids = [self.id_of_byte[byte] for byte in word.encode()]
         while len(ids) > 1:
+            # Ids were given in the order of learning, so the smallest is the earliest merge.
             pair = min(itertools.pairwise(ids), key=lambda pair: self.ranks.get(pair, math.inf))
             if pair not in self.ranks:
                 break

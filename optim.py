@@ -26,8 +26,8 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
     """The parameter groups of the optimizer that the config names; empty groups are left out.
 
-    The schedule's share times `peak_lr` is the group's learning rate. `muon` is True for groups that Muon
-    updates. Frozen parameters are in no group.
+    Each step sets a group's `lr` to a share of its `peak_lr`, 0 to 1, given by the schedule. `muon` is True
+    for groups that Muon updates. Frozen parameters are in no group.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for_muon = []
@@ -119,11 +119,12 @@ class Muon(torch.optim.AdamW):
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
-    """Approximately U V^T for each G = U S V^T of a batch (n, rows, columns): all singular values are pushed
-    towards 1.
+    """Approximately U V^T for each G = U S V^T (its singular value decomposition) of a batch (n, rows,
+    columns): all singular values are pushed towards 1.
 
-    Each step applies the odd polynomial a x + b x^3 + c x^5 to the singular values; these coefficients lift
-    small ones fast and leave all of them between about 0.7 and 1.2. In bf16 on a GPU, in float32 on a CPU.
+    X X^T X is U S^3 V^T: such products change only the singular values. So a step applies a s + b s^3 + c s^5
+    to each; these coefficients lift small ones fast and leave all of them between about 0.7 and 1.2. In bf16
+    on a GPU, in float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)

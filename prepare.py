@@ -359,7 +359,7 @@ def check_token_flags(args: argparse.Namespace) -> None:
 def read_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer names. Raises UserError."""
     if name in ("gpt2", "byte"):
-        return build_tokenizer(name, [])
+        return build_tokenizer(name, documents=[])  # not trained, so it needs no text
     if name.endswith(".ckpt"):
         from support.checkpoint import read_metadata  # this needs torch
 
@@ -380,12 +380,12 @@ def token_plan(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]
         "--tokenizer": f"{described(tokenizer)}, sha256 {tokenizer.fingerprint()[:16]}",
         "--dataset": args.dataset,
         "--dataset-config": args.dataset_config,
-        "--split": args.split if args.dataset else None,
+        "--split": args.split if args.dataset else None,  # its default means nothing for files
         "--revision": args.revision,
         "--text-field": args.text_field,
         "--errors": args.errors,
         "--val-split": args.val_split,
-        "--val-input": bool(args.val_input),
+        "--val-input": bool(args.val_input),  # only whether there is one
         "--shard-chars": args.shard_chars,
         "--seed": args.seed,
         "--val-fraction": args.val_fraction,

@@ -51,9 +51,10 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def divide_by_temperature(logits: Tensor, temperature: float) -> Tensor:
     """A temperature below 1 widens the gaps between logits, one above 1 narrows them."""
-    # All are at most 0 now. A tiny temperature may give -inf (never drawn), but not +inf, which would break
-    # the softmax. And a number below 1e-30 might become 0 in float32: 0 / 0 is not a number.
+    # Subtracting the largest changes no probability, and makes every logit at most 0. So a tiny temperature
+    # can give -inf (never drawn), but not +inf, which would break the softmax.
     below_largest = logits - logits.amax(dim=-1, keepdim=True)
+    # 1e-30: a smaller number could become 0 in float32, and 0 / 0 is not a number.
     return below_largest / max(temperature, 1e-30)
 
 

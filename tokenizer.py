@@ -286,8 +286,9 @@ class BPETokenizer(LibraryTokenizer):
         backend = Backend(models.BPE())
         # GPT-2's pattern splits the text into words; no token reaches from one word into the next.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.encode_special_tokens = True  # text that spells EOS stays text
+        backend.decoder = decoders.ByteLevel()  # ids back to bytes, bytes to text
+        # Despite its name: special tokens in a text are encoded as ordinary text.
+        backend.encode_special_tokens = True
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[EOS_TEXT],
@@ -356,7 +357,9 @@ class FileTokenizer(LibraryTokenizer):
     def __init__(self, tokenizer_json: str, eos_text: str):
         super().__init__(tokenizer_json, eos_text)
         self.bos_ids = self._bos_ids()
-        self._marked = {}  # {mark: what `mark_special_tokens` returned}, for `encode_parts`
+        # What `encode_parts` has prepared: {mark: (a backend whose special tokens begin with this mark, {its
+        # id: our id})}. See `mark_special_tokens`.
+        self._marked = {}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "FileTokenizer":
@@ -376,6 +379,7 @@ class FileTokenizer(LibraryTokenizer):
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
+        """As in `Tokenizer`: the tokens of the file that are marked as special and have a text."""
         added = self.backend.get_added_tokens_decoder()
         return {token.content: id for id, token in added.items() if token.special and token.content}
 

@@ -153,10 +153,10 @@ class LitCausalLM(pl.LightningModule):
         self.step_metrics = {"loss": loss, "lr": training.lr * factor, "grad_norm": grad_norm}
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Make the random numbers of a micro-batch depend on (seed, step), not on what was drawn before. So a
-        resume needs no saved state of a random generator."""
+        """Seed the random numbers of a micro-batch with (seed, its number in the whole run), whatever was
+        drawn before. So a resume needs no saved state of a random generator."""
         index = step_shape(self.config, self.global_rank, self.trainer.world_size).micro_index(step, micro)
-        # SeedSequence mixes both numbers into one seed: neighbours get unrelated random numbers.
+        # SeedSequence mixes both into one seed: micro-batches n and n + 1 get unrelated random numbers.
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]))
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
