@@ -44,8 +44,8 @@ def test_show_mask_draws_a_picture(sft, tmp_path, capsys):
     [
         (["--show-mask", "0"], "must be at least 1"),
         (["--picture", "a.svg"], "goes with --show-mask"),
-        (["--show-mask", "1", "--picture", "docs"], r"ends in \.svg"),
-        (["--show-mask", "1", "--picture", "v1.2"], r"ends in \.svg"),
+        (["--show-mask", "1", "--picture", "docs"], r"ending in \.svg"),
+        (["--show-mask", "1", "--picture", "v1.2"], r"ending in \.svg"),
     ],
 )
 def test_wrong_flags_of_show_mask_are_refused(flags, said):
