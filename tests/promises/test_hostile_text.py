@@ -562,7 +562,7 @@ for extra in map(int, sys.argv[1].split(",")):
     used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + extra * 2**20, resource.RLIM_INFINITY))
     try:
-        guarded(lambda: train.prepare(train.parse_args(sys.argv[2:])))
+        guarded(lambda: train.plan_or_answer(sys.argv[2:]))
     except SystemExit as stop:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         print(extra, stop.code, file=sys.stderr)
