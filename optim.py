@@ -221,6 +221,17 @@ def lr_factor(step: int, schedule: str, warmup_steps: int, schedule_steps: int, 
     return floor + (1 - floor) * SCHEDULES[schedule](progress)
 
 
+def scheduled_factor(step: int, training: TrainingConfig) -> float:
+    """`lr_factor` in this step, with the schedule that the config's `training` section describes."""
+    return lr_factor(
+        step,
+        schedule=training.schedule,
+        warmup_steps=training.warmup_steps,
+        schedule_steps=training.schedule_steps,
+        floor=training.min_lr / training.lr,
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give each group the learning rate `factor` times its own peak."""
     for group in optimizer.param_groups:

@@ -56,7 +56,7 @@ from torch import Tensor
 
 from data import Batch, Step, make_dataloaders, step_shape
 from model import GPTMini
-from optim import build_optimizer, lr_factor, set_learning_rate
+from optim import build_optimizer, scheduled_factor, set_learning_rate
 from support.checkpoint import KEY, build_metadata, read_metadata
 from support.chunked_loss import IGNORE
 from support.files.atomic import claim_folder
@@ -138,13 +138,7 @@ class LitCausalLM(pl.LightningModule):
         grad_norm = float(grad_norm)
         self.refuse_bad_step(step_index, loss, grad_norm)
 
-        factor = lr_factor(
-            step_index,
-            schedule=training.schedule,
-            warmup_steps=training.warmup_steps,
-            schedule_steps=training.schedule_steps,
-            floor=training.min_lr / training.lr,
-        )
+        factor = scheduled_factor(step_index, training)
         set_learning_rate(optimizer, factor)
         optimizer.step()
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ import torch
 
 from data import Batch
 from model import GPTConfig, GPTMini
-from optim import build_optimizer, lr_factor
+from optim import build_optimizer, scheduled_factor
 from support.chunked_loss import IGNORE
 from support.device import device_label, memory_total
 from support.files.atomic import why_no_lock
@@ -236,14 +236,7 @@ def check_optimizer(plan: Plan, probe: GPTMini) -> str:
         return f"{training.optimizer}; max_steps is 0, so nothing will be trained"
 
     def rate(step: int) -> float:
-        factor = lr_factor(
-            step,
-            schedule=training.schedule,
-            warmup_steps=training.warmup_steps,
-            schedule_steps=training.schedule_steps,
-            floor=training.min_lr / training.lr,
-        )
-        return training.lr * factor
+        return training.lr * scheduled_factor(step, training)
 
     last_step = plan.n_steps - 1
     first, last = rate(0), rate(last_step)

@@ -19,7 +19,7 @@ import torch
 from data import PackedData, load_corpus, pack_corpus, pack_token_files, step_shape, tokenizer_documents
 from instruct import load_instructions
 from model import GPTConfig
-from optim import lr_factor
+from optim import scheduled_factor
 from support.checkpoint import read_metadata
 from support.cli import end_with_parent
 from support.config.read import config_tree, flag_overrides, validate_config
@@ -318,14 +318,8 @@ def resolve_steps(config: Config, data: PackedData, saved: dict[str, Any] | None
             f"training.warmup_steps={training.warmup_steps} is longer than the schedule of {schedule_steps} "
             "steps; lower it"
         )
-    factor_after_the_end = lr_factor(
-        schedule_steps + 1,
-        schedule=training.schedule,
-        warmup_steps=training.warmup_steps,
-        schedule_steps=schedule_steps,
-        floor=training.min_lr / training.lr,
-    )
-    if factor_after_the_end == 0 and schedule_steps < n_steps:
+    scheduled = training.model_copy(update={"schedule_steps": schedule_steps})
+    if scheduled_factor(schedule_steps + 1, scheduled) == 0 and schedule_steps < n_steps:
         raise UserError(
             f"the schedule ends at step {schedule_steps} with min_lr=0, so the steps after it, up to "
             f"{n_steps}, would change nothing; set training.schedule_steps={n_steps}, or a training.min_lr"
