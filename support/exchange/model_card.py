@@ -38,7 +38,7 @@ CHAT_INPUTS = (
 def public_path(path: str) -> str:
     """The path as others may see it: only its last part if the rest would tell about this machine.
 
-    >>> public_path("data/tiny_corpus.txt"), public_path("/home/ada/plays.txt"), public_path("~/plays.txt")
+    >>> public_path("data/tiny_corpus.txt"), public_path("/books/plays.txt"), public_path("~/plays.txt")
     ('data/tiny_corpus.txt', 'plays.txt', 'plays.txt')
     """
     is_private = (

@@ -63,7 +63,7 @@ def test_wrong_gradients_are_refused_and_named(monkeypatch, wrong):
 EXPLANATIONS = {  # what the compilers say: what we say
     "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: "
     "(None, 'g++')": "needs a C.. compiler.*apt-get install g",
-    "C++ compile error\n/tmp/x.cpp:2:10: fatal error: Python.h: "
+    "C++ compile error\nmain.cpp:2:10: fatal error: Python.h: "
     "No such file or directory": "needs Python's header files.*python3-dev",
     "Failed to find C compiler. Please specify via CC environment variable": "needs a C compiler.*gcc",
     "Cannot find a working triton installation. Either the package is not installed or it is "

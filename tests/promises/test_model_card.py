@@ -113,11 +113,11 @@ def test_a_card_of_an_import_says_so_and_no_exported_file_names_a_path(
     [
         ("data/tiny_corpus.txt", "data/tiny_corpus.txt"),
         ("some/dataset", "some/dataset"),
-        ("/home/ada/secret/plays.txt", "plays.txt"),
+        ("/books/secret/plays.txt", "plays.txt"),
         ("~/secret/plays.txt", "plays.txt"),
         ("../../ada/plays.txt", "plays.txt"),
         ("C:\\Users\\ada\\plays.txt", "plays.txt"),
-        ("/home/ada/*.txt", "*.txt"),
+        ("/books/*.txt", "*.txt"),
     ],
 )
 def test_a_card_of_a_run_shows_no_path_of_this_machine(tiny_run, tmp_path, path, shown):
@@ -125,8 +125,8 @@ def test_a_card_of_a_run_shows_no_path_of_this_machine(tiny_run, tmp_path, path,
     checkpoint = tiny_run.checkpoint()
     config = checkpoint[KEY]["config"]
     config["data"]["path"] = config["base_ckpt"] = path
-    config["tokenizer"]["path"] = "/home/ada/secret/tokenizer.json"
-    config["checkpoint"]["dir"] = "/home/ada/runs/plays"
+    config["tokenizer"]["path"] = "/books/secret/tokenizer.json"
+    config["checkpoint"]["dir"] = "/books/runs/plays"
     torch.save(checkpoint, tmp_path / "run.ckpt")
     call("--ckpt", tmp_path / "run.ckpt", "--to", "hf", "--output", tmp_path / "hf")
     call("--ckpt", tmp_path / "run.ckpt", "--to", "gguf", "--output", tmp_path / "m.gguf")
