@@ -1,7 +1,10 @@
 """What tests of training runs share: stopping a run with a signal, and comparing two runs."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,13 @@ import torch
 import train
 
 BYTE = ("tokenizer.kind=byte",)
+STREAM = (
+    "data.source=hf",
+    "data.dataset=json",
+    "data.streaming=true",
+    "data.val_docs=4",
+    "data.val_fraction=0.1",
+)
 
 
 def stop_before(patch: pytest.MonkeyPatch, *steps: int, signum: int = signal.SIGTERM) -> None:
@@ -23,6 +33,16 @@ def stop_before(patch: pytest.MonkeyPatch, *steps: int, signum: int = signal.SIG
         return step(self, *args)
 
     patch.setattr(train.LitCausalLM, "training_step", stop)
+
+
+def start_until_first_row(argv: list[str]) -> subprocess.Popen:
+    """train.py, started as a user does, once it has shown its first row."""
+    command = [sys.executable, "train.py", *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r"step +1/", line):
+            break
+    return process
 
 
 def stopped_run(run: Callable, folder: Path, *words: str, at: int, signum: int = signal.SIGTERM, **options):

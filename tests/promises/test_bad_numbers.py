@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import BYTE, stopped_run
+from runs import BYTE, STREAM, stopped_run
 
 import train
 from model import GPTMini
@@ -101,15 +101,7 @@ def test_a_step_without_targets_has_no_gradient_and_training_continues(run, tmp_
 def test_an_error_about_bad_numbers_names_the_samples(run, tmp_path, monkeypatch, source):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
-    words = (
-        *BYTE,
-        "data.source=hf",
-        "data.dataset=json",
-        f"data.path={rows}",
-        "data.streaming=true",
-        "data.val_docs=4",
-        "data.val_fraction=0.1",
-    )
+    words = (*BYTE, *STREAM, f"data.path={rows}")
 
     def third_is_bad(self, *args):
         if self.trainer.global_step == 2:

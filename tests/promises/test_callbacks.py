@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import BYTE, stop_before
+from runs import BYTE, STREAM, stop_before
 
 import data
 import support.run.metrics
@@ -238,14 +238,7 @@ def test_train_eval_loss_is_the_same_after_a_resume(run, tmp_path, monkeypatch):
 def test_train_eval_loss_is_measured_on_streams_too(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "some words that are long enough to fill a block or two"}\n' * 30)
-    words = (
-        "data.source=hf",
-        "data.dataset=json",
-        f"data.path={rows}",
-        "data.streaming=true",
-        "data.val_docs=4",
-        "data.val_fraction=0.1",
-    )
+    words = (*STREAM, f"data.path={rows}")
     made = run(tmp_path / "run", *BYTE, *words, "training.max_steps=4", "training.train_eval_batches=3")
     assert [math.isfinite(row["train_eval_loss"]) for row in made.val_rows] == [True]
 
@@ -257,16 +250,7 @@ def test_measuring_training_text_of_a_stream_does_not_move_the_stream(run, tmp_p
     rows = tmp_path / "rows.jsonl"
     texts = [f"Document {n}: " + f"token {n % 7}, loss {n % 5}. " * 8 for n in range(60)]
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    words = (
-        *BYTE,
-        "data.source=hf",
-        "data.dataset=json",
-        f"data.path={rows}",
-        "data.streaming=true",
-        "data.val_docs=4",
-        "training.max_steps=12",
-        "training.val_every=5",
-    )
+    words = (*BYTE, *STREAM, f"data.path={rows}", "training.max_steps=12", "training.val_every=5")
     measured = run(tmp_path / "measured", *words, "training.train_eval_batches=2")
     plain = run(tmp_path / "plain", *words)
     assert measured.sha256 == plain.sha256

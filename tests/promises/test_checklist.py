@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import BYTE, stop_before
+from runs import BYTE, STREAM, stop_before
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -441,14 +441,7 @@ def test_show_step_prints_exactly_the_text_the_step_trains_on(run, argv_of, tmp_
 def test_show_step_of_a_stream_prints_what_the_loader_yields(argv_of, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "row {i} of the stream, and some more text"}}\n' for i in range(60)))
-    words = (
-        "data.source=hf",
-        "data.dataset=json",
-        f"data.path={rows}",
-        "data.streaming=true",
-        "data.val_docs=4",
-        *BYTE,
-    )
+    words = (*STREAM, f"data.path={rows}", *BYTE)
     argv = argv_of(tmp_path / "run", *words)
     with pytest.raises(SystemExit):
         train.main([*argv, "--show-step", "3"])

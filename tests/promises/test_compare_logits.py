@@ -235,21 +235,24 @@ def test_each_kind_of_tokenizer_is_verified_out_and_in(saved, tmp_path, tokenize
 # ---- whose tokenizer a folder has ----------------------------------------------------------------
 
 
-GPT2_SWITCHES = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "bias": True}
+SMALL_GPT2 = {
+    "vocab_size": 50257,
+    "d_model": 8,
+    "n_layers": 1,
+    "n_heads": 1,
+    "n_kv_heads": 1,
+    "d_ff": 32,
+    "max_seq_len": 16,
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "position": "learned",
+    "bias": True,
+}
 
 
 def gpt2_folder(folder: Path, tokenizer: Backend | None) -> Path:
     folder.mkdir(exist_ok=True)
-    config = GPTConfig(
-        vocab_size=50257,
-        d_model=8,
-        n_layers=1,
-        n_heads=1,
-        n_kv_heads=1,
-        d_ff=32,
-        max_seq_len=16,
-        **GPT2_SWITCHES,
-    )
+    config = GPTConfig(**SMALL_GPT2)
     (folder / "config.json").write_text(json.dumps(config_json(config, 50256)))
     if tokenizer:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -290,18 +293,7 @@ def two_tokens_swapped() -> Backend:
 def test_a_gpt2_folder_without_a_tokenizer_says_that_its_text_is_not_compared(tmp_path):
     folder = gpt2_folder(tmp_path / "hf", None)
     torch.manual_seed(0)
-    model = GPTMini(
-        GPTConfig(
-            vocab_size=50257,
-            d_model=8,
-            n_layers=1,
-            n_heads=1,
-            n_kv_heads=1,
-            d_ff=32,
-            max_seq_len=16,
-            **GPT2_SWITCHES,
-        )
-    )
+    model = GPTMini(GPTConfig(**SMALL_GPT2))
     save_file(to_theirs(model.config, model.state_dict()), folder / "model.safetensors", {"format": "pt"})
     said = call("--from", folder, "--output", tmp_path / "ours.ckpt")
     assert (

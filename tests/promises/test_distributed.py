@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import Run
 from processes import Group, free_port
-from runs import BYTE, assert_same_tree
+from runs import BYTE, STREAM, assert_same_tree
 
 import support.run.show
 import train
@@ -188,15 +188,6 @@ def assert_same_end(resumed: Run, straight: Run) -> None:
 
 
 # ---- killed --------------------------------------------------------------------------------------
-
-
-STREAM = (
-    "data.source=hf",
-    "data.dataset=json",
-    "data.streaming=true",
-    "data.val_docs=4",
-    "data.val_fraction=0.1",
-)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from runs import BYTE, assert_same_run, stop_before, stopped_run
+from runs import BYTE, STREAM, assert_same_run, start_until_first_row, stop_before, stopped_run
 
 import train
 from support.checkpoint import load_model
@@ -79,15 +79,7 @@ def test_resuming_a_stream_is_exact(run, tmp_path):
     with open(rows, "w") as file:
         for i in range(40):
             file.write(json.dumps({"text": " ".join(f"word{(i * j) % 17}" for j in range(1, 30))}) + "\n")
-    words = (
-        *BYTE,
-        "data.source=hf",
-        "data.dataset=json",
-        f"data.path={rows}",
-        "data.streaming=true",
-        "data.val_docs=4",
-        "data.val_fraction=0.1",
-    )
+    words = (*BYTE, *STREAM, f"data.path={rows}")
     straight = run(tmp_path / "straight", *words, "model.dropout=0.1")
     stopped_run(run, tmp_path / "stopped", *words, "model.dropout=0.1", at=6)
     assert_same_run(
@@ -229,16 +221,8 @@ def test_the_command_to_resume_works_when_pasted(run, tmp_path, argv_of, monkeyp
 def test_ctrl_c_in_a_real_process_exits_130_and_the_run_can_be_resumed(run, tmp_path, argv_of):
     """The signal is sent to train.py, started as a user does, once it has shown its first row."""
     words = (*BYTE, "training.schedule_steps=1000000", "training.max_steps=1000000")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if re.match(r"step +1/", line):
-            process.send_signal(signal.SIGINT)
-            break
+    process = start_until_first_row(argv_of(tmp_path / "run", *words))
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in err
@@ -264,17 +248,9 @@ def test_signals_to_a_real_process_give_its_exit_status_without_a_traceback(
     tmp_path, argv_of, signals, status
 ):
     words = (*BYTE, "training.schedule_steps=1000000", "training.max_steps=1000000")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv_of(tmp_path / "run", *words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if re.match(r"step +1/", line):
-            for signum in signals:
-                process.send_signal(signum)
-            break
+    process = start_until_first_row(argv_of(tmp_path / "run", *words))
+    for signum in signals:
+        process.send_signal(signum)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, "Traceback" in err) == (status, False)
 

@@ -1,14 +1,13 @@
 """The folder of a run: the files train.py writes there, and how it treats a folder that is already in use."""
 
-import os
 import re
-import signal
 import sys
 
 import filelock
 import pytest
 import torch
 import yaml
+from runs import BYTE, stop_before, stopped_run
 
 import train
 from support.checkpoint import load_model, weights_sha256
@@ -16,7 +15,7 @@ from support.config.read import load_config
 from support.messages import UserError
 from support.run.saving import CheckpointSaver
 
-SHORT = ("training.max_steps=3", "tokenizer.kind=byte", "training.val_every=100")
+SHORT = (*BYTE, "training.max_steps=3", "training.val_every=100")
 
 
 # ---- what a run writes ---------------------------------------------------------------------------
@@ -181,24 +180,8 @@ def test_a_finished_run_is_moved_aside_and_the_users_files_stay(run, tmp_path):
     assert len(set(shas)) == 3
 
 
-def unfinished(run, folder):
-    """A run stopped after step 2 of 12."""
-    with pytest.MonkeyPatch.context() as patch:
-        step = train.LitCausalLM.training_step
-
-        def stop(self, *args):
-            if self.trainer.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(self, *args)
-
-        patch.setattr(train.LitCausalLM, "training_step", stop)
-        made = run(folder, "tokenizer.kind=byte")
-    assert made.code == 143
-    return made
-
-
 def test_an_unfinished_run_is_refused_and_three_ways_out_are_named(run, tmp_path):
-    made = unfinished(run, tmp_path / "run")
+    made = stopped_run(run, tmp_path / "run", *BYTE, at=2)
     before = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
     with pytest.raises(UserError) as error:
         run(made.folder, "tokenizer.kind=byte")
@@ -209,7 +192,7 @@ def test_an_unfinished_run_is_refused_and_three_ways_out_are_named(run, tmp_path
 
 
 def test_fresh_moves_an_unfinished_run_aside(run, tmp_path):
-    made = unfinished(run, tmp_path / "run")
+    made = stopped_run(run, tmp_path / "run", *BYTE, at=2)
     kept = weights_sha256(made.folder / "last.ckpt")
     again = run(made.folder, *SHORT, "--fresh")
     assert (again.code, again.train_rows[0]["step"]) == (0, 1)
@@ -222,14 +205,7 @@ def test_an_extended_run_that_is_unfinished_is_refused_although_the_shorter_one_
 ):
     """Once extended past final.ckpt, a run is unfinished again."""
     made = run(tmp_path / "run", *SHORT)
-    step = train.LitCausalLM.training_step
-
-    def stop(self, *args):
-        if self.trainer.global_step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(train.LitCausalLM, "training_step", stop)
+    stop_before(monkeypatch, 5)
     assert run(made.folder, *SHORT, "training.max_steps=9", "--resume").code == 143
     with pytest.raises(UserError, match="unfinished run"):
         run(made.folder, *SHORT, "training.max_steps=9")
