@@ -64,6 +64,7 @@ def test_a_table_is_drawn_in_every_encoding():
         "list",
         "eval_val",
         "evaluate_checkpoints",
+        "benchmark",
         "convert",
         "prepare",
         "from_scratch",

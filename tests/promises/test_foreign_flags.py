@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+import benchmark
 import convert
 import eval_val
 import evaluate_checkpoints
@@ -32,6 +33,7 @@ SCRIPTS = {
     "prepare": prepare,
     "list": list_script,
     "from_scratch": from_scratch,
+    "benchmark": benchmark,
 }
 
 

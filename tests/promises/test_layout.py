@@ -38,6 +38,7 @@ ARROWS = {
         "model support.checkpoint support.cli support.config support.device support.evaluation "
         "support.find_checkpoints support.messages support.run support.text tokenizer"
     ),
+    "benchmark": ("support.benchmark support.cli support.device support.files support.messages support.run"),
     "eval_val": (
         "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
         "support.text"
@@ -59,6 +60,10 @@ ARROWS = {
     "tokenizer": "support.files support.messages",
     "optim": "from_scratch support.config",
     "lora": "support.messages",
+    "support.benchmark": (
+        "data model optim sampling support.checkpoint support.chunked_loss support.cli support.config "
+        "support.device support.exchange support.messages support.run tokenizer"
+    ),
     "support.checkpoint": (
         "lora model support.files support.foreign support.messages support.text support.weights tokenizer"
     ),
@@ -97,6 +102,7 @@ SCRIPTS = {
     "list",
     "eval_val",
     "evaluate_checkpoints",
+    "benchmark",
 }
 KNOW_LIGHTNING = {"train", "support.run.trainer", "support.run.saving", "support.run.metrics"}
 
