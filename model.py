@@ -383,6 +383,7 @@ class GPTMini(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(D, V, bias=False)  # no bias, whatever config.bias says
+        self.compile_decoding = False  # `infer.py --compile` sets it
         # Two ways to compute one loss; the chunked one needs less memory.
         large_vocab = V >= CHUNKED_FROM_VOCAB
         self.loss_sum = chunked_cross_entropy_sum if large_vocab else cross_entropy_sum

@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor, nn
 
+from support.decoding.fast import fast_decoder
+
 NEVER = float("-inf")  # the logit of a token that cannot be drawn: exp(-inf) = 0
 
 
@@ -105,6 +107,30 @@ def sample_next(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
+class PlainDecoder:
+    """Logits for the next token, from the model's own forward pass. The cache holds what earlier tokens
+    computed, see KVCache in model.py.
+
+    When the text is longer than `max_seq_len`, the model gets only the last `max_seq_len` tokens, numbered
+    again from 0. Each new token changes the number of all the others, but the cached keys were computed for
+    the old numbers. So the cache is no longer used: each new token needs a pass over `max_seq_len` tokens.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        self.model = model
+        self.cache = model.new_cache(batch_size)
+
+    def next_logits(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) after the text so far, `ids` (B, S), which is longer with each call."""
+        window = self.model.config.max_seq_len
+        if ids.shape[1] <= window:
+            # Only the tokens that the cache does not hold: first the prompt, then one token each time.
+            x = self.model.hidden_states(ids[:, self.cache.length :], cache=self.cache)
+        else:
+            x = self.model.hidden_states(ids[:, -window:])
+        return self.model.lm_head(x[:, -1])  # (B, V), from the last position
+
+
 @torch.no_grad()
 def generate_tokens(
     model: nn.Module,
@@ -117,29 +143,20 @@ def generate_tokens(
     """Yield the next token of every row, (B,), up to `max_new_tokens` times, after the prompts (B, T).
 
     A row that has reached `eos_id` gets only `eos_id` from then on; when all rows have, the loop ends. The
-    model is a `GPTMini` in eval mode. The cache holds what earlier tokens computed, see KVCache in model.py.
-
-    When the text is longer than `max_seq_len`, the model gets only the last `max_seq_len` tokens, numbered
-    again from 0. Each new token changes the number of all the others, but the cached keys were computed for
-    the old numbers. So the cache is no longer used: each new token needs a pass over `max_seq_len` tokens.
+    model is a `GPTMini` in eval mode.
     """
     sampling = sampling or SamplingConfig()
     ids = input_ids  # (B, S), one longer after each token
-    window = model.config.max_seq_len
-    cache = model.new_cache(batch_size=len(ids))
+    # The same logits as those of the PlainDecoder, sooner. To see the plain way at work, leave this out.
+    decoder = fast_decoder(PlainDecoder(model, len(ids)), ids.shape[1], max_new_tokens)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     for _ in range(max_new_tokens):
-        if ids.shape[1] <= window:
-            # Only the tokens that the cache does not hold: first the prompt, then one token each time.
-            x = model.hidden_states(ids[:, cache.length :], cache=cache)
-        else:
-            x = model.hidden_states(ids[:, -window:])
-        logits = model.lm_head(x[:, -1])  # (B, V), from the last position
+        logits = decoder.next_logits(ids)  # (B, V)
         token = sample_next(logits, sampling, ids, generator)  # (B,)
         if eos_id is not None:
             token = token.masked_fill(finished, eos_id)
             finished = finished | (token == eos_id)
         yield token
-        if finished.all():
+        if eos_id is not None and finished.all():
             return
         ids = torch.cat([ids, token[:, None]], dim=1)

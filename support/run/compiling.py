@@ -7,7 +7,7 @@ might never show.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,53 +15,12 @@ from torch import Tensor
 
 from data import Batch
 from model import GPTMini
+from support.compilers import OR_WITHOUT, advice_on_compiling
 from support.messages import UserError
 
-# The modules whose errors come from compiling.
-COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._C._dynamo", "triton")
 # How far a compiled gradient may be off, in proportion to its size. A wrong one is off by about 1, a rounded
 # one by far less.
 MAX_DIFFERENCE = {"32-true": 1e-2, "bf16-mixed": 0.1, "bf16-true": 0.1}
-# A piece of the compiler's own message -> (what is missing, how to get it).
-MISSING = {
-    "Python.h": (
-        "Python's header files (Python.h)",
-        "install them (Debian, Ubuntu: apt-get install python3-dev)",
-    ),
-    "triton installation": ("Triton, the compiler for GPUs,", "pip install triton"),
-    "C++ compiler": (
-        "a C++ compiler",
-        "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)",
-    ),
-    "C compiler": ("a C compiler", "install one (Debian, Ubuntu: apt-get install gcc)"),
-    "Compiler: cl": ("a C++ compiler", "install the Visual Studio build tools"),
-}
-OR_WITHOUT = "or train without: --override training.compile=false"
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and the errors that it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def is_of_compiler(error: BaseException) -> bool:
-    """Whether the error, or one that it came from, is of a kind that only the compiler raises."""
-    return any(type(cause).__module__.startswith(COMPILERS) for cause in causes(error))
-
-
-def advice_on_compiling(error: BaseException) -> str:
-    """One or two lines for the user: what is missing or has failed, and what to do about it."""
-    text = " ".join(" ".join(str(cause) for cause in causes(error)).split())
-    for piece, (missing, remedy) in MISSING.items():
-        if piece in text:
-            return f"training.compile=true needs {missing}, and none was found; {remedy}, {OR_WITHOUT}"
-    said = f"{type(error).__name__}: {text[:200]}"
-    return (
-        f"training.compile=true failed ({said})\n       try another version of PyTorch (this is "
-        f"{torch.__version__}), {OR_WITHOUT}"
-    )
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:

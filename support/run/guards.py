@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from support.checkpoint import read_metadata
+from support.compilers import advice_on_compiling, causes, is_of_compiler
 from support.config.schema import Config
 from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
-from support.run.compiling import advice_on_compiling, causes, is_of_compiler
 from support.run.plan import Plan
 from support.weights import first_not_finite
 

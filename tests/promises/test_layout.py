@@ -69,6 +69,7 @@ ARROWS = {
     ),
     "support.chunked_loss": "",
     "support.cli": "support.foreign support.messages",
+    "support.compilers": "",
     "support.config": "model support.cli support.files support.foreign support.messages support.text",
     "support.device": "support.messages",
     "support.evaluation": (
@@ -85,8 +86,8 @@ ARROWS = {
     "support.plots": "support.files",
     "support.run": (
         "data instruct lora model optim sampling support.checkpoint support.chunked_loss support.cli "
-        "support.config support.device support.files support.find_checkpoints support.messages "
-        "support.plots support.text support.weights tokenizer"
+        "support.compilers support.config support.device support.files support.find_checkpoints "
+        "support.messages support.plots support.text support.weights tokenizer"
     ),
     "support.find_checkpoints": "support.checkpoint support.files support.foreign support.messages",
     "support.weights": "model support.files support.messages",
