@@ -131,7 +131,9 @@ class LeanLayer:
         keys.select(2, position).copy_(k)
         values.select(2, position).copy_(heads.v)
         end = position + 1
-        out = F.scaled_dot_product_attention(q.view(heads.grouped), keys.narrow(2, 0, end), values.narrow(2, 0, end))
+        out = F.scaled_dot_product_attention(
+            q.view(heads.grouped), keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        )
         self.o_proj(out.flatten(1))  # from (B, K, H/K, hd)
         self.mlp(self.mlp_norm())
 

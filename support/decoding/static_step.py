@@ -121,7 +121,9 @@ class RecordedStep(StaticStep):
     """The same on an NVIDIA GPU, recorded as a CUDA graph in the first step and run again in each. The logits
     are in one buffer, so they hold until the next call."""
 
-    WARM_UP = 2  # steps before the recording: libraries choose their kernels and take their memory in the first
+    WARM_UP = (
+        2  # steps before the recording: libraries choose their kernels and take their memory in the first
+    )
 
     def __init__(self, model: nn.Module, *args, **options):
         super().__init__(model, *args, **options)

@@ -56,7 +56,7 @@ ARROWS = {
     "data": "support.chunked_loss support.config support.messages support.text tokenizer",
     "instruct": "data support.chunked_loss support.config support.messages support.text tokenizer",
     "model": "sampling support.chunked_loss",
-    "sampling": "",
+    "sampling": "support.decoding",
     "tokenizer": "support.files support.messages",
     "optim": "from_scratch support.config",
     "lora": "support.messages",
@@ -71,6 +71,7 @@ ARROWS = {
     "support.cli": "support.foreign support.messages",
     "support.compilers": "",
     "support.config": "model support.cli support.files support.foreign support.messages support.text",
+    "support.decoding": "support.compilers support.messages",
     "support.device": "support.messages",
     "support.evaluation": (
         "data instruct model sampling support.checkpoint support.cli support.config support.files "
