@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sampling import SamplingConfig, generate_tokens
 from support.chunked_loss import CHUNKED_FROM_VOCAB, IGNORE, chunked_cross_entropy_sum
+from support.device import matmul_dtype
+from support.hand_gradients import HandRMSNorm, HandRope, trains_eagerly
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -40,9 +42,7 @@ class GPTConfig(BaseModel):
     )
     head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: `d_model / n_heads`.")
     d_ff: int | None = Field(
-        None,
-        gt=0,
-        description="MLP width. Default: 8/3 `d_model` in steps of 32 (`swiglu`), 4 `d_model` (`gelu`).",
+        None, gt=0, description="MLP width. Default: 8/3 `d_model`, in steps of 32 (`gelu`: 4 `d_model`)."
     )
     max_seq_len: int = Field(256, gt=1, description="Longest sequence the model can see, in tokens.")
     dropout: float = Field(
@@ -97,9 +97,7 @@ class GPTConfig(BaseModel):
         if self.position == "rope" and hd % 2:
             raise ValueError(f"head_dim={hd} is odd, but rotary positions turn pairs; try head_dim={hd + 1}")
         if self.position == "sinusoidal" and D % 2:
-            raise ValueError(
-                f"d_model={D} is odd, but sinusoidal positions come in pairs; try d_model={D + 1}"
-            )
+            raise ValueError(f"d_model={D} is odd, but sinusoids come in pairs; try d_model={D + 1}")
         if self.d_ff is None and self.mlp == "swiglu":
             # Three matrices of D x 8/3 D have as many weights as two of D x 4 D. In steps of 32.
             self.d_ff = 32 * math.ceil(8 * D / (3 * 32))
@@ -125,8 +123,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # float32 even where x is bf16, because a sum of squares loses too much in bf16.
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return (normed * self.weight).to(x.dtype)
+        x32, gain = x.float(), self.weight.float()
+        if trains_eagerly(x) and not x.is_cuda:  # CUDA has this as one kernel; elsewhere ours is faster
+            return HandRMSNorm.apply(x32, gain, self.eps).to(matmul_dtype(x))
+        return F.rms_norm(x32, gain.shape, gain, self.eps).to(matmul_dtype(x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -135,7 +135,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float()
         bias = self.bias.float() if self.bias is not None else None
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(matmul_dtype(x))
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -169,6 +169,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Dimension i is paired with dimension i + hd/2, as in Hugging Face's code. The paper pairs neighbours, 2i
     with 2i + 1 (from_scratch.py has both).
     """
+    if trains_eagerly(x):
+        return HandRope.apply(x, cos, sin)  # the same in fewer passes
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, hd/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 

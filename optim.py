@@ -98,24 +98,27 @@ class Muon(torch.optim.AdamW):
 
     def _step_same_shape(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         """Update matrices of one shape; all of them have a gradient."""
-        directions = []
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["momentum_buffer"] = torch.zeros_like(p)
-            state["step"] += 1
-            # 0.95 of the old momentum and 0.05 of the gradient: a.lerp(b, share) is (1 - share) a + share b.
-            momentum = state["momentum_buffer"].lerp_(p.grad, 1 - self.MOMENTUM)
-            direction = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov: the gradient counts once more
-            directions.append(full(direction))
+            if not self.state[p]:
+                self.state[p] = {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+        # The functions that begin with _foreach do the same to each tensor of a list, on a GPU in one kernel.
+        # 0.95 of the old momentum and 0.05 of the gradient: a.lerp(b, share) is (1 - share) a + share b.
+        grads = [p.grad for p in params]
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+        # Nesterov: the gradient counts once more
+        directions = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
+        for p in params:
             p.grad = None  # it has been used; free its memory
-        updates = newton_schulz(torch.stack(directions))  # (n, rows, columns)
+        updates = newton_schulz(
+            torch.stack([full(direction) for direction in directions])
+        )  # (n, rows, columns)
         rows, columns = params[0].shape
-        for p, update in zip(params, updates, strict=True):
-            p.mul_(1 - lr * weight_decay)
-            # Larger for a tall matrix: then one rate changes the outputs of layers of all shapes alike.
-            p.add_(shard_like(update, p), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        updates = [shard_like(update, p) for update, p in zip(updates, params, strict=True)]
+        # Larger for a tall matrix: then one rate changes the outputs of layers of all shapes alike.
+        torch._foreach_add_(params, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
@@ -134,8 +137,10 @@ def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     # The norm is at least the largest singular value, so after this none is above 1.
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
+        # baddbmm(M, P, Q, beta=m, alpha=f) is m M + f P Q for a batch of matrices, in one pass.
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X  # a X + b X X^T X + c (X X^T)^2 X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b X X^T + c (X X^T)^2
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + b X X^T X + c (X X^T)^2 X
     return (X.mT if tall else X).to(G.dtype)
 
 

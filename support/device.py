@@ -52,6 +52,13 @@ def resolve_precision(precision: str, device: str) -> str:
     return "32-true"
 
 
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type in which a matrix product with `x` is computed: in mixed precision (autocast) a smaller one,
+    such as bf16, otherwise the type of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def device_label(device: str) -> str:
     """The device in words, such as `cuda (NVIDIA A100-SXM4-80GB)` or `cpu (2 threads)`."""
     if device == "cuda":

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from model import GPTConfig, GPTMini, cross_entropy_sum
-from support.chunked_loss import CHUNKED_FROM_VOCAB, chunked_cross_entropy_sum
+from support.chunked_loss import CHUNKED_FROM_VOCAB, align_head, chunked_cross_entropy_sum
 
 B, T, D, V = 3, 7, 5, 13  # 21 rows
 ALL_IGNORED = list(range(B * T))
@@ -65,6 +65,15 @@ def test_value_and_gradients_equal_torch_s(loss_sum, ignored):
     torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=1e-6)
     for gradient, exact in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient.double(), 3 * exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_is_padded_with_zeros_for_bf16_only():
+    weight = torch.ones(V, D)
+    assert align_head(weight, torch.float32) is weight  # on a CPU nothing is gained
+    padded = align_head(weight, torch.bfloat16)
+    assert padded.dtype == torch.bfloat16 and padded.shape == (64, D)
+    assert padded.sum() == V * D and padded[:V].all()
+    assert align_head(torch.ones(128, D), torch.bfloat16).shape == (128, D)
 
 
 @EACH_FORM

@@ -55,7 +55,7 @@ ARROWS = {
     "from_scratch": "model sampling support.cli support.exchange support.files support.messages tokenizer",
     "data": "support.chunked_loss support.config support.messages support.text tokenizer",
     "instruct": "data support.chunked_loss support.config support.messages support.text tokenizer",
-    "model": "sampling support.chunked_loss",
+    "model": "sampling support.chunked_loss support.device support.hand_gradients",
     "sampling": "support.decoding",
     "tokenizer": "support.files support.messages",
     "optim": "from_scratch support.config",
@@ -67,12 +67,13 @@ ARROWS = {
     "support.checkpoint": (
         "lora model support.files support.foreign support.messages support.text support.weights tokenizer"
     ),
-    "support.chunked_loss": "",
+    "support.chunked_loss": "support.device",
     "support.cli": "support.foreign support.messages",
     "support.compilers": "",
     "support.config": "model support.cli support.files support.foreign support.messages support.text",
     "support.decoding": "support.compilers support.messages",
     "support.device": "support.messages",
+    "support.hand_gradients": "",
     "support.evaluation": (
         "data instruct model sampling support.checkpoint support.cli support.config support.files "
         "support.messages support.plots support.text tokenizer"
