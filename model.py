@@ -387,8 +387,7 @@ class GPTMini(nn.Module):
         self.lm_head = nn.Linear(D, V, bias=False)  # no bias, whatever config.bias says
         self.compile_decoding = False  # `infer.py --compile` sets it
         # Two ways to compute one loss; the chunked one needs less memory.
-        large_vocab = V >= CHUNKED_FROM_VOCAB
-        self.loss_sum = chunked_cross_entropy_sum if large_vocab else cross_entropy_sum
+        self.loss_sum = chunked_cross_entropy_sum if V >= CHUNKED_FROM_VOCAB else cross_entropy_sum
         if not self.embed_tokens.weight.is_meta:  # a meta model has no numbers to set
             self.reset_parameters()
         self.tie_weights()
