@@ -168,59 +168,55 @@ def reached_text(row: Row) -> str:
     return f"{row['reached_per_second'] / 1e9:,.3g} {'GFLOP/s' if row['limit'] == 'matmul' else 'GB/s'}"
 
 
+def rate_text(row: Row) -> str:
+    rate = row["units_per_second"]
+    return f"{rate:,.3g} {row['unit']}/s" if rate < 100 else f"{rate:,.0f} {row['unit']}/s"
+
+
+def rounds_text(row: Row) -> str:
+    """How many rounds counted, how many were left out; * if even those that counted were disturbed."""
+    left_out = f" of {row['rounds'] + row['dropped_rounds']}" if row["dropped_rounds"] else ""
+    return f"{row['rounds']}{left_out}{'*' if row['all_disturbed'] else ''}"
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "what": lambda row: f"{row['task']}, {row['subject']}",
     "who": lambda row: row["side"] + (f" ({row['note']})" if row["note"] else ""),
     "time": lambda row: time_text(row["ms"]),
     "of a": lambda row: row["of"],
     "noise": lambda row: f"{100 * row['noise']:.1f}%",
-    "rate": lambda row: (
-        f"{row['units_per_second']:,.3g} {row['unit']}/s"
-        if row["units_per_second"] < 100
-        else f"{row['units_per_second']:,.0f} {row['unit']}/s"
-    ),
+    "rounds": rounds_text,
+    "rate": rate_text,
     "reaches": reached_text,
     "of limit": lambda row: "" if row["limit"] is None else f"{row['share']:.2f} {row['limit']}",
     "MFU": lambda row: "" if row["mfu"] is None else f"{row['mfu']:.3f}",
     "ours is": comparison_text,
     "parameters": lambda row: "" if row["n_params"] is None else f"{row['n_params']:,}",
-    "MFLOP/unit": lambda row: f"{row['flops_per_unit'] / 1e6:,.3g}" if row["flops_per_unit"] else "",
+    "MFLOP each": lambda row: f"{row['flops_per_unit'] / 1e6:,.3g}" if row["flops_per_unit"] else "",
     "GPU MB": lambda row: "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}",
 }
 LEFT_ALIGNED = ("what", "who", "of a", "of limit")
 
 
 def print_rows(rows: list[Row]) -> None:
-    """Print the rows as a table, without columns that would be empty; under it what was left out."""
+    """Print the rows as a table, without columns that would be empty; under it what its marks mean."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     shown = {name: text for name, text in COLUMNS.items() if any(text(row) for row in rows)}
     for name in shown:
-        table.add_column(
-            name, justify="left" if name in LEFT_ALIGNED else "right", no_wrap=True, overflow="ignore"
-        )
-    previous = None
+        side = "left" if name in LEFT_ALIGNED else "right"
+        table.add_column(name, justify=side, no_wrap=True, overflow="ignore")
+    before = None
     for row in rows:
         cells = [text(row) for text in shown.values()]
-        what = (row["task"], row["subject"])
-        if what == previous:
-            cells[0] = ""  # the same as in the line above
-        previous = what
+        cells[0], before = ("" if cells[0] == before else cells[0]), cells[0]
         table.add_row(*cells)
     print_wide(table)
-    print("\n".join(rounds_text(rows)))
-
-
-def rounds_text(rows: list[Row]) -> list[str]:
-    """A line for each contest that says how many rounds counted, and how many were left out."""
-    lines = {}
-    for row in rows:
-        name = f"{row['task']}, {row['subject']}"
-        text = f"{name}: {row['rounds']} rounds counted, {row['dropped_rounds']} disturbed ones left out"
-        if row["all_disturbed"]:
-            text = f"{name}: other processes disturbed all {row['rounds']} rounds, so these count: close them"
-        elif not row["disturbance_known"]:
-            text = f"{name}: {row['rounds']} rounds; this system does not tell which were disturbed"
-        lines[name] = text
-    return list(lines.values())
+    print("noise: half of the rounds are within this share of the median")
+    if any(row["dropped_rounds"] for row in rows):
+        print("rounds: those in which other processes took CPU time that was needed are left out")
+    if any(row["all_disturbed"] for row in rows):
+        print("* other processes disturbed every round, so all count; close other programs and try again")
+    if not all(row["disturbance_known"] for row in rows):
+        print("rounds: this system does not tell whether other processes disturb, so none is left out")

@@ -5,9 +5,12 @@ To decode one token, each weight is read once and used for two operations: the l
 memory, in bytes a second.
 """
 
+import contextlib
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -88,11 +91,20 @@ def read_bandwidth(n_bytes: float, device: str, seconds: float) -> float:
     return 4 * matrix.numel() / fewest_seconds(lambda: torch.mv(matrix, vector), device, seconds)
 
 
+def processor_name() -> str:
+    """The CPU's name, as Linux tells it or else Python."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def measure_machine(device: str, seconds: float) -> Machine:
     """Measure all limits; this takes about `seconds`."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     n_bytes = min(READ_BYTES * (8 if device == "cuda" else 1), memory_total(device) // 16)
-    label = device_label(device)
+    label = device_label(device) + (f", {processor_name()}" if device == "cpu" else "")
     return Machine(
         device=device,
         label=label,

@@ -1,7 +1,6 @@
 """The speed of the model: a training step, a prefill (reading a prompt), and decoding (writing token by
 token)."""
 
-import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -12,9 +11,9 @@ from data import Step
 from model import GPTMini
 from optim import build_optimizer, scheduled_factor, set_learning_rate
 from sampling import SamplingConfig
-from support.benchmark.opponents import Opponents, Trainee, Writer, job_of
+from support.benchmark.opponents import MODELS, Opponents, Trainee, Writer
 from support.benchmark.rounds import Side
-from support.benchmark.subject import Subject
+from support.benchmark.subject import Subject, autocast
 from support.chunked_loss import IGNORE
 
 N_STEPS_IN_MEMORY = 4  # the steps that are trained on again and again
@@ -33,13 +32,6 @@ def training_sides(subject: Subject, against: Opponents, compiled: bool) -> list
     for name, path in against.items():
         builders.append(lambda name=name, path=path: their_training(name, path, subject, steps, compiled))
     return builders
-
-
-def autocast(subject: Subject) -> contextlib.AbstractContextManager:
-    """The context in which Lightning runs a step of this precision."""
-    if subject.precision != "bf16-mixed":
-        return contextlib.nullcontext()
-    return torch.autocast(subject.device, torch.bfloat16)
 
 
 def our_training(subject: Subject, steps: list[Step], compiled: bool) -> Side:
@@ -88,7 +80,7 @@ def our_step(net: GPTMini, steps: list[Step], subject: Subject) -> Callable[[], 
 
 def their_training(name: str, path: str | None, subject: Subject, steps: list[Step], compiled: bool) -> Side:
     """The training step of an opponent, on the same batches, with the same clipping."""
-    trainee: Trainee = job_of(name, path, subject, "train")(compiled)
+    trainee: Trainee = MODELS[name](subject, path).train(compiled)
     endless = itertools.cycle(steps)
 
     def run() -> None:
@@ -186,7 +178,7 @@ def prefill_sides(subject: Subject, against: Opponents, length: int, compiled: b
         return side("ours", Writer(model, lambda: model.generate(ids, 1, GREEDY)), model)
 
     def theirs(name: str, path: str | None) -> Side:
-        writer = job_of(name, path, subject, "prefill")(ids, compiled)
+        writer = MODELS[name](subject, path).prefill(ids, compiled)
         return side(name, writer, writer.model or our_model(subject))
 
     return [ours, *(lambda name=name, path=path: theirs(name, path) for name, path in against.items())]
@@ -207,7 +199,7 @@ def decode_sides(
         return side("ours", Writer(model, lambda: model.generate(ids, n_new, GREEDY)), model)
 
     def theirs(name: str, path: str | None) -> Side:
-        writer = job_of(name, path, subject, "decode")(ids, n_new, compiled)
+        writer = MODELS[name](subject, path).decode(ids, n_new, compiled)
         return side(name, writer, writer.model or our_model(subject))
 
     return [ours, *(lambda name=name, path=path: theirs(name, path) for name, path in against.items())]

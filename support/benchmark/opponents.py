@@ -1,4 +1,4 @@
-"""The programs that ours is compared with, each used as its own authors use it.
+"""The models that ours is compared with, each used as its own authors use it.
 
 hf         transformers' model of the same family (Llama, Qwen3 or GPT-2); its `generate`
 litgpt     litgpt's GPT with the same switches; its `generate`
@@ -7,8 +7,8 @@ gptfast    model.py of a gpt-fast checkout: a Llama that only decodes
 llamacpp   llama.cpp through llama-cpp-python, on a float32 GGUF file of the same weights
 
 None of their code is here: it is imported from the package or from the folder that the user names. Each class
-has a method for each job that the program can do; a job it lacks is a UserError. The models have weights of
-their own (random ones), so the tokens they write differ; sizes and operations are shown side by side.
+has a method for each task that the program can do (OPPONENTS_OF). Most have random weights of their own, so
+the tokens they write differ; sizes and operations are shown side by side.
 """
 
 import contextlib
@@ -31,12 +31,20 @@ from support.exchange.gguf_file import write_gguf
 from support.exchange.hf_names import config_json
 from support.messages import UserError
 
-NEEDS = {  # name: (module to import, how to install it), or for those by path None
+NEEDS = {  # name: the module to import, and how to install it; None for a checkout
     "hf": ("transformers", "pip install transformers"),
     "litgpt": ("litgpt", "pip install litgpt"),
     "llamacpp": ("llama_cpp", "pip install llama-cpp-python gguf"),
     "nanogpt": None,
     "gptfast": None,
+    "tokenizers": ("tokenizers", "pip install tokenizers"),
+    "tiktoken": ("tiktoken", "pip install tiktoken"),
+}
+OPPONENTS_OF = {  # what is timed: who can do it
+    "train": ("hf", "litgpt", "nanogpt"),
+    "prefill": ("hf", "litgpt", "llamacpp", "nanogpt", "gptfast"),
+    "decode": ("hf", "litgpt", "llamacpp", "nanogpt", "gptfast"),
+    "tokens": ("tokenizers", "tiktoken"),
 }
 Opponents = dict[str, str | None]  # {name: path of its checkout, or None}
 WHERE = {"nanogpt": "github.com/karpathy/nanoGPT", "gptfast": "github.com/meta-pytorch/gpt-fast"}
@@ -63,20 +71,21 @@ class Writer:
 # ---- finding them --------------------------------------------------------------------------------
 
 
-def parse_against(words: str) -> dict[str, str | None]:
-    """{name: path or None} of --against hf,nanogpt=PATH. Raises UserError for a name that is not known, a
-    missing package, or a path without model.py."""
-    found: dict[str, str | None] = {}
+def parse_against(words: str, task: str) -> Opponents:
+    """The opponents of --against hf,nanogpt=PATH. Raises UserError for one that cannot do the task, a missing
+    package, or a path without model.py."""
+    found: Opponents = {}
     for word in filter(None, words.split(",")):
         name, _, path = word.partition("=")
-        if name not in NEEDS:
-            raise UserError(f"--against {name}: no such opponent; there are {', '.join(NEEDS)}")
+        if name not in OPPONENTS_OF[task]:
+            raise UserError(
+                f"--against {name}: there is no such opponent for {task}; choose among "
+                f"{', '.join(OPPONENTS_OF[task])}"
+            )
         if NEEDS[name] is None:
             check_checkout(name, path)
         elif path:
-            raise UserError(
-                f"--against {word}: {name} is a package and takes no path; write --against {name}"
-            )
+            raise UserError(f"--against {word}: {name} is a package and takes no path; write {name}")
         else:
             module, install = NEEDS[name]
             if importlib.util.find_spec(module) is None:
@@ -105,26 +114,6 @@ def import_model_file(name: str, path: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-def make_opponent(name: str, path: str | None, subject: Subject) -> Any:
-    """The opponent, ready to do a job for this subject."""
-    classes = {
-        "hf": HuggingFace,
-        "litgpt": LitGPT,
-        "nanogpt": NanoGPT,
-        "gptfast": GPTFast,
-        "llamacpp": LlamaCpp,
-    }
-    return classes[name](subject, path)
-
-
-def job_of(name: str, path: str | None, subject: Subject, job: str) -> Callable[..., Any]:
-    """The opponent's method `job`. Raises UserError if it has none."""
-    opponent = make_opponent(name, path, subject)
-    if not hasattr(opponent, job):
-        raise UserError(f"--against {name}: it has no {job}; leave it out here")
-    return getattr(opponent, job)
 
 
 def silently(make: Callable[[], Any]) -> Any:
@@ -424,3 +413,12 @@ class GPTFast(Opponent):
                 position += 1
 
         return Writer(model, run)
+
+
+MODELS: dict[str, type[Opponent]] = {
+    "hf": HuggingFace,
+    "litgpt": LitGPT,
+    "llamacpp": LlamaCpp,
+    "nanogpt": NanoGPT,
+    "gptfast": GPTFast,
+}

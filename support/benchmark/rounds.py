@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-WARM_UP_RUNS = 2  # untimed: the first one compiles, allocates and fills caches
+WARM_UP_RUNS = 3  # that do not count: they fill caches
 TURN_SECONDS = 0.25  # a turn repeats its work until it takes about this long: CPU times come in 1/100 s
 MAX_LOST = 0.05  # a round is disturbed if other processes took more than this share of our CPU time in a turn
 MAX_ROUNDS_FOR_ONE = 3  # at most this many rounds are made for each one that is wanted
@@ -168,11 +168,12 @@ def interleave(
 
 
 def runs_per_turn(side: Side, finish: Callable[[], None], clock: Callable[[], float]) -> int:
-    """Warm up, then time one run: how many fill a turn of TURN_SECONDS."""
+    """Warm up, and return how many runs fill a turn of TURN_SECONDS."""
     for _ in range(WARM_UP_RUNS):
+        began = clock()
         side.run()
-    finish()
-    began = clock()
-    side.run()
-    finish()
-    return max(1, round(TURN_SECONDS / max(clock() - began, 1e-7)))
+        finish()
+        took = clock() - began
+        if took > TURN_SECONDS:  # what is slow needs no more warming
+            break
+    return max(1, round(TURN_SECONDS / max(took, 1e-7)))

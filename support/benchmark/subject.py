@@ -2,6 +2,7 @@
 give."""
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,13 @@ class Subject:
         else:
             steps = make_dataloaders(self.config, self.data, self.tokenizer, n_steps)[0]
         return [Step([on_device(batch, self.device) for batch in step.micro_batches]) for step in steps]
+
+
+def autocast(subject: Subject) -> contextlib.AbstractContextManager:
+    """The context in which Lightning runs a step of this precision."""
+    if subject.precision != "bf16-mixed":
+        return contextlib.nullcontext()
+    return torch.autocast(subject.device, torch.bfloat16)
 
 
 def on_device(batch: Batch, device: str) -> Batch:
