@@ -196,7 +196,9 @@ def decode_sides(
 
     def ours() -> Side:
         model = our_model(subject)
-        return side("ours", Writer(model, lambda: model.generate(ids, n_new, GREEDY)), model)
+        model.compile_decoding = compiled
+        note = "compiled" if compiled else ""
+        return side("ours", Writer(model, lambda: model.generate(ids, n_new, GREEDY), note), model)
 
     def theirs(name: str, path: str | None) -> Side:
         writer = MODELS[name](subject, path).decode(ids, n_new, compiled)

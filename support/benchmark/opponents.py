@@ -127,6 +127,10 @@ def silently(make: Callable[[], Any]) -> Any:
         ) from None
 
 
+def said(compiled: bool) -> str:
+    return "compiled" if compiled else ""
+
+
 def adamw(model: nn.Module, subject: Subject) -> torch.optim.AdamW:
     """AdamW with the config's settings, for programs that leave the choice to their user."""
     training = subject.config.training
@@ -180,7 +184,9 @@ class HuggingFace(Opponent):
         model = self.ready()
         if compiled:
             model.compile()
-        return Writer(model, lambda: model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1))
+        return Writer(
+            model, lambda: model(ids, use_cache=True, logits_to_keep=1).logits.argmax(-1), said(compiled)
+        )
 
     def decode(self, ids: Tensor, n_new: int, compiled: bool) -> Writer:
         model = self.ready()
@@ -190,7 +196,7 @@ class HuggingFace(Opponent):
             model.forward = torch.compile(model.forward)
             options["cache_implementation"] = "static"
         mask = torch.ones_like(ids)
-        return Writer(model, lambda: model.generate(ids, attention_mask=mask, **options))
+        return Writer(model, lambda: model.generate(ids, attention_mask=mask, **options), said(compiled))
 
 
 class LitGPT(Opponent):
@@ -249,7 +255,7 @@ class LitGPT(Opponent):
         if compiled:
             model.compile()
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return Writer(model, lambda: model(ids, positions)[:, -1].argmax(-1))
+        return Writer(model, lambda: model(ids, positions)[:, -1].argmax(-1), said(compiled))
 
     def decode(self, ids: Tensor, n_new: int, compiled: bool) -> Writer:
         from litgpt.generate.base import generate
@@ -258,7 +264,7 @@ class LitGPT(Opponent):
         model = self.cached(n_all)
         if compiled:
             model.compile()
-        return Writer(model, lambda: generate(model, ids[0], n_all, temperature=0.0))
+        return Writer(model, lambda: generate(model, ids[0], n_all, temperature=0.0), said(compiled))
 
 
 class LlamaCpp(Opponent):
@@ -392,7 +398,7 @@ class GPTFast(Opponent):
         positions = torch.arange(ids.shape[1], device=ids.device)
         if compiled:
             model.compile()
-        return Writer(model, lambda: model(ids, positions)[:, -1].argmax(-1))
+        return Writer(model, lambda: model(ids, positions)[:, -1].argmax(-1), said(compiled))
 
     def decode(self, ids: Tensor, n_new: int, compiled: bool) -> Writer:
         """A step is its `decode_one_token` with the likeliest token in place of a drawn one."""
@@ -412,7 +418,7 @@ class GPTFast(Opponent):
                 token = step(token, position).clone()
                 position += 1
 
-        return Writer(model, run)
+        return Writer(model, run, said(compiled))
 
 
 MODELS: dict[str, type[Opponent]] = {

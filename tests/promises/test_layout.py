@@ -38,7 +38,9 @@ ARROWS = {
         "model support.checkpoint support.cli support.config support.device support.evaluation "
         "support.find_checkpoints support.messages support.run support.text tokenizer"
     ),
-    "benchmark": ("support.benchmark support.cli support.device support.files support.messages support.run"),
+    "benchmark": (
+        "support.benchmark support.cli support.device support.files support.messages support.run train"
+    ),
     "eval_val": (
         "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
         "support.text"
@@ -62,7 +64,8 @@ ARROWS = {
     "lora": "support.messages",
     "support.benchmark": (
         "data model optim sampling support.checkpoint support.chunked_loss support.cli support.config "
-        "support.device support.exchange support.messages support.run tokenizer"
+        "support.device support.exchange support.files support.messages support.plots support.run "
+        "support.text tokenizer"
     ),
     "support.checkpoint": (
         "lora model support.files support.foreign support.messages support.text support.weights tokenizer"
@@ -268,6 +271,7 @@ def test_scripts_build_on_each_other_only_where_that_is_the_point():
     assert {
         name: SCRIPTS & set(row.split()) for name, row in ARROWS.items() if SCRIPTS & set(row.split())
     } == {
+        "benchmark": {"train"},  # to time it
         "finetune": {"train"},
         "optim": {"from_scratch"},  # for its AdamW, when the config asks for that
     }
