@@ -9,6 +9,7 @@ Shapes: B batch, S positions of the buffers, D d_model, H query heads, K key/val
 V vocab_size
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from support.decoding.positions import Angles, position_tables
 
-SHORTEST = 64  # the fewest positions of a buffer
+SHORTEST = 64  # positions of the shortest buffer
 
 
 class Inputs(NamedTuple):
@@ -41,11 +42,13 @@ def logits_after(model: nn.Module, inputs: Inputs) -> Tensor:
     if added is not None:
         x = x + added.index_select(0, position)
     if angles is not None:
-        angles = tuple(table.index_select(0, position) for table in angles)  # each (1, hd/2)
-    filled = torch.arange(inputs.keys[0].shape[2], device=x.device) <= position  # (S,)
+        cos, sin = (table.index_select(0, position) for table in angles)  # each (1, hd/2)
+        angles = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # each (1, hd)
+    is_empty = torch.arange(inputs.keys[0].shape[2], device=x.device) > position
+    mask = x.new_zeros(1, len(is_empty)).masked_fill(is_empty, float("-inf"))  # (1, S), added to the scores
     for block, keys, values in zip(model.layers, inputs.keys, inputs.values, strict=True):
         normed = block.input_layernorm(x)
-        x = x + attention(block.self_attn, normed, position, angles, keys, values, filled)
+        x = x + attention(block.self_attn, normed, position, angles, keys, values, mask)
         x = x + block.mlp(block.post_attention_layernorm(x))
     return model.lm_head(model.norm(x))
 
@@ -57,7 +60,7 @@ def attention(
     angles: Angles | None,
     keys: Tensor,
     values: Tensor,
-    filled: Tensor,
+    mask: Tensor,
 ) -> Tensor:
     """GQAMultiheadAttention for one position: x (B, D) to (B, D)."""
     B, H, K, hd = len(x), attn.n_heads, attn.n_kv_heads, attn.head_dim
@@ -65,15 +68,17 @@ def attention(
     k = attn.k_norm(attn.k_proj(x).view(B, K, hd))
     v = attn.v_proj(x).view(B, K, hd)
     if angles is not None:
-        cos, sin = angles
-        a, b = torch.cat([q, k], dim=1).float().chunk(2, dim=-1)  # pairs as in apply_rope, (B, H+K, hd/2)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+        cos, signed_sin = angles
+        pairs = torch.cat([q, k], dim=1)  # (B, H+K, hd): a pair is (a, b) = dimensions i and i + hd/2
+        swapped = pairs.roll(hd // 2, dims=-1)  # b, a
+        # (a cos - b sin, b cos + a sin), as in apply_rope, but in three kernels and not in seven.
+        turned = torch.addcmul(pairs * cos, swapped, signed_sin).to(x.dtype)
         q, k = turned.split([H, K], dim=1)
     keys.index_copy_(2, position, k[:, :, None].to(keys.dtype))
     values.index_copy_(2, position, v[:, :, None].to(values.dtype))
     # The H/K query heads of a key/value head count as H/K queries of that head: so nothing is repeated.
     grouped = q.reshape(B, K, H // K, hd)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=filled[None, :])
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
     return attn.o_proj(out.flatten(1))  # (B, K, H/K, hd) to (B, D)
 
 
@@ -121,14 +126,10 @@ class RecordedStep(StaticStep):
     """The same on an NVIDIA GPU, recorded as a CUDA graph in the first step and run again in each. The logits
     are in one buffer, so they hold until the next call."""
 
-    WARM_UP = (
-        2  # steps before the recording: libraries choose their kernels and take their memory in the first
-    )
-
     def __init__(self, model: nn.Module, *args, **options):
         super().__init__(model, *args, **options)
         self.graph = None
-        # The graph reads the weights where they are now. So that memory must not be given to anything else.
+        # The graph reads the weights where they are now: that memory must not be given to anything else.
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
     def run(self) -> Tensor:
@@ -139,18 +140,23 @@ class RecordedStep(StaticStep):
         return self.logits
 
     def record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph, and the tensor that holds its logits after each run. See "CUDA Graphs" in PyTorch's
-        notes on CUDA. Each run here writes the same keys and values to the same place."""
+        """The graph, and the tensor in which its logits are after each run. "CUDA Graphs" in PyTorch's notes
+        on CUDA explains the order of these lines."""
         device = self.inputs.token.device
+        stream, graph = recording_stream(device), torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            other_stream = torch.cuda.Stream()
-            other_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(other_stream):
-                for _ in range(self.WARM_UP):
-                    super().run()
-            torch.cuda.current_stream().wait_stream(other_stream)
-            graph = torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                super().run()  # not recorded: in the first run, libraries choose kernels and take memory
+            torch.cuda.current_stream().wait_stream(stream)
             # thread_local: another thread, such as one that loads training data, may use CUDA meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 logits = super().run()
         return graph, logits
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are recorded: not on the default stream, where nothing can be, and always on the same one,
+    because cuBLAS keeps memory for each stream that it has been used on."""
+    return torch.cuda.Stream(device)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model import GPTMini
-from sampling import SamplingConfig, generate_tokens
+from sampling import PlainDecoder, SamplingConfig, generate_tokens
+from support.decoding.fast import fast_decoder
 from support.messages import UserError
 from support.text.mid_document import ids_after, text_after
 from tokenizer import Tokenizer
@@ -107,12 +108,12 @@ def continue_together(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
         given[row, : len(prompt)] = True
-    cache = model.new_cache(batch_size=len(prompts))
+    shortest = min(map(len, prompts))
+    decoder = fast_decoder(PlainDecoder(model, len(prompts)), shortest, max(ends) - shortest)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     last = torch.tensor(ends, device=device)
-    for end in range(min(map(len, prompts)), max(ends)):
-        x = model.hidden_states(ids[:, cache.length : end], cache=cache)
-        likeliest = model.lm_head(x[:, -1]).argmax(dim=-1)  # (B,)
+    for end in range(shortest, max(ends)):
+        likeliest = decoder.next_logits(ids[:, :end]).argmax(dim=-1)  # (B,)
         ids[:, end] = torch.where(given[:, end], ids[:, end], likeliest)
         wrote_eos = (ids[:, end] == eos_id) & ~given[:, end]
         finished |= wrote_eos | (last <= end + 1)

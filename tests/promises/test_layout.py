@@ -78,8 +78,8 @@ ARROWS = {
     "support.device": "support.messages",
     "support.hand_gradients": "",
     "support.evaluation": (
-        "data instruct model sampling support.checkpoint support.cli support.config support.files "
-        "support.messages support.plots support.text tokenizer"
+        "data instruct model sampling support.checkpoint support.cli support.config support.decoding "
+        "support.files support.messages support.plots support.text tokenizer"
     ),
     "support.exchange": (
         "model support.checkpoint support.files support.foreign support.messages support.text "
