@@ -26,6 +26,7 @@ TASKS = {  # what is timed, and the flags that go with it besides those for all
     "load": "ckpt shape",
     "start": "ckpt shape",
     "overhead": "config override optimizer",
+    "loss": "config override against opponent_lr",
 }
 SHAPES = ("s1", "s2", "s3", "m1", "m2", "gpt2")
 
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=tuple(TASKS),
         help="train: a step; prefill: reading a prompt; decode: writing; tokens: encoding text; batches: "
         "from token files; load: a checkpoint; start: infer.py to its first token; overhead: train.py over "
-        "a bare loop; default: all of them, quickly",
+        "a bare loop; loss: a whole run beside nanoGPT's; default: all but the last, quickly",
     )
     add_config_flags(parser)
     parser.add_argument(
@@ -59,6 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile all sides that allow it")
     parser.add_argument("--optimizer", metavar="NAME", help="short for --override training.optimizer=NAME")
+    parser.add_argument(
+        "--opponent-lr", type=float, metavar="LR", help="loss: the opponent's learning rate (default 1e-3)"
+    )
     parser.add_argument("--rounds", type=int, metavar="N", help="undisturbed rounds (default 9; for all: 5)")
     parser.add_argument(
         "--seconds",
@@ -81,14 +85,15 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in dict.fromkeys(" ".join(TASKS.values()).split()):
         if getattr(args, flag) and flag not in TASKS[args.task].split():
             tasks = [task for task, flags in TASKS.items() if flag in flags.split()]
-            raise UserError(f"--{flag} goes with {', '.join(tasks)}; name one: benchmark.py {tasks[0]} ...")
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} goes with {', '.join(tasks)}; name one: benchmark.py {tasks[0]} ...")
     subjects = [flag for flag in ("config", "shape", "ckpt") if getattr(args, flag)]
     if len(subjects) > 1:
         raise UserError(f"--{subjects[0]} and --{subjects[1]} both say what to time; give one of them")
-    for flag in ("rounds", "seconds", "threads"):
+    for flag in ("rounds", "seconds", "threads", "opponent_lr"):
         value = getattr(args, flag)
         if value is not None and not value > 0:
-            raise UserError(f"--{flag} {value} must be above 0")
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0")
 
 
 if __name__ == "__main__":
@@ -106,6 +111,7 @@ from support.benchmark.model_speed import Builder, decode_sides, prefill_sides, 
 from support.benchmark.opponents import parse_against
 from support.benchmark.overhead import overhead_sides, plan_overhead
 from support.benchmark.picture import draw_roofline
+from support.benchmark.race import check_race, hold_race, print_race
 from support.benchmark.start_speed import checkpoint_to_load, loading_sides, starting_sides
 from support.benchmark.subject import read_subject
 from support.device import resolve_device
@@ -220,13 +226,26 @@ def measure(args: argparse.Namespace, effort: Effort, folder: Path) -> tuple[Mac
     return machine, rows
 
 
-def write_json(path: Path, machine: Machine, rows: list[Row]) -> None:
-    """Write the limits of the machine and all rows."""
+def race(args: argparse.Namespace) -> list[Row]:
+    """A whole run beside nanoGPT's recipe, for their losses; the rows, which are printed."""
+    against = parse_against(args.against, "loss")
+    subject = read_subject(args, "s1")
+    check_race(subject, against)
+    inform("training both sides in turn; this takes minutes ...")
+    rows = hold_race(subject, against["nanogpt"], args.opponent_lr or 1e-3)
+    print_race(rows)
+    return rows
+
+
+def write_json(path: Path, machine: Machine | None, rows: list[Row]) -> None:
+    """Write the limits of the machine, if they were measured, and all rows."""
     record = run_record()
     about = {"command": record["command"], "git_commit": record["git_commit"], "versions": record["versions"]}
     with atomic_write(path) as file:
         file.write(
-            (json.dumps(about | {"machine": vars(machine), "results": rows}, indent=1) + "\n").encode()
+            (
+                json.dumps(about | {"machine": machine and vars(machine), "results": rows}, indent=1) + "\n"
+            ).encode()
         )
 
 
@@ -242,11 +261,14 @@ def main(argv: list[str] | None = None) -> int:
         max_seconds=args.seconds or (12.0 if is_quick else 60.0),
         n_threads=torch.get_num_threads(),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        machine, rows = measure(args, effort, Path(folder))
-    print_rows(rows)
+    if args.task == "loss":
+        machine, rows = None, race(args)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            machine, rows = measure(args, effort, Path(folder))
+        print_rows(rows)
     if args.json:
         write_json(Path(args.json), machine, rows)
-    if args.plot:
+    if args.plot and machine:
         print(f"drawn: {draw_roofline(Path(args.plot), machine, rows)}")
     return 0

@@ -45,6 +45,7 @@ OPPONENTS_OF = {  # what is timed: who can do it
     "prefill": ("hf", "litgpt", "llamacpp", "nanogpt", "gptfast"),
     "decode": ("hf", "litgpt", "llamacpp", "nanogpt", "gptfast"),
     "tokens": ("tokenizers", "tiktoken"),
+    "loss": ("nanogpt",),
 }
 Opponents = dict[str, str | None]  # {name: path of its checkout, or None}
 WHERE = {"nanogpt": "github.com/karpathy/nanoGPT", "gptfast": "github.com/meta-pytorch/gpt-fast"}

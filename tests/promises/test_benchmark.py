@@ -12,8 +12,9 @@ import torch
 from conftest import REPO, tiny_argv
 
 import benchmark
+import train
 from model import GPTMini
-from support.benchmark import opponents
+from support.benchmark import opponents, race
 from support.benchmark.machine import measure_machine
 from support.benchmark.model_speed import bytes_per_token, forward_flops, our_step
 from support.benchmark.opponents import parse_against
@@ -420,7 +421,7 @@ def test_every_opponent_can_do_its_tasks():
         ("decode --ckpt none.ckpt", "checkpoint none.ckpt does not exist"),
         ("load --ckpt none.ckpt", "checkpoint none.ckpt does not exist"),
         ("train --ckpt a.ckpt", "--ckpt goes with prefill, decode, tokens, load, start"),
-        ("--against hf", "--against goes with train, prefill, decode, tokens; name one"),
+        ("--against hf", "--against goes with train, prefill, decode, tokens, loss; name one"),
         ("decode --config a --ckpt b", "--config and --ckpt both say what to time"),
         ("train --rounds 0", "--rounds 0 must be above 0"),
         ("train --threads -1", "--threads -1 must be above 0"),
@@ -447,3 +448,42 @@ def test_as_a_process_a_mistake_ends_with_status_2_and_one_line():
     command = [sys.executable, "benchmark.py", "train", "--against", "nobody"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+
+
+# ---- a race to a loss ----------------------------------------------------------------------------
+
+
+def test_a_race_trains_both_sides_on_one_text(nanogpt, tmp_path, capsys, monkeypatch):
+    """Ours ends with the weights of train.py, and each half of the validation text is scored."""
+    monkeypatch.setattr(race, "STEPS", 80)
+    argv = tiny_argv(tmp_path / "run", "tokenizer.kind=byte", "data.val_fraction=0.2")
+    assert (
+        benchmark.main(["loss", *argv, "--against", f"nanogpt={nanogpt}", "--json", str(tmp_path / "r")]) == 0
+    )
+    ours, theirs = json.loads((tmp_path / "r").read_text())["results"]
+    assert (theirs["steps"], theirs["tokens"] % (80 * 12)) == (80, 0)
+    assert 0 < ours["val_loss_first_half"] < 7 and 0 < theirs["val_loss_second_half"] < 7
+    assert "of the training time" in capsys.readouterr().out
+    train.main(argv)
+    [*_, last] = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    between = sorted([ours["val_loss_first_half"], ours["val_loss_second_half"]])
+    assert between[0] - 1e-3 <= last["val_loss"] <= between[1] + 1e-3
+
+
+def test_the_opponents_rate_is_its_schedule():
+    """Warmup to the peak in 100 steps, then half a cosine down to a tenth, as in nanoGPT's train.py."""
+    rates = [race.nanogpt_rate(step, 1e-3) for step in (0, 99, 100, 1050, 2000)]
+    assert rates == pytest.approx([1e-3 / 101, 1e-3 * 100 / 101, 1e-3, 5.5e-4, 1e-4])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["loss", "--against", "nanogpt={}"], "name a config"),
+        (["loss", "--config", "config_smoke.yaml"], "loss needs one opponent"),
+        (["train", "--opponent-lr", "1e-3"], "--opponent-lr goes with loss"),
+    ],
+)
+def test_what_cannot_be_raced_is_said(argv, message, nanogpt):
+    with pytest.raises(UserError, match=message):
+        benchmark.main([word.format(nanogpt) for word in argv])
