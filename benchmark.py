@@ -133,7 +133,7 @@ def training(args: argparse.Namespace, folder: Path) -> Prepared:
     the speed of matrix products, of which it mostly consists."""
     against = parse_against(args.against, "train")
     subject = read_subject(args, "s1")
-    contest = Contest("train", subject.name, "tokens", "step", binds="matmul", dtype=subject.dtype)
+    contest = Contest("train", subject.label, "tokens", "step", binds="matmul", dtype=subject.dtype)
     return contest, training_sides(subject, against, args.compile)
 
 
@@ -143,7 +143,7 @@ def prefill(args: argparse.Namespace, folder: Path) -> Prepared:
     against = parse_against(args.against, "prefill")
     subject = read_subject(args, "m1")
     length = min(PREFILL_TOKENS, subject.model_config.max_seq_len)
-    contest = Contest("prefill", subject.name, "tokens", "prompt", binds="matmul", dtype=subject.dtype)
+    contest = Contest("prefill", subject.label, "tokens", "prompt", binds="matmul", dtype=subject.dtype)
     return contest, prefill_sides(subject, against, length, args.compile)
 
 
@@ -158,7 +158,7 @@ def decoding(args: argparse.Namespace, folder: Path) -> Prepared:
             f"{subject.name} sees only {subject.model_config.max_seq_len} tokens; decoding takes a prompt of "
             f"{PROMPT_TOKENS} and at least one more"
         )
-    contest = Contest("decode", subject.name, "tokens", "token", n_new, "bandwidth", subject.dtype)
+    contest = Contest("decode", subject.label, "tokens", "token", n_new, "bandwidth", subject.dtype)
     return contest, decode_sides(subject, against, PROMPT_TOKENS, n_new, args.compile)
 
 

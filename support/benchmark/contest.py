@@ -214,6 +214,8 @@ def print_rows(rows: list[Row]) -> None:
         table.add_row(*cells)
     print_wide(table)
     print("noise: half of the rounds are within this share of the median")
+    if "ours is" in shown:
+        print("ours is: so many times as fast as this one, or so many milliseconds longer")
     if any(row["dropped_rounds"] for row in rows):
         print("rounds: those in which other processes took CPU time that was needed are left out")
     if any(row["all_disturbed"] for row in rows):

@@ -12,6 +12,7 @@ the tokens they write differ; sizes and operations are shown side by side.
 """
 
 import contextlib
+import copy
 import importlib.util
 import io
 import sys
@@ -275,7 +276,7 @@ class LlamaCpp(Opponent):
         import llama_cpp
 
         subject = self.subject
-        model = (subject.trained or subject.new_model()).cpu()
+        model = copy.deepcopy(subject.trained or subject.new_model()).float().cpu()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
             write_gguf(file, model, subject.some_tokenizer(), None, "f32", "benchmark")

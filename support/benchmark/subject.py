@@ -63,6 +63,11 @@ class Subject:
         return torch.float32 if self.precision == "32-true" else torch.bfloat16
 
     @property
+    def label(self) -> str:
+        """The name, and the type if it is not float32."""
+        return self.name if self.dtype == torch.float32 else f"{self.name} bf16"
+
+    @property
     def tokens_per_step(self) -> int:
         training = self.config.training
         return training.micro_batch_size * training.grad_accum_steps * self.config.seq_len
