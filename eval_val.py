@@ -4,6 +4,7 @@ python3 eval_val.py --ckpt checkpoints/best.ckpt                       # the tex
 python3 eval_val.py --ckpt checkpoints/best.ckpt --config config.yaml  # the validation text of another config
 python3 eval_val.py --ckpt checkpoints/best.ckpt --data my_book.txt    # any text
 python3 eval_val.py --ckpt checkpoints_sft/best.ckpt --data rows.json  # instructions, for a fine-tuned model
+python3 eval_val.py --ckpt checkpoints/best.ckpt --quantize int8       # what int8 weights cost
 python3 eval_val.py --ckpt checkpoints/best.ckpt --json
 """
 
@@ -14,6 +15,7 @@ from dataclasses import asdict
 
 from support.cli import (
     add_config_flags,
+    add_quantize_flag,
     add_tokenizer_flag,
     file_path,
     guarded,
@@ -34,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="checkpoint to score; it holds model, tokenizer and config",
     )
     add_tokenizer_flag(parser)
+    add_quantize_flag(parser)
     add_config_flags(parser)
     parser.add_argument(
         "--data",
@@ -62,6 +65,7 @@ from support.checkpoint import load_model
 from support.config.read import flag_overrides
 from support.device import resolve_device, resolve_precision
 from support.evaluation.validation import Validation, documents_of, scoring_config, validate
+from support.int8 import Sizes, quantize_int8, sizes_line
 from support.text.hub import LOCAL_FORMATS, HubError
 
 
@@ -111,6 +115,26 @@ def report_lines(found: Validation, name: str) -> list[str]:
     return lines
 
 
+def int8_lines(exact: Validation, found: Validation, sizes: Sizes, device: str) -> list[str]:
+    """What int8 weights change: the loss, next to that of the checkpoint's own weights, and the bytes."""
+    return [
+        f"val_loss with int8 weights {found.loss:.4f} ({found.loss - exact.loss:+.5f}), "
+        f"{found.bits_per_byte:.4f} bits per byte",
+        sizes_line(sizes, device),
+    ]
+
+
+def int8_fields(exact: Validation, found: Validation, sizes: Sizes) -> dict:
+    """The same for --json."""
+    return {
+        "loss": found.loss,
+        "loss_change": found.loss - exact.loss,
+        "bits_per_byte": found.bits_per_byte,
+        "bytes_per_token": sizes.read_after,
+        "bytes_per_token_before": sizes.read_before,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """The whole script as one call. Returns the exit status; raises UserError."""
     args = parse_args(argv)
@@ -137,7 +161,11 @@ def main(argv: list[str] | None = None) -> int:
             f"tokens, so the blocks that are scored have {model.config.max_seq_len} tokens"
         )
     precision = resolve_precision(config.hardware.precision, device)
+    n_params = model.n_params()
     found = validate(model, tokenizer, documents, config, args.batch_size, precision)
+    if args.quantize:
+        sizes = quantize_int8(model)
+        found_int8 = validate(model, tokenizer, documents, config, args.batch_size, precision)
     metrics = metadata["metrics"]
     name = name_of_set(args, is_own_set)
     # The loss that training logged is that of the run's own set; next to another set it would mislead.
@@ -150,14 +178,18 @@ def main(argv: list[str] | None = None) -> int:
             "logged_val_loss": logged,
             "precision": precision,
         }
+        if args.quantize:
+            about["int8"] = int8_fields(found, found_int8, sizes)
         print(json.dumps(about | asdict(found)))
         return 0
     print(
-        f"{args.ckpt}: step {metrics['step']}, {model.n_params():,} parameters, "
+        f"{args.ckpt}: step {metrics['step']}, {n_params:,} parameters, "
         f"tokenizer {tokenizer.kind} {tokenizer.vocab_size:,}"
     )
     for line in report_lines(found, name):
         print(line)
     if logged is not None:
         print(f"its newest validation in training gave {logged:.4f}")
+    if args.quantize:
+        print("\n".join(int8_lines(found, found_int8, sizes, device)))
     return 0

@@ -5,6 +5,7 @@ python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --temperatu
 python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --num-samples 3
 echo "The loss is" | python3 infer.py --ckpt checkpoints/final.ckpt
 python3 infer.py --ckpt checkpoints/final.ckpt --interactive
+python3 infer.py --ckpt checkpoints/final.ckpt --prompt "A token is" --quantize int8     # faster on a CPU
 python3 infer.py --ckpt checkpoints_sft/final.ckpt --chat     # a fine-tuned model answers; /reset, /quit
 """
 
@@ -13,14 +14,23 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from support.cli import add_model_flags, file_path, guarded, make_parser, unix_text, warn_of_other_tokenizer
-from support.messages import UserError, printable_lines, warn
+from support.cli import (
+    add_model_flags,
+    add_quantize_flag,
+    file_path,
+    guarded,
+    make_parser,
+    unix_text,
+    warn_of_other_tokenizer,
+)
+from support.messages import UserError, inform, printable_lines, warn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of the command line."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
+    add_quantize_flag(parser)
     add_prompt_flags(parser)
     add_sampling_flags(parser)
     return parser.parse_args(argv)
@@ -100,6 +110,7 @@ from model import GPTMini
 from sampling import SamplingConfig, generate_tokens
 from support.checkpoint import load_model, saved_template
 from support.device import resolve_device
+from support.int8 import quantize_int8, sizes_line
 from support.text.chat_template import Template, conversation_ids, prompt_ids
 from support.text.mid_document import TextStream
 from tokenizer import Tokenizer
@@ -417,11 +428,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     sampling = make_sampling(args)
     device = resolve_device(args.device)
+    if args.quantize and args.compile and device == "cpu":
+        raise UserError(
+            "--quantize int8 and --compile do not help each other on a CPU: the int8 kernel cannot be compiled, "
+            "and the rest would take a minute; leave one out"
+        )
     # Before the model is loaded, so that a missing prompt is answered at once.
     prompt = None if args.interactive or args.chat else read_prompt(args)
     model, tokenizer, metadata = load_model(args.ckpt, device)
     warn_of_other_tokenizer(args.tokenizer, tokenizer.kind, tokenizer.vocab_size)
     model.compile_decoding = args.compile
+    if args.quantize:
+        inform(sizes_line(quantize_int8(model), device))
     if args.chat:
         template = chat_template(metadata, args.ckpt)
         answer_questions(Chat(model, tokenizer, template, args.max_new_tokens, sampling), args.seed)

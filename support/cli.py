@@ -280,6 +280,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or mps")
 
 
+def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --quantize, for scripts that can compute with smaller weights (support/int8.py)."""
+    parser.add_argument(
+        "--quantize",
+        choices=["int8"],
+        help="int8: after loading, round the matrices to one byte a weight; decoding is faster on a CPU",
+    )
+
+
 def unix_text(text: str) -> str:
     """The text as training would read it from a file: without the mark U+FEFF that some Windows programs put
     first, and with \\n for each \\r\\n."""

@@ -82,6 +82,7 @@ FLAGS = (
     ("--dataset-config", "dataset_config_name subset"),
     ("--max-seq-len", "context_length block_size max_length n_ctx"),
     ("--dtype", "outtype quantize quantization"),
+    ("--quantize", "quantization quant"),
     ("--to", "format export_format"),
     ("--config", "config_file cfg conf config_path"),
     ("--override", "set opt"),

@@ -32,7 +32,8 @@ ARROWS = {
     ),
     "finetune": "data instruct support.checkpoint support.cli support.messages support.run train",
     "infer": (
-        "model sampling support.checkpoint support.cli support.device support.messages support.text tokenizer"
+        "model sampling support.checkpoint support.cli support.device support.int8 support.messages "
+        "support.text tokenizer"
     ),
     "evaluate_checkpoints": (
         "model support.checkpoint support.cli support.config support.device support.evaluation "
@@ -42,8 +43,8 @@ ARROWS = {
         "support.benchmark support.cli support.device support.files support.messages support.run train"
     ),
     "eval_val": (
-        "support.checkpoint support.cli support.config support.device support.evaluation support.messages "
-        "support.text"
+        "support.checkpoint support.cli support.config support.device support.evaluation support.int8 "
+        "support.messages support.text"
     ),
     "list": "support.checkpoint support.cli support.config support.find_checkpoints support.messages",
     "prepare": (
@@ -87,6 +88,7 @@ ARROWS = {
     ),
     "support.files": "support.messages",
     "support.foreign": "support.messages",
+    "support.int8": "model support.messages",
     "support.messages": "",
     "support.plots": "support.files",
     "support.run": (
