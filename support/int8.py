@@ -115,6 +115,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.train(linear.training)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         numbers, scale = quantize_rows(linear.weight.detach())

@@ -16,8 +16,10 @@ import eval_val
 import infer
 import support.int8
 from model import GPTMini
-from sampling import SamplingConfig
+from sampling import PlainDecoder, SamplingConfig
 from support.checkpoint import load_model, read_checkpoint, write_model
+from support.decoding.fast import fast_decoder
+from support.decoding.lean_step import LeanStep
 from support.int8 import DIGIT, LARGEST, Int8Linear, has_kernel, quantize_int8, quantize_rows
 from support.messages import UserError
 from tokenizer import ByteTokenizer
@@ -214,6 +216,20 @@ def test_biases_count_as_weights_in_memory():
     model = random_model(**GPT2)
     before = 4 * model.n_params()
     assert quantize_int8(model).held_before == before
+
+
+def test_the_fast_way_of_decoding_is_used_and_gives_the_same_logits():
+    model = random_model(**GPT2)
+    quantize_int8(model)
+    plain = PlainDecoder(model, batch_size=2)
+    decoder = fast_decoder(plain, prompt_len=5, max_new_tokens=20)
+    ids = torch.randint(257, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for n in range(5, 9):
+            logits = decoder.next_logits(ids[:, :n])
+        expected = PlainDecoder(model, batch_size=2).next_logits(ids)
+    assert decoder.usable and isinstance(decoder.step, LeanStep)
+    torch.testing.assert_close(logits / expected.std(), expected / expected.std(), **CLOSE)
 
 
 def test_the_text_of_a_batch_is_that_of_each_prompt_alone(kernel):
