@@ -430,8 +430,8 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device)
     if args.quantize and args.compile and device == "cpu":
         raise UserError(
-            "--quantize int8 and --compile do not help each other on a CPU: the int8 kernel cannot be compiled, "
-            "and the rest would take a minute; leave one out"
+            "--quantize int8 and --compile do not go together on a CPU: PyTorch cannot compile its int8 "
+            "kernel, and the rest would take a minute; leave one out"
         )
     # Before the model is loaded, so that a missing prompt is answered at once.
     prompt = None if args.interactive or args.chat else read_prompt(args)
