@@ -6,7 +6,7 @@ from memory, so it waits for the memory:
 
     tokens per second  <=  bytes of memory read per second  /  bytes of the matrices
 
-With 124 million weights in float32 (494 MB) and a laptop's 29 GB/s, no program writes more than 58 tokens a
+With 124 million weights in float32 (494 MB) and memory of 29 GB/s, no program writes more than 58 tokens a
 second. With one byte a weight the limit is four times as high. The tokens of a prompt are read together, so
 there each weight that is fetched is used many times: the bytes matter little, and int8 gains little.
 
