@@ -13,14 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support.cli import add_config_flags, file_path, guarded, make_parser
+from support.cli import add_config_flags, add_quantize_flag, file_path, guarded, make_parser
 from support.messages import UserError, inform
 
 TASKS = {  # what is timed, and the flags that go with it besides those for all
     "all": "",
     "train": "config override shape against compile optimizer",
     "prefill": "config override shape ckpt against compile",
-    "decode": "config override shape ckpt against compile",
+    "decode": "config override shape ckpt against compile quantize",
     "tokens": "config override ckpt against",
     "batches": "config override shape",
     "load": "ckpt shape",
@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "tokens: tokenizers, tiktoken",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile all sides that allow it")
+    add_quantize_flag(parser)
     parser.add_argument("--optimizer", metavar="NAME", help="short for --override training.optimizer=NAME")
     parser.add_argument(
         "--opponent-lr", type=float, metavar="LR", help="loss: the opponent's learning rate (default 1e-3)"
@@ -90,6 +91,8 @@ def check_flags(args: argparse.Namespace) -> None:
     subjects = [flag for flag in ("config", "shape", "ckpt") if getattr(args, flag)]
     if len(subjects) > 1:
         raise UserError(f"--{subjects[0]} and --{subjects[1]} both say what to time; give one of them")
+    if args.quantize and args.compile:
+        raise UserError("--quantize and --compile do not go together: PyTorch cannot compile its int8 kernel")
     for flag in ("rounds", "seconds", "threads", "opponent_lr"):
         value = getattr(args, flag)
         if value is not None and not value > 0:
@@ -159,7 +162,9 @@ def decoding(args: argparse.Namespace, folder: Path) -> Prepared:
             f"{PROMPT_TOKENS} and at least one more"
         )
     contest = Contest("decode", subject.label, "tokens", "token", n_new, "bandwidth", subject.dtype)
-    return contest, decode_sides(subject, against, PROMPT_TOKENS, n_new, args.compile)
+    return contest, decode_sides(
+        subject, against, PROMPT_TOKENS, n_new, args.compile, int8=args.quantize == "int8"
+    )
 
 
 def tokenizing(args: argparse.Namespace, folder: Path) -> Prepared:

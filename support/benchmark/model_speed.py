@@ -1,6 +1,7 @@
 """The speed of the model: a training step, a prefill (reading a prompt), and decoding (writing token by
 token)."""
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -11,10 +12,11 @@ from data import Step
 from model import GPTMini
 from optim import build_optimizer, scheduled_factor, set_learning_rate
 from sampling import SamplingConfig
-from support.benchmark.opponents import MODELS, Opponents, Trainee, Writer
+from support.benchmark.opponents import MODELS, Opponents, Trainee, Writer, said
 from support.benchmark.rounds import Side
 from support.benchmark.subject import Subject, autocast
 from support.chunked_loss import IGNORE
+from support.int8 import quantize_int8
 
 N_STEPS_IN_MEMORY = 4  # the steps that are trained on again and again
 GREEDY = SamplingConfig(temperature=0)
@@ -138,12 +140,11 @@ def training_bytes(model: nn.Module) -> float:
 
 
 def bytes_per_token(model: nn.Module) -> float:
-    """The bytes of weights that decoding one token reads: all parameters (and int8 weights, which are
-    buffers), but of an embedding table that is not the head too, only a row."""
+    """The bytes of weights that decoding one token reads: all parameters, but of an embedding table that is
+    not the head too, only a row."""
     rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     rows -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     tensors = {id(p): p for p in model.parameters() if id(p) not in rows}
-    tensors |= {id(b): b for b in model.buffers() if b.dtype == torch.int8}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -185,26 +186,34 @@ def prefill_sides(subject: Subject, against: Opponents, length: int, compiled: b
 
 
 def decode_sides(
-    subject: Subject, against: Opponents, prompt_length: int, n_new: int, compiled: bool
+    subject: Subject, against: Opponents, prompt_length: int, n_new: int, compiled: bool, int8: bool = False
 ) -> list[Builder]:
-    """Builders of the sides that continue a prompt by `n_new` tokens, always the likeliest one."""
+    """Builders of the sides that continue a prompt by `n_new` tokens, always the likeliest one. With `int8`,
+    ours has int8 weights, and its exact weights are a side too."""
     ids = random_prompt(subject, prompt_length)
 
     def side(name: str, writer: Writer, of: nn.Module) -> Side:
         flops = forward_flops(of, subject, prompt_length + n_new // 2) * n_new
         return writer_side(name, writer, of, flops=flops, n_bytes=bytes_per_token(of) * n_new, units=n_new)
 
-    def ours() -> Side:
-        model = our_model(subject)
+    def ours(name: str, int8: bool) -> Side:
+        exact = our_model(subject)
+        model = copy.deepcopy(exact) if int8 else exact
         model.compile_decoding = compiled
-        note = "compiled" if compiled else ""
-        return side("ours", Writer(model, lambda: model.generate(ids, n_new, GREEDY), note), model)
+        note = ", ".join(filter(None, ["int8" if int8 else "", said(compiled)]))
+        made = side(name, Writer(model, lambda: model.generate(ids, n_new, GREEDY), note), exact)
+        if int8:
+            made.n_bytes = quantize_int8(model).read_after * n_new
+        return made
 
     def theirs(name: str, path: str | None) -> Side:
         writer = MODELS[name](subject, path).decode(ids, n_new, compiled)
         return side(name, writer, writer.model or our_model(subject))
 
-    return [ours, *(lambda name=name, path=path: theirs(name, path) for name, path in against.items())]
+    builders = [lambda: ours("ours", int8)]
+    if int8:
+        builders.append(lambda: ours("ours, exact", False))
+    return builders + [lambda name=name, path=path: theirs(name, path) for name, path in against.items()]
 
 
 def writer_side(

@@ -251,6 +251,13 @@ def test_decode_and_prefill_beside_hf_and_nanogpt(timed, nanogpt, tiny_run):
         assert ours["subject"] == ckpt
 
 
+def test_int8_is_timed_beside_our_exact_weights(timed):
+    int8, exact = timed("decode", "--shape", "s1", "--quantize", "int8")
+    assert (int8["note"], exact["side"]) == ("int8", "ours, exact")
+    assert int8["n_params"] == exact["n_params"]
+    assert int8["bytes_per_unit"] < exact["bytes_per_unit"] / 3
+
+
 def test_tokens_are_compared_and_counted(timed):
     ours, tokenizers = timed("tokens", "--against", "tokenizers")
     assert tokenizers["note"] == "the same ids"
@@ -424,6 +431,8 @@ def test_every_opponent_can_do_its_tasks():
         ("--against hf", "--against goes with train, prefill, decode, tokens, loss; name one"),
         ("decode --config a --ckpt b", "--config and --ckpt both say what to time"),
         ("train --rounds 0", "--rounds 0 must be above 0"),
+        ("train --quantize int8", "--quantize goes with decode"),
+        ("decode --quantize int8 --compile", "--quantize and --compile do not go together"),
         ("train --threads -1", "--threads -1 must be above 0"),
         ("train --config none.yaml", "none.yaml"),
         ("train --config config_finetune.yaml --override base_ckpt=null", "is for fine-tuning"),

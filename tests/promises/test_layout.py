@@ -65,8 +65,8 @@ ARROWS = {
     "lora": "support.messages",
     "support.benchmark": (
         "data model optim sampling support.checkpoint support.chunked_loss support.cli support.config "
-        "support.device support.exchange support.files support.messages support.plots support.run "
-        "support.text tokenizer"
+        "support.device support.exchange support.files support.int8 support.messages support.plots "
+        "support.run support.text tokenizer"
     ),
     "support.checkpoint": (
         "lora model support.files support.foreign support.messages support.text support.weights tokenizer"
