@@ -41,9 +41,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from support.exchange.tokenizer_json import byte_characters
 from support.files.cut_text import WORD_END, last_place
-from support.files.tokenizer_files import gpt2_files
+from support.files.tokenizer_files import byte_characters, gpt2_files
 from tokenizer import EOS_TEXT
 
 # ---- layers --------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ support/config/schema.py.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
 
 from support.files.cut_text import WORD_END_OR_LINE, cut_at_word, cut_pieces, last_places
+from support.files.fast_bpe import FastBPE, encode_in_threads
 from support.files.tokenizer_files import (
     gpt2_encoding,
     join_files,
@@ -37,6 +37,7 @@ from support.messages import UserError
 EOS_TEXT = "<|endoftext|>"
 PIECE_CHARS = 2**16  # a longer text is encoded in pieces of about this many characters
 TRAIN_CHARS = 2**24  # a bpe tokenizer is trained on at most about this many characters
+GPT2_CHARS = 2**19  # kind `gpt2` encodes a longer text in pieces: a million blanks are too many for tiktoken
 WHOLE_CHARS = 2**22  # kind `file` refuses a longer document in which it finds no place to cut
 
 
@@ -214,10 +215,12 @@ class CharTokenizer(Tokenizer):
 
 class LibraryTokenizer(Tokenizer):
     """What `bpe` and `file` share: Hugging Face's `tokenizers` library does the work, by the rules of a
-    tokenizer.json. `eos_text` is the name of the token that ends a document."""
+    tokenizer.json; or tiktoken, where it gives the same ids. `eos_text` is the name of the token that ends a
+    document."""
 
     def __init__(self, tokenizer_json: str, eos_text: str):
         self.backend, self.unknown_id = open_tokenizer_json(tokenizer_json, eos_text)
+        self.fast = FastBPE(self.backend)
         self.eos_text = eos_text
         self.eos_id = self.backend.token_to_id(eos_text)
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -225,14 +228,21 @@ class LibraryTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Raises UserError if a character is not in the vocabulary, and the vocabulary has no
         token for unknown text."""
-        return encode_by(self.backend, text)
+        ids = self.fast.encode(text) if self.fast.pays_off(len(text)) else None
+        return encode_by(self.backend, text) if ids is None else ids.tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        if self.fast.pays_off(sum(map(len, texts))):
+            return encode_in_threads(self._encode_fast, texts)
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
         except Exception:  # the library raises plain Exception; `encode` says what is wrong
             return super().encode_batch(texts)
+
+    def _encode_fast(self, text: str) -> Sequence[int]:
+        ids = self.fast.encode(text)
+        return encode_by(self.backend, text) if ids is None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -243,6 +253,10 @@ class LibraryTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, state: dict) -> "LibraryTokenizer":
         return cls(state["json"], state["eos"])
+
+    def __reduce__(self):
+        # For pickle. The library's own pickle forgets that text which spells a special token stays text.
+        return type(self).from_dict, (self.to_dict(),)
 
 
 def encode_by(backend, text: str) -> list[int]:
@@ -317,14 +331,11 @@ class GPT2Tokenizer(Tokenizer):
         self.backend = gpt2_encoding()
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode_ordinary(text)
+        pieces = self.pieces(text) if len(text) > GPT2_CHARS else [text]
+        return [id for piece in pieces for id in self.backend.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        # This is set in processes that encode at the same time. They use no threads, and return arrays, which
-        # is faster.
-        if os.environ.get("TOKENIZERS_PARALLELISM") == "false":
-            return [self.backend.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        return self.backend.encode_ordinary_batch(list(texts), num_threads=2)
+        return encode_in_threads(partial(self.backend.encode_to_numpy, disallowed_special=()), texts)
 
     def cut(self, text: str, start: int, end: int) -> int:
         return cut_at_word(text, start, end)

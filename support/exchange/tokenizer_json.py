@@ -4,22 +4,10 @@ chat template."""
 import json
 from typing import Any
 
-from support.files.tokenizer_files import gpt2_files
+from support.files.tokenizer_files import byte_characters, gpt2_files
 from support.messages import UserError, warn
 from support.text.chat_template import SLOT, Template, template_parts
 from tokenizer import EOS_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, LibraryTokenizer, Tokenizer
-
-
-def byte_characters() -> list[str]:
-    """The visible character that stands for each byte in GPT-2's files: the byte's own where it is printable,
-    else one from 256 on."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def gpt2_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -157,6 +157,18 @@ def mark_special_tokens(backend: "Backend", mark: str) -> tuple["Backend", dict[
 # ---- vocab.json and merges.txt -------------------------------------------------------------------
 
 
+def byte_characters() -> list[str]:
+    """The visible character that stands for each byte in GPT-2's files: the byte's own where it is printable,
+    else one from 256 on."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def is_vocabulary(tree: Any) -> bool:
     """Whether this value of a JSON file maps tokens to ids, and holds nothing else."""
     return isinstance(tree, dict) and bool(tree) and all(type(id) is int for id in tree.values())

@@ -25,7 +25,8 @@ from support.exchange.compare_texts import (
 )
 from support.exchange.hf_folder import read_tokenizer
 from support.exchange.hf_names import config_json, to_theirs
-from support.exchange.tokenizer_json import byte_characters, gpt2_merges, tokenizer_json
+from support.exchange.tokenizer_json import gpt2_merges, tokenizer_json
+from support.files.tokenizer_files import byte_characters
 from support.messages import UserError
 from tokenizer import (
     EOS_TEXT,

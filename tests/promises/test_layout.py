@@ -55,7 +55,7 @@ ARROWS = {
         "model sampling support.checkpoint support.cli support.evaluation support.exchange support.files "
         "support.messages support.run support.text tokenizer"
     ),
-    "from_scratch": "model sampling support.cli support.exchange support.files support.messages tokenizer",
+    "from_scratch": "model sampling support.cli support.files support.messages tokenizer",
     "data": "support.chunked_loss support.config support.messages support.text tokenizer",
     "instruct": "data support.chunked_loss support.config support.messages support.text tokenizer",
     "model": "sampling support.chunked_loss support.device support.hand_gradients",
