@@ -116,7 +116,7 @@ def test_ids_of_random_vocabularies_equal_the_librarys():
 
 @pytest.mark.slow
 def test_ids_of_thousands_of_random_vocabularies_equal_the_librarys():
-    fuzz_trained(range(60, 3000))
+    fuzz_trained(range(60, 1500))
 
 
 def by_hand(merges: list[tuple[str, str]], ids: list[int] | None = None, **changes) -> BPETokenizer:
@@ -222,10 +222,11 @@ def test_a_tokenizer_json_with_the_same_rules_is_fast_too(trained):
 
 def test_the_published_gpt2_vocabulary_as_a_file_gives_the_same_ids():
     """50,000 merges that this library has not trained."""
-    tokenizer = FileTokenizer(tokenizer_json(GPT2Tokenizer()), EOS_TEXT)
+    gpt2 = GPT2Tokenizer()
+    tokenizer = FileTokenizer(tokenizer_json(gpt2), EOS_TEXT)
     assert tokenizer.fast.encoding is not None
     for text in texts_to_encode():
-        assert tokenizer.encode(text) == library_ids(tokenizer, text) == GPT2Tokenizer().encode(text)
+        assert tokenizer.encode(text) == library_ids(tokenizer, text) == gpt2.encode(text)
 
 
 # ---- characters ----------------------------------------------------------------------------------
@@ -267,7 +268,10 @@ def test_code_points_of_the_usual_scripts_give_the_librarys_ids():
 
 @pytest.mark.slow
 def test_all_code_points_give_the_librarys_ids():
-    compare_code_points(range(0x110000))
+    """All but those of the planes that Unicode has not begun to use or keeps for private use."""
+    compare_code_points(range(0x40000))
+    compare_code_points(range(0xE0000, 0xE0200))
+    compare_code_points(range(0x10FF00, 0x110000))
 
 
 def test_the_tokenizer_that_shows_splits_does_show_them():
@@ -319,7 +323,7 @@ def test_half_a_surrogate_pair_is_refused_as_before(tokenizer, text):
 LONG = ["a", "1", "!", "日", " ", "\n", "\u3000", "ab", "a1", " \n\t"]
 
 
-@pytest.mark.parametrize("n", [40_000, pytest.param(1_100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [40_000, pytest.param(1_010_000, marks=pytest.mark.slow)])
 def test_a_text_without_a_word_end_gives_the_librarys_ids(n):
     """tiktoken can take minutes for a long word, and a panic ends it at more than a million blanks."""
     tokenizer = BPETokenizer.train([CORPUS, *(unit * 300 for unit in LONG)], 800)
