@@ -17,12 +17,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from support.files.cut_text import WORD_END, last_place
 from support.files.tokenizer_files import byte_characters
 
 if TYPE_CHECKING:
+    import numpy as np
     import tiktoken
     from tokenizers import Tokenizer as Backend
 
@@ -60,7 +59,7 @@ class FastBPE:
     def characters(self) -> "SameCharacters":
         return SameCharacters()
 
-    def encode(self, text: str) -> np.ndarray | None:
+    def encode(self, text: str) -> "np.ndarray | None":
         """The ids of `text`; None if it should be left to the library."""
         if has_long_word(text) or not (text.isascii() or self.characters.are_in(text)):
             return None
@@ -137,6 +136,7 @@ class SameCharacters:
     else. A new version of Unicode adds letters, and does not reach both libraries at the same time."""
 
     def __init__(self):
+        import numpy as np
         import tiktoken
         from tokenizers import Regex, normalizers
 
@@ -149,6 +149,8 @@ class SameCharacters:
 
     def are_in(self, text: str) -> bool:
         """Whether the libraries agree on all characters of the text."""
+        import numpy as np
+
         try:
             codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
         except UnicodeEncodeError:  # half a surrogate pair: the library says what is wrong
