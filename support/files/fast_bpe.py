@@ -68,13 +68,14 @@ class FastBPE:
 
 def encode_in_threads(encode: Callable[[str], Sequence[int]], texts: Sequence[str]) -> list[Sequence[int]]:
     """`encode(text)` for each text. Several threads help, because tiktoken works without Python's lock."""
-    n = min(os.cpu_count() or 1, MAX_THREADS, len(texts))
+    n_threads = min(os.cpu_count() or 1, MAX_THREADS)
     # This is set in processes that encode at the same time.
-    if n <= 1 or os.environ.get("TOKENIZERS_PARALLELISM") == "false":
+    if n_threads == 1 or os.environ.get("TOKENIZERS_PARALLELISM") == "false":
         return [encode(text) for text in texts]
+    # A few tasks for each thread: a task for each text would take longer than encoding a short text.
+    n = 4 * n_threads
     all_ids: list[Sequence[int]] = [()] * len(texts)
-    with ThreadPoolExecutor(n) as pool:
-        # One task for each thread: a task for each text would take longer than encoding a short text.
+    with ThreadPoolExecutor(n_threads) as pool:
         shares = pool.map(lambda share: [encode(text) for text in share], [texts[i::n] for i in range(n)])
         for i, share in enumerate(shares):
             all_ids[i::n] = share
