@@ -3,7 +3,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -rs
 
-.PHONY: setup smoke test test-slow test-all torture test-oldest lint format docs
+.PHONY: setup smoke test test-slow test-all torture test-oldest test-torch lint format docs
 
 setup: $(VENV)/installed
 
@@ -33,7 +33,13 @@ torture: setup
 test-oldest:
 	test -x .venv-oldest/bin/python || uv venv --python 3.11 .venv-oldest
 	uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct -r requirements.txt -r requirements-dev.txt
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -rs -m "not slow"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -rs -m "not slow or compiler"
+
+# Compiled against eager training with another PyTorch, in an environment of its own: make test-torch TORCH=2.11.0
+test-torch:
+	test -x .venv-torch-$(TORCH)/bin/python || uv venv --python 3.11 .venv-torch-$(TORCH)
+	uv pip install -q --python .venv-torch-$(TORCH)/bin/python torch==$(TORCH) setuptools -r requirements.txt
+	OMP_NUM_THREADS=1 .venv-torch-$(TORCH)/bin/python -m pytest -rs -m compiler tests/core
 
 lint: setup
 	$(VENV)/bin/ruff check .
