@@ -31,8 +31,8 @@ SWITCHES = (
     "qk_norm",
     "embed_scale",
 )
-# All are off in case 0. Each is on in three of the cases 1 to 5, no two in the same three. So any two switches
-# meet in all four ways: neither, one, the other, both.
+# All are off in case 0. Each is on in three of the cases 1 to 5, no two in the same three. So any two
+# switches meet in all four ways: neither, one, the other, both.
 CASES_OF_SWITCH = dict(zip(SWITCHES, itertools.combinations(range(1, 6), 3), strict=True))
 CASES = [frozenset(name for name, cases in CASES_OF_SWITCH.items() if case in cases) for case in range(6)]
 ROWS, T, V = 3, 14, 61
