@@ -60,6 +60,7 @@ from optim import build_optimizer, scheduled_factor, set_learning_rate
 from support.checkpoint import KEY, build_metadata, read_metadata
 from support.chunked_loss import IGNORE
 from support.files.atomic import claim_folder
+from support.run.compiling import eagerly_if_compiling_fails
 from support.run.folder import move_aside, write_run_config
 from support.run.guards import explain, how_to_resume, refuse_bad_step, refuse_bad_val_loss
 from support.run.metrics import Console, make_sinks, perplexity
@@ -122,20 +123,14 @@ class LitCausalLM(pl.LightningModule):
 
         n_targets = sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
         n_targets = self.sum_over_processes(n_targets).clamp(min=1)  # not 0: we divide by it
-        loss_total = torch.zeros((), device=self.device)
-        for micro, batch in enumerate(step.micro_batches):
-            self.seed_dropout(step_index, micro)
-            is_last = micro + 1 == len(step.micro_batches)
-            with contextlib.nullcontext() if is_last else self.gradients_stay_local():
-                loss_sum, _ = self.net(**batch)
-                # DDP and FSDP average gradients over processes; times world_size this is their sum.
-                self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
-            loss_total += loss_sum.detach()
-        loss = (self.sum_over_processes(loss_total) / n_targets).item()
-
+        loss_total = self.forward_and_backward(step, n_targets)
+        loss = self.sum_over_processes(loss_total) / n_targets
         # Without a limit the norm is still measured, and nothing is clipped.
         grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), training.grad_clip or math.inf)
-        grad_norm = float(grad_norm)
+
+        # Python runs ahead of a GPU, and waits for it where it asks for a number. So ask at one place, where
+        # the GPU has computed all of them.
+        loss, grad_norm, n_targets = loss.item(), float(grad_norm), int(n_targets)
         self.refuse_bad_step(step_index, loss, grad_norm)
 
         factor = scheduled_factor(step_index, training)
@@ -143,8 +138,22 @@ class LitCausalLM(pl.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
 
-        self.tokens_seen += int(n_targets)
+        self.tokens_seen += n_targets
         self.step_metrics = {"loss": loss, "lr": training.lr * factor, "grad_norm": grad_norm}
+
+    @eagerly_if_compiling_fails
+    def forward_and_backward(self, step: Step, n_targets: Tensor) -> Tensor:
+        """Add up the gradient of the mean loss over all micro-batches; returns their summed loss."""
+        loss_total = torch.zeros((), device=self.device)
+        for micro, batch in enumerate(step.micro_batches):
+            self.seed_dropout(self.trainer.global_step, micro)
+            is_last = micro + 1 == len(step.micro_batches)
+            with contextlib.nullcontext() if is_last else self.gradients_stay_local():
+                loss_sum, _ = self.net(**batch)
+                # DDP and FSDP average gradients over processes; times world_size this is their sum.
+                self.manual_backward(loss_sum * self.trainer.world_size / n_targets)
+            loss_total += loss_sum.detach()
+        return loss_total
 
     def seed_dropout(self, step: int, micro: int) -> None:
         """Seed the random numbers of a micro-batch with (seed, its number in the whole run), whatever was
@@ -180,15 +189,16 @@ class LitCausalLM(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums = torch.zeros((), device=self.device)  # the first batch makes it as long as its sums
-        self.train_eval_sums = torch.zeros(2, device=self.device)
 
+    @eagerly_if_compiling_fails
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the sums of a batch. With the first one, measure the `train_eval_batches` too."""
-        self.val_sums = self.val_sums + self.validation_sums(batch)
         if batch_idx == 0:
+            self.train_eval_sums = torch.zeros(2, device=self.device)
             for seen in self.train_eval_batches:
                 on_device = {name: tensor.to(self.device) for name, tensor in seen.items()}
                 self.train_eval_sums += self.loss_sums(on_device)
+        self.val_sums = self.val_sums + self.validation_sums(batch)
 
     @functools.cached_property
     def train_eval_batches(self) -> list[Batch]:
@@ -315,7 +325,7 @@ def train(plan: Plan, start_step: int, console: Console | None, module_class: ty
     if console:
         with OptionalPart("the summary of the run"):
             print_header(plan, net, start_step)
-    if plan.config.training.compile:
+    if plan.compiles:
         net.compile()  # in place: torch.compile(net) would rename every weight in the checkpoint
     sinks = [*make_sinks(plan.config.logging, plan.folder, start_step), console] if console else []
     stop = StopOnSignal()

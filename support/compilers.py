@@ -21,6 +21,7 @@ MISSING = {
         "install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)",
     ),
     "C compiler": ("a C compiler", "install one (Debian, Ubuntu: apt-get install gcc)"),
+    "'setuptools'": ("the package setuptools", "pip install setuptools"),
     "Compiler: cl": ("a C++ compiler", "install the Visual Studio build tools"),
 }
 OR_WITHOUT = "or train without: --override training.compile=false"
@@ -38,17 +39,19 @@ def is_of_compiler(error: BaseException) -> bool:
     return any(type(cause).__module__.startswith(COMPILERS) for cause in causes(error))
 
 
-def advice_on_compiling(
-    error: BaseException, asked_by: str = "training.compile=true", or_without: str = OR_WITHOUT
-) -> str:
-    """One or two lines for the user: what is missing or has failed, and what to do about it. `asked_by` is
-    the setting or the flag that asked to compile, `or_without` how to go without it."""
+def why_it_failed(error: BaseException) -> str:
+    """What is missing or has failed, and what to do about it, in one or two lines that begin with a verb."""
     text = " ".join(" ".join(str(cause) for cause in causes(error)).split())
     for piece, (missing, remedy) in MISSING.items():
         if piece in text:
-            return f"{asked_by} needs {missing}, and none was found; {remedy}, {or_without}"
+            return f"needs {missing}, and none was found; {remedy}"
     said = f"{type(error).__name__}: {text[:200]}"
-    return (
-        f"{asked_by} failed ({said})\n       try another version of PyTorch (this is "
-        f"{torch.__version__}), {or_without}"
-    )
+    return f"failed ({said})\n       try another version of PyTorch (this is {torch.__version__})"
+
+
+def advice_on_compiling(
+    error: BaseException, asked_by: str = "training.compile=true", or_without: str = OR_WITHOUT
+) -> str:
+    """The same as a sentence for the user. `asked_by` is the setting or the flag that asked to compile,
+    `or_without` how to go without it."""
+    return f"{asked_by} {why_it_failed(error)}, {or_without}"

@@ -128,6 +128,8 @@ def _explain(error: dict) -> str:
         return f"{key}: {message}" if key else message
     if kind == "model_type":
         message = "this is a section of keys; write {key: value}"
+    if kind == "literal_error":
+        message = message.replace("True or False", "true or false")  # as YAML writes them
     hint = HINTS.get(kind)
     if kind == "string_type" and (value is None or isinstance(value, bool | int | float)):
         hint = "put it in quotes"

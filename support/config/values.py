@@ -3,7 +3,7 @@ all ask here.
 
 checkpoint.dir: 007        a text, as written: "007"
 training.max_steps: 010    a number, always decimal: 10
-training.compile: on       a switch: true
+data.shuffle: on           a switch: true
 data.val_path: null        no value, where the key may be left out
 """
 
@@ -44,6 +44,19 @@ def options(kind: Any) -> list[Any]:
 def takes_text(kind: Any) -> bool:
     """Whether a key of this type holds a text, or one of a few words."""
     return any(option is str or typing.get_origin(option) is Literal for option in options(kind))
+
+
+def is_switch(kind: Any) -> bool:
+    """Whether a key of this type can be true or false."""
+    return any(option is bool or True in typing.get_args(option) for option in options(kind))
+
+
+def no_number(value: Any) -> Any:
+    """Returns the value. Raises ValueError for 1 and 0, which Python holds for the same as true and false, so
+    that a key that takes true, false or a word would take them too."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"{value} is a number; write a word, true or false")
+    return value
 
 
 def _items_of(kind: Any, container: type) -> Any:
@@ -108,9 +121,9 @@ def typed_plain(written: str, kind: Any) -> Any:
     and the schema refuses it."""
     if written in NO_VALUE:
         return None
-    if takes_text(kind) or takes_text(_items_of(kind, list)):
-        return str(written)
     word = written.strip()
+    if takes_text(kind) or takes_text(_items_of(kind, list)):
+        return SWITCHES.get(word.lower(), str(written)) if is_switch(kind) else str(written)
     if word.lower() in SWITCHES:
         return SWITCHES[word.lower()]
     if WHOLE.fullmatch(word) and len(word) <= MAX_DIGITS:
@@ -128,6 +141,8 @@ def typed_override(override: str, key: str, written: str, kind: Any) -> Any:
     null means no value; lists and mappings are YAML. Raises UserError."""
     if SURROGATE.search(written):
         raise UserError(f"--override {key}: {HALF_OF_A_PAIR}")
+    if is_switch(kind) and written.strip().lower() in SWITCHES:
+        return SWITCHES[written.strip().lower()]
     if takes_text(kind):
         return _text(override, written, kind)
     source = f"--override {override if len(override) < 100 else override[:97] + '...'}"

@@ -28,7 +28,7 @@ SECTIONS = {
         "schedule optimizer muon_lr weight_decay betas eps grad_clip compile val_every val_batches "
         "train_eval_batches log_every freeze sample_every sample_prompts sample_temperature"
     ),
-    "hardware": "accelerator devices num_nodes strategy precision num_workers deterministic",
+    "hardware": "accelerator devices num_nodes strategy precision num_workers deterministic tf32",
     "checkpoint": "dir save_every keep_last",
     "logging": "tensorboard wandb",
     "lora": "rank alpha targets",
@@ -141,6 +141,7 @@ NAMES_ELSEWHERE = {
     "hardware.num_nodes": "nnodes n_nodes",
     "hardware.precision": "dtype amp_dtype torch_dtype mixed_precision",
     "hardware.num_workers": "workers n_workers dataloader_num_workers num_data_workers",
+    "hardware.tf32": "allow_tf32 use_tf32 enable_tf32",
     "hardware.deterministic": "cudnn_deterministic deterministic_ops",
     "seed": "runtime.seed random_seed rng_seed manual_seed",
     "checkpoint.dir": (

@@ -19,7 +19,7 @@ from support.chunked_loss import IGNORE
 from support.device import device_label, memory_total
 from support.files.atomic import why_no_lock
 from support.messages import UserError
-from support.run.compiling import compare_gradients, try_compiler
+from support.run.compiling import CannotCompile, compare_gradients, try_compiler
 from support.run.estimates import estimate_step_time, memory_of
 from support.run.folder import refuse_unfinished, refuse_unwritable
 from support.run.plan import Plan, plan_run
@@ -120,7 +120,7 @@ def passes(name: str, check: Callable[[], str]) -> bool:
 def checklist(plan: Plan, args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
     """Pairs (name, check): a check is a function that returns what it found, or raises UserError. It runs
     when its turn comes, so that its line is printed as soon as it is known."""
-    config, model_config = plan.config, plan.model_config
+    model_config = plan.model_config
     for line in plan.data.describe():
         yield "text", lambda line=line: line  # line=line keeps this line, not the last one of the loop
     yield "blocks", lambda: describe_blocks(plan)
@@ -139,8 +139,7 @@ def checklist(plan: Plan, args: Any) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "cache", lambda: check_cache(probe, plan.device, note)
     yield "learns one batch by heart", lambda: check_overfit(plan)
     yield "optimizer", lambda: check_optimizer(plan, probe)
-    if config.training.compile:
-        yield "compile", lambda: check_compile(plan, probed_config) + note
+    yield "compile", lambda: check_compile(plan, probed_config, note)
     yield "memory", lambda: check_memory(plan)
     yield "time", lambda: check_time(plan, probe)
     yield "checkpoint folder", lambda: check_folder(plan, args)
@@ -205,10 +204,11 @@ def small_batch(plan: Plan, length: int) -> Batch:
     return {name: tensor[:, max(0, end - length) : end].to(plan.device) for name, tensor in batch.items()}
 
 
-def check_compile(plan: Plan, model_config: GPTConfig) -> str:
-    """Compare the gradients of a compiled step with those of an ordinary (*eager*) one. The network has the
-    adapters and frozen parameters of the run, but no dropout."""
-    try_compiler(plan.device)
+def check_compile(plan: Plan, model_config: GPTConfig, note: str) -> str:
+    """Compare the gradients of a compiled step with those of an ordinary (*eager*) one, if the run is to be
+    compiled. The network has the adapters and frozen parameters of the run, but no dropout."""
+    if not plan.compiles:
+        return f"off ({plan.compile_reason})"
 
     def build() -> GPTMini:
         net = build_probe(model_config, plan)
@@ -216,7 +216,14 @@ def check_compile(plan: Plan, model_config: GPTConfig) -> str:
             net = shape_net(net, plan.config)
         return net.to(torch.bfloat16 if plan.precision == "bf16-true" else None).train()
 
-    return compare_gradients(build, small_batch(plan, model_config.max_seq_len), plan.precision, plan.device)
+    batch = small_batch(plan, model_config.max_seq_len)
+    try:
+        try_compiler(plan.device)
+        return compare_gradients(build, batch, plan.precision, plan.device) + note
+    except CannotCompile as error:
+        if plan.config.training.compile != "auto":
+            raise
+        return f"off; training.compile=auto {error.reason}"
 
 
 def check_overfit(plan: Plan) -> str:

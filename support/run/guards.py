@@ -10,7 +10,6 @@ import torch
 
 from support.checkpoint import read_metadata
 from support.compilers import advice_on_compiling, causes, is_of_compiler
-from support.config.schema import Config
 from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError
 from support.run.plan import Plan
@@ -41,7 +40,7 @@ def refuse_bad_step(
     if grad_norm == 0 and loss > LEARNED_LOSS:
         raise UserError(
             f"step {step + 1}: every gradient is zero while the loss is {loss:.4f}, so nothing would be "
-            f"learned; the weights are as before this step\n       try {why_no_gradient(plan.config)}"
+            f"learned; the weights are as before this step\n       try {why_no_gradient(plan)}"
         )
 
 
@@ -90,9 +89,10 @@ def samples_of_step(plan: Plan, step: int, dataset: Any, stream_state: str | Non
     return f"samples {first} to {last} (blocks {blocks}{more})"
 
 
-def why_no_gradient(config: Config) -> str:
+def why_no_gradient(plan: Plan) -> str:
     """What to try when every gradient is zero: advice for the most likely reason."""
-    if config.training.compile:
+    config = plan.config
+    if plan.compiles:
         return (
             f"--override training.compile=false: PyTorch {torch.__version__} seems to compile this model "
             "wrongly; or install another version of PyTorch"
@@ -137,7 +137,7 @@ def explain(error: Exception, plan: Plan) -> UserError | None:
             f"the connection to another process of this run is lost: {text[-160:]}\n       it may have been "
             "killed, possibly for lack of memory: see its output, and the system's log"
         )
-    elif plan.config.training.compile and is_of_compiler(error):
+    elif plan.compiles and is_of_compiler(error):
         advice = advice_on_compiling(error)
     return UserError(f"{advice}\n       {how_to_resume(plan)}") if advice else None
 

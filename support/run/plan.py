@@ -27,7 +27,7 @@ from support.config.schema import Config
 from support.device import resolve_device, resolve_precision
 from support.find_checkpoints import find_latest_checkpoint
 from support.messages import UserError, is_main_process, warn
-from support.run.compiling import try_compiler
+from support.run.compiling import choose_and_try, choose_to_compile
 from support.run.folder import refuse_base_in_folder, refuse_unfinished, refuse_unwritable, run_record
 from support.run.resuming import compare_configs, compare_data, in_folder, read_run
 from support.run.starting_weights import net_on_meta, with_base, with_own_tokenizer
@@ -49,6 +49,8 @@ class Plan:
     resume_from: Path | None
     record: dict[str, Any]
     command: str  # how this run was started, for the message that says how to resume
+    compiles: bool = False  # whether the network is compiled
+    compile_reason: str = ""  # in a few words, why or why not
 
     @property
     def folder(self) -> Path:
@@ -101,6 +103,7 @@ def plan_run(args: Any, *, finetuning: bool, only_looks: bool) -> Plan:
     check_loggers(config)
     check_strategy(config)
     check_processes(config, device)
+    warn_of_unused_tf32(config, device)
     folder = Path(config.checkpoint.dir)
     if args.resume == "auto":
         resume_from, saved = find_run(folder)
@@ -127,11 +130,13 @@ def plan_run(args: Any, *, finetuning: bool, only_looks: bool) -> Plan:
         record=run_record(),
         command=f"python3 {shlex.join(sys.argv)}",
     )
-    net_on_meta(plan.model_config, config)  # finds mistakes in lora.targets and training.freeze
+    net = net_on_meta(plan.model_config, config)  # finds mistakes in lora.targets and training.freeze
     if saved:
         compare_data(saved, plan.sequences_per_step, plan.data.fingerprint)
-    if config.training.compile and not only_looks:
-        try_compiler(device)
+    steps_left = n_steps - (saved["metrics"]["step"] if saved else 0)
+    flops = net.flops_per_token(max(plan.row_lengths)) * plan.tokens_per_step * steps_left / plan.world
+    choose = choose_to_compile if only_looks else choose_and_try
+    plan.compiles, plan.compile_reason = choose(config.training.compile, device, flops)
     return plan
 
 
@@ -290,6 +295,13 @@ def check_processes(config: Config, device: str) -> None:
             f"(hardware.devices={hardware.devices} x hardware.num_nodes={hardware.num_nodes});\n"
             "       torchrun's --nproc-per-node is hardware.devices, its --nnodes hardware.num_nodes"
         )
+
+
+def warn_of_unused_tf32(config: Config, device: str) -> None:
+    """Warn if the config allows TF32 on a device that has none. It is no error: the same config may go to a
+    GPU later."""
+    if config.hardware.tf32 and device != "cuda":
+        warn(f"hardware.tf32=true changes nothing here: only NVIDIA GPUs have TF32, and this is {device}")
 
 
 def check_loggers(config: Config) -> None:

@@ -72,10 +72,12 @@ def print_header(plan: Plan, net: GPTMini, start_step: int) -> None:
     )
     needed = memory_of(plan)["total"]
     total = memory_total(plan.device)
+    tf32 = " with TF32" if plan.config.hardware.tf32 and plan.device == "cuda" else ""
     print(
-        f"device: {device_label(plan.device)}, precision {plan.precision}, about {needed / 2**20:,.0f} MB "
-        f"needed of {total / 2**20:,.0f} MB"
+        f"device: {device_label(plan.device)}, precision {plan.precision}{tf32}, about "
+        f"{needed / 2**20:,.0f} MB needed of {total / 2**20:,.0f} MB"
     )
+    print(f"compile: {'on' if plan.compiles else 'off'} ({plan.compile_reason})")
     if start_step:
         print(f"resuming {plan.resume_from} after step {start_step}")
     elif plan.config.base_ckpt:

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from support.run.metrics import Console, JsonlFile, Metrics, TextSamples
@@ -68,6 +69,8 @@ def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: boo
     """Lightning's trainer, which handles devices, processes, precision and the loop over steps. Its other
     features are switched off."""
     hardware = plan.config.hardware
+    if hardware.tf32 and plan.device == "cuda":
+        torch.set_float32_matmul_precision("high")
     val_batches_before_training = -1 if validates_first else 0  # -1: the whole validation set
     strategy = "auto"
     if plan.world > 1 and hardware.strategy == "fsdp":

@@ -70,7 +70,7 @@ def without_gradient(net):
     ids=["plain", "compiled", "frozen"],
 )
 def test_a_run_that_cannot_learn_stops_before_its_first_step(run, tmp_path, monkeypatch, words, advice):
-    monkeypatch.setattr("support.run.plan.try_compiler", lambda device: None)
+    monkeypatch.setattr("support.run.compiling.try_compiler", lambda device: None)
     monkeypatch.setattr(GPTMini, "compile", lambda self: None)
 
     def without_any_gradient(self, *args):

@@ -1,7 +1,9 @@
 """training.compile: what it needs and the machine lacks is reported before a run begins, and wrong compiled
 gradients are found."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from runs import BYTE
 
 import train
 from model import GPTConfig, GPTMini
+from support.checkpoint import load_model
 from support.messages import UserError
 from support.run import compiling
 
@@ -105,36 +108,216 @@ def test_a_compiler_that_drops_part_of_a_gradient_is_refused(monkeypatch):
     compiling.try_compiler("cpu")
 
 
+class TooDifficult(RuntimeError):
+    """As the compiler's own errors look."""
+
+
+TooDifficult.__module__ = "torch._inductor.exc"
+
+
+def checked(capsys, folder, *words: str) -> tuple[int, str]:
+    """The exit status of --check, and its line on compiling."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([*tiny_argv(folder, *BYTE, *words), "--check"])
+    out = capsys.readouterr().out
+    assert "ok    time" in out, "the other items are checked whatever the compiler does"
+    [line] = [line for line in out.splitlines() if " compile: " in line]
+    return stop.value.code, line
+
+
+def as_on_a_gpu(monkeypatch) -> None:
+    """Let training.compile=auto compile a short run on a CPU."""
+    monkeypatch.setattr(compiling, "WORTH_SECONDS", 0)
+    choose = compiling.choose_to_compile
+    for module in ("compiling", "plan"):
+        monkeypatch.setattr(
+            f"support.run.{module}.choose_to_compile",
+            lambda wanted, device, flops: choose(wanted, "cuda", flops),
+        )
+    monkeypatch.setattr(compiling, "bf16_peak_flops", lambda device: None)
+
+
+def without_compiler(device: str) -> None:
+    raise compiling.CannotCompile("needs a compiler, and none was found; install one")
+
+
 def test_check_compares_compiled_gradients(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(GPTMini, "compile", compile_without_code)
     monkeypatch.setattr("support.run.checklist.try_compiler", lambda device: None)
-    for words, items in (((), 0), (("training.compile=true",), 1)):
-        with pytest.raises(SystemExit) as stop:
-            train.main([*tiny_argv(tmp_path / "run", *BYTE, *words), "--check"])
-        assert (
-            stop.value.code,
-            capsys.readouterr().out.count("ok    compile: compiled gradients differ"),
-        ) == (0, items)
+    compared = "ok    compile: compiled gradients differ"
+    assert checked(capsys, tmp_path) == (0, "ok    compile: off (auto: only on CUDA)")
+    assert checked(capsys, tmp_path, "training.compile=false") == (
+        0,
+        "ok    compile: off (training.compile=false)",
+    )
+    code, line = checked(capsys, tmp_path, "training.compile=true")
+    assert code == 0 and line.startswith(compared)
+    as_on_a_gpu(monkeypatch)
+    code, line = checked(capsys, tmp_path)
+    assert code == 0 and line.startswith(compared)
 
 
-def test_check_reports_a_missing_compiler(monkeypatch, tmp_path, capsys):
-    def missing(device):
-        raise UserError("a compiler is missing")
+def test_check_reports_a_missing_compiler_and_for_auto_that_is_no_failure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("support.run.checklist.try_compiler", without_compiler)
+    as_on_a_gpu(monkeypatch)
+    why = "needs a compiler, and none was found; install one"
+    code, line = checked(capsys, tmp_path, "training.compile=true")
+    assert code == 1 and line.startswith(f"FAIL  compile: training.compile=true {why}")
+    assert checked(capsys, tmp_path) == (0, f"ok    compile: off; training.compile=auto {why}")
 
-    monkeypatch.setattr("support.run.checklist.try_compiler", missing)
-    with pytest.raises(SystemExit) as stop:
-        train.main([*tiny_argv(tmp_path / "run", *BYTE, "training.compile=true"), "--check"])
-    out = capsys.readouterr().out
-    assert stop.value.code == 1
-    assert "FAIL  compile: a compiler is missing" in out
-    assert "ok    time" in out, "the other items are still checked"
+
+# ---- auto ----------------------------------------------------------------------------------------
+
+FIVE_MINUTES_OF_A100 = 300 * 0.2 * 312e12
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "flops", "peak", "expected"),
+    [
+        (True, "cpu", 0, None, (True, "training.compile=true")),
+        (False, "cuda", 1e30, None, (False, "training.compile=false")),
+        ("auto", "cpu", 1e30, None, (False, "auto: only on CUDA")),
+        ("auto", "mps", 1e30, None, (False, "auto: only on CUDA")),
+        ("auto", "cuda", 0.9 * FIVE_MINUTES_OF_A100, 312e12, (False, "auto: the run is too short .*")),
+        ("auto", "cuda", 1.1 * FIVE_MINUTES_OF_A100, 312e12, (True, "auto: a long run on CUDA")),
+        ("auto", "cuda", 0.9 * 300 * 0.2 * 100e12, None, (False, "auto: the run is too short .*")),
+        ("auto", "cuda", 1.1 * 300 * 0.2 * 100e12, None, (True, "auto: a long run on CUDA")),
+    ],
+)
+def test_auto_compiles_long_runs_on_cuda(monkeypatch, wanted, device, flops, peak, expected):
+    monkeypatch.setattr(compiling, "bf16_peak_flops", lambda device: peak)
+    compiles, reason = compiling.choose_to_compile(wanted, device, flops)
+    assert compiles is expected[0] and re.fullmatch(expected[1], reason)
+
+
+def test_auto_counts_the_operations_of_the_steps_that_are_left(run, monkeypatch, tmp_path, tiny_run):
+    """Witness: the row of metrics knows the tokens, the network the operations of one."""
+    seen = []
+    monkeypatch.setattr(
+        "support.run.plan.choose_and_try", lambda *args: (seen.append(args), (False, "a test"))[1]
+    )
+    run(tmp_path / "run", "training.max_steps=2", "training.schedule_steps=12")
+    run(tmp_path / "run", "training.schedule_steps=12", "--resume")
+    net, _, _ = load_model(tiny_run.folder / "final.ckpt")
+    tokens = tiny_run.train_rows[-1]["tokens"]
+    per_token = net.flops_per_token(32)
+    assert seen == [("auto", "cpu", tokens * per_token * share) for share in (2 / 12, 10 / 12)]
+
+
+def test_the_header_says_whether_a_run_is_compiled_and_run_config_keeps_auto(tiny_run):
+    assert "\ncompile: off (auto: only on CUDA)\n" in tiny_run.out
+    assert "compile: auto" in (tiny_run.folder / "run_config.yaml").read_text()
+
+
+def test_without_a_compiler_auto_warns_once_and_trains(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "try_compiler", without_compiler)
+    as_on_a_gpu(monkeypatch)
+    made = run(tmp_path / "run", *BYTE, "training.max_steps=2")
+    assert made.err.splitlines() == [
+        "warning: training.compile=auto needs a compiler, and none was found; install one; the run goes on "
+        "without compiling"
+    ]
+    assert "\ncompile: off (auto: it does not work here)\n" in made.out
+
+
+def fail_at_call(number: int, in_backward: bool):
+    """In place of `compile()`: the network is not compiled, and the given call fails like a compiler."""
+
+    def compile(self):
+        calls = itertools.count(1)
+
+        def fail(*_):
+            raise TooDifficult("LoweringException: cannot\nlower this")
+
+        def call(*args, **kwargs):
+            is_bad = next(calls) == number
+            if is_bad and not in_backward:
+                fail()
+            out = self._call_impl(*args, **kwargs)
+            if is_bad:
+                out[0].register_hook(fail)
+            return out
+
+        self._compiled_call_impl = call
+
+    return compile
+
+
+@pytest.fixture(scope="module")
+def eager(run, tmp_path_factory):
+    """A run of four steps of two micro-batches, then a validation, with dropout and `train_eval_batches`."""
+    return run(tmp_path_factory.mktemp("eager") / "run", *FOUR_STEPS)
+
+
+FOUR_STEPS = (*BYTE, "training.max_steps=4", "model.dropout=0.1", "training.train_eval_batches=2")
+
+
+@pytest.mark.parametrize(
+    ("number", "in_backward"),
+    [
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+        (7, False),
+        (9, False),
+        (10, False),
+        (11, False),
+        (12, False),
+    ],
+)
+def test_when_the_compiler_fails_auto_goes_on_as_if_it_had_not_compiled(
+    run, monkeypatch, tmp_path, eager, number, in_backward
+):
+    """In the first micro-batch, in the second, which adds to gradients, in a later step, and in each part of
+    the validation: calls 9 and 10 are the `train_eval_batches`."""
+    monkeypatch.setattr(compiling, "try_compiler", lambda device: None)
+    monkeypatch.setattr(GPTMini, "compile", fail_at_call(number, in_backward))
+    as_on_a_gpu(monkeypatch)
+    made = run(tmp_path / "run", *FOUR_STEPS)
+    assert "\ncompile: on (auto: a long run on CUDA)\n" in made.out
+    assert (made.sha256, made.timeless_rows) == (eager.sha256, eager.timeless_rows)
+    [warning] = made.err.splitlines()
+    assert warning.startswith(
+        "warning: training.compile=auto failed (TooDifficult: LoweringException: cannot"
+    )
+    assert warning.endswith("the run goes on without compiling")
+
+
+def test_a_real_compiler_that_fails_is_left_too(run, monkeypatch, tmp_path, eager):
+    def broken(graph, inputs):
+        raise RuntimeError("no code for this device")
+
+    def compile(self):
+        torch._dynamo.reset()
+        torch.nn.Module.compile(self, backend=broken)
+
+    monkeypatch.setattr(compiling, "try_compiler", lambda device: None)
+    monkeypatch.setattr(GPTMini, "compile", compile)
+    as_on_a_gpu(monkeypatch)
+    made = run(tmp_path / "run", *FOUR_STEPS)
+    assert (made.sha256, made.timeless_rows) == (eager.sha256, eager.timeless_rows)
+    assert [line.count("no code for this device") for line in made.err.splitlines()] == [1]
+
+
+def test_an_error_that_is_not_the_compiler_s_is_not_retried(run, monkeypatch, tmp_path):
+    def compile(self):
+        def fail(**batch):
+            raise ZeroDivisionError("a bug of ours")
+
+        self._compiled_call_impl = fail
+
+    monkeypatch.setattr(compiling, "try_compiler", lambda device: None)
+    monkeypatch.setattr(GPTMini, "compile", compile)
+    as_on_a_gpu(monkeypatch)
+    with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+        run(tmp_path / "run", *FOUR_STEPS)
+
+
+# ---- during training -----------------------------------------------------------------------------
 
 
 def test_a_compiler_error_during_training_is_explained_too(run, monkeypatch, tmp_path):
-    class TooDifficult(RuntimeError):
-        pass
-
-    TooDifficult.__module__ = "torch._inductor.exc"
     step = train.LitCausalLM.training_step
 
     def fails(self, *args):
@@ -142,7 +325,7 @@ def test_a_compiler_error_during_training_is_explained_too(run, monkeypatch, tmp
             raise TooDifficult("LoweringException: cannot\n" + "lower this\n" * 200)
         return step(self, *args)
 
-    monkeypatch.setattr("support.run.plan.try_compiler", lambda device: None)
+    monkeypatch.setattr("support.run.compiling.try_compiler", lambda device: None)
     monkeypatch.setattr(GPTMini, "compile", lambda self: None)
     monkeypatch.setattr(train.LitCausalLM, "training_step", fails)
     with pytest.raises(

@@ -273,13 +273,24 @@ def test_what_is_not_a_finite_number_is_refused(text):
     ],
 )
 def test_a_switch_takes_true_yes_on_and_their_opposites_in_any_case(text, value):
-    assert given(text, "training.compile") is value
+    assert given(text, "data.shuffle") is given(text, "training.compile") is value
 
 
 @pytest.mark.parametrize("text", ["1", "0", "y", "maybe", "null", "", "'true'"])
 def test_any_other_value_of_a_switch_is_refused(text):
-    with pytest.raises(UserError, match=r"training\.compile=.*; write true or false"):
+    with pytest.raises(UserError, match=r"data\.shuffle=.*; write true or false"):
+        given(text, "data.shuffle")
+    with pytest.raises(UserError, match=r"training\.compile=.*: input should be 'auto', true or false"):
         given(text, "training.compile")
+
+
+def test_a_switch_with_a_third_word_takes_that_word_and_the_words_of_a_switch(tmp_path):
+    assert {given(text, "training.compile") for text in ("auto", " auto ", "'auto'")} == {"auto"}
+    for written, value in (("auto", "auto"), ("'auto'", "auto"), ("on", True), ("No", False)):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"data: {{path: x.txt}}\ntraining: {{max_steps: 5, compile: {written}}}\n")
+        assert load_config(path).training.compile == value
+        assert type(load_config(path).training.compile) is type(value)
 
 
 @pytest.mark.parametrize("key", ["training.grad_clip", "model.d_ff", "data.stride", "lora"])
