@@ -65,12 +65,17 @@ def make_callbacks(
     return callbacks
 
 
+def allow_tf32(plan: Plan) -> None:
+    """Let PyTorch multiply float32 matrices in TF32, if the config says so and the device may have it."""
+    if plan.config.hardware.tf32 and plan.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def build_trainer(plan: Plan, callbacks: list[pl.Callback], validates_first: bool) -> pl.Trainer:
     """Lightning's trainer, which handles devices, processes, precision and the loop over steps. Its other
     features are switched off."""
     hardware = plan.config.hardware
-    if hardware.tf32 and plan.device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    allow_tf32(plan)
     val_batches_before_training = -1 if validates_first else 0  # -1: the whole validation set
     strategy = "auto"
     if plan.world > 1 and hardware.strategy == "fsdp":

@@ -155,7 +155,12 @@ def test_running_out_of_shared_memory_is_explained(tiny_run, workers):
     same error has another cause."""
     config = load_config(tiny_run.folder / "run_config.yaml", [f"hardware.num_workers={workers}"])
     plan = SimpleNamespace(
-        config=config, folder=tiny_run.folder, world=1, device="cpu", command="python3 train.py"
+        compiles=False,
+        config=config,
+        folder=tiny_run.folder,
+        world=1,
+        device="cpu",
+        command="python3 train.py",
     )
     error = RuntimeError("cannot start")
     error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

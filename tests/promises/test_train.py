@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sampling import SamplingConfig
 from support.checkpoint import load_model
 from support.config.read import load_config
 from support.messages import UserError
+from support.run.trainer import allow_tf32
 
 ADAMW = ("training.optimizer=adamw", "training.lr=0.003")
 SHORT = ("training.max_steps=3", "tokenizer.kind=byte", "training.val_every=100")
@@ -379,3 +381,23 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_training(run, 
             f"training.sample_prompts={prompts}",
         )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- TF32 ----------------------------------------------------------------------------------------
+
+
+def test_tf32_is_allowed_on_cuda_only_and_elsewhere_there_is_a_warning(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    made = run(tmp_path / "run", *SHORT, "hardware.tf32=true")
+    assert made.err == (
+        "warning: hardware.tf32=true changes nothing here: only NVIDIA GPUs have TF32, and this is cpu\n"
+    )
+    assert asked == [] and "TF32" not in made.out
+
+    config = load_config(made.folder / "run_config.yaml")
+    for tf32, expected in ((False, []), (True, ["high"])):
+        config.hardware.tf32 = tf32
+        plan = SimpleNamespace(config=config, device="cuda")
+        allow_tf32(plan)
+        assert asked == expected
