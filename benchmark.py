@@ -259,7 +259,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())  # the threads of the library tokenizers
+    # The library tokenizers reads the first, and ours the second, which is off for one thread.
+    os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())
+    os.environ["TOKENIZERS_PARALLELISM"] = str(torch.get_num_threads() > 1).lower()
     is_quick = args.task == "all"
     effort = Effort(
         n_rounds=args.rounds or (5 if is_quick else 9),

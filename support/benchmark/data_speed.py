@@ -14,6 +14,7 @@ from support.benchmark.rounds import Side
 from support.benchmark.subject import BUNDLED_TEXT, Subject, overrides_of, read_subject
 from support.config.read import load_config
 from support.exchange.tokenizer_json import tokenizer_json
+from support.files.fast_bpe import encoding_of
 from support.files.tokenizer_files import gpt2_encoding
 from support.messages import UserError
 from support.text.encode_corpus import document_pieces
@@ -80,14 +81,17 @@ def tokenizers_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list]:
 
 
 def tiktoken_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list]:
-    """tiktoken's own `encode_ordinary_batch`. Raises UserError unless the vocabulary is GPT-2's."""
-    if tokenizer.kind != "gpt2":
+    """tiktoken's own `encode_ordinary_batch`, with the same vocabulary. Raises UserError if tiktoken cannot
+    hold it."""
+    from tokenizers import Tokenizer as Backend
+
+    is_gpt2 = tokenizer.kind == "gpt2"
+    encoding = gpt2_encoding() if is_gpt2 else encoding_of(Backend.from_str(tokenizer_json(tokenizer)))
+    if encoding is None:
         raise UserError(
-            f"--against tiktoken has GPT-2's vocabulary, and the tokenizer here is {tokenizer.kind}; take a "
-            "config with tokenizer.kind=gpt2, e.g. --override tokenizer.kind=gpt2"
+            f"--against tiktoken: it cannot hold a vocabulary of kind {tokenizer.kind}; take bpe or gpt2"
         )
-    backend = gpt2_encoding()
-    return lambda texts: backend.encode_ordinary_batch(texts, num_threads=torch.get_num_threads())
+    return lambda texts: encoding.encode_ordinary_batch(texts, num_threads=torch.get_num_threads())
 
 
 # ---- batches -------------------------------------------------------------------------------------

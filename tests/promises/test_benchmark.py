@@ -259,8 +259,8 @@ def test_int8_is_timed_beside_our_exact_weights(timed):
 
 
 def test_tokens_are_compared_and_counted(timed):
-    ours, tokenizers = timed("tokens", "--against", "tokenizers")
-    assert tokenizers["note"] == "the same ids"
+    ours, tokenizers, tiktoken = timed("tokens", "--against", "tokenizers,tiktoken")
+    assert (tokenizers["note"], tiktoken["note"]) == ("the same ids", "the same ids")
     assert ours["units_per_second"] > 0
     _, tiktoken = timed(
         "tokens",
@@ -422,8 +422,8 @@ def test_every_opponent_can_do_its_tasks():
         ("train --against nanogpt=configs", "--against nanogpt=configs: there is no model.py"),
         ("train --against hf=x", "--against hf=x: hf is a package and takes no path"),
         (
-            "tokens --against tiktoken",
-            "--against tiktoken has GPT-2's vocabulary, and the tokenizer here is bpe",
+            "tokens --config config_smoke.yaml --override tokenizer.kind=char --against tiktoken",
+            "--against tiktoken: it cannot hold a vocabulary of kind char",
         ),
         ("decode --ckpt none.ckpt", "checkpoint none.ckpt does not exist"),
         ("load --ckpt none.ckpt", "checkpoint none.ckpt does not exist"),
