@@ -26,6 +26,16 @@ def test_rope_passes_gradcheck():
     assert torch.autograd.gradcheck(HandRope.apply, (heads_first, cos.double(), sin.double()))
 
 
+def test_large_tensors_have_the_same_bits_too():
+    """Where the processor computes eight numbers at once."""
+    x, (cos, sin) = random(8, 64, 4, 32).float().transpose(1, 2), rope_tables(torch.arange(64), 32, 10000.0)
+    assert torch.equal(HandRope.apply(x, cos, sin), apply_rope(x.detach(), cos, sin))
+    rows, gain = random(16, 64, 96).float(), random(96).float()
+    norm = RMSNorm(96, 1e-5)
+    norm.weight.data = gain.detach()
+    assert torch.equal(HandRMSNorm.apply(rows, gain, 1e-5), norm(rows.detach()))
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16-autocast"])
 def test_the_network_gives_the_same_with_and_without_them(monkeypatch, autocast):
     config = model.GPTConfig(
