@@ -32,8 +32,10 @@ def assert_weights_are_close(one, other) -> None:
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
     for name in one:
+        # AdamW divides by the size of the gradient, so rounding shows most where a gradient is tiny. A wrong
+        # weight of a micro-batch moves parameters by a large part of the learning rate, 3e-3 a step.
         torch.testing.assert_close(
-            one[name], other[name], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            one[name], other[name], rtol=0, atol=6e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
