@@ -1,7 +1,9 @@
 """Which device and precision to use, and how much memory and speed the device has."""
 
 import contextlib
+import functools
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -66,6 +68,28 @@ def device_label(device: str) -> str:
     if device == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
     return device
+
+
+def cpuinfo(field: str) -> str:
+    """What Linux says of the first CPU in /proc/cpuinfo; an empty text on other systems."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
+
+
+def processor_name() -> str:
+    """The CPU's name, as Linux tells it or else Python."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def has_amd_cpu() -> bool:
+    """Whether the CPU is one of AMD's; False where the system does not tell. Windows names the maker in
+    `platform.processor()`."""
+    return "AuthenticAMD" in (cpuinfo("vendor_id") or platform.processor())
 
 
 def bf16_peak_flops(device: str) -> float | None:

@@ -5,16 +5,13 @@ To decode one token, each weight is read once and used for two operations: the l
 memory, in bytes a second.
 """
 
-import contextlib
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from support.device import bf16_peak_flops, device_label, memory_total
+from support.device import bf16_peak_flops, device_label, memory_total, processor_name
 
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192), "mps": (2048, 4096)}  # rows of a square matrix
 READ_BYTES = 2**29  # more than any cache holds
@@ -75,11 +72,8 @@ def matmul_peak(dtype: torch.dtype, device: str, seconds: float) -> float:
     for size in MATMUL_SIZES[device]:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        peaks.append(
-            2
-            * size**3
-            / fewest_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 2)
-        )
+        seconds_each = fewest_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 2)
+        peaks.append(2 * size**3 / seconds_each)
     return max(peaks)
 
 
@@ -93,15 +87,6 @@ def read_bandwidth(n_bytes: float, device: str, seconds: float) -> float:
         vectors = torch.ones(n_vectors, COLUMNS, device=device).t()
         times.append(fewest_seconds(lambda v=vectors: torch.mm(matrix, v), device, seconds / 2))
     return 4 * matrix.numel() / min(times)
-
-
-def processor_name() -> str:
-    """The CPU's name, as Linux tells it or else Python."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def measure_machine(device: str, seconds: float) -> Machine:

@@ -16,19 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.decoding.positions import Angles, position_tables
-from support.decoding.processor import has_amd_cpu
+from support.device import has_amd_cpu
 
 Function = Callable[[Tensor], Tensor]
 
 # ---- parts: a module becomes a function that writes into a buffer --------------------------------
 
 
+def own_product(linear: nn.Module, batch_size: int) -> Function | None:
+    """How to compute the layer where a plain product of matrices is not the way: the module itself with an
+    adapter or int8 weights, or `row_as_pair`. None for a plain product."""
+    if type(linear) is not nn.Linear:
+        return linear
+    return row_as_pair(linear) if is_faster_as_pair(linear, batch_size) else None
+
+
 def linear_into(linear: nn.Module, out: Tensor) -> Function:
     """The layer as a function whose result is written into `out` (B, out_features)."""
-    if type(linear) is not nn.Linear:  # with an adapter, or with int8 weights
-        return lambda x: out.copy_(linear(x))
-    if is_faster_as_pair(linear, len(out)):
-        product = row_as_pair(linear)
+    product = own_product(linear, len(out))
+    if product is not None:
         return lambda x: out.copy_(product(x))
     weight, bias = linear.weight.t(), linear.bias  # .t() is a view
     if bias is None:
@@ -38,10 +44,8 @@ def linear_into(linear: nn.Module, out: Tensor) -> Function:
 
 def linear_added(linear: nn.Module, stream: Tensor) -> Function:
     """The layer as a function whose result is added to the residual stream (B, D)."""
-    if type(linear) is not nn.Linear:
-        return lambda x: stream.add_(linear(x))
-    if is_faster_as_pair(linear, len(stream)):
-        product = row_as_pair(linear)
+    product = own_product(linear, len(stream))
+    if product is not None:
         return lambda x: stream.add_(product(x))
     weight, bias = linear.weight.t(), linear.bias
     if bias is None:

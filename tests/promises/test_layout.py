@@ -75,7 +75,7 @@ ARROWS = {
     "support.cli": "support.foreign support.messages",
     "support.compilers": "",
     "support.config": "model support.cli support.files support.foreign support.messages support.text",
-    "support.decoding": "support.compilers support.messages",
+    "support.decoding": "support.compilers support.device support.messages",
     "support.device": "support.messages",
     "support.hand_gradients": "",
     "support.evaluation": (
