@@ -47,8 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shape",
         choices=SHAPES,
-        help="a named shape (docs of the shapes: SHAPES in "
-        "support/benchmark/subject.py) in place of a config",
+        help="a named shape in place of a config (SHAPES in support/benchmark/subject.py lists them)",
     )
     parser.add_argument("--ckpt", type=file_path, metavar="FILE", help="the checkpoint to time")
     parser.add_argument(
@@ -246,12 +245,9 @@ def write_json(path: Path, machine: Machine | None, rows: list[Row]) -> None:
     """Write the limits of the machine, if they were measured, and all rows."""
     record = run_record()
     about = {"command": record["command"], "git_commit": record["git_commit"], "versions": record["versions"]}
+    text = json.dumps(about | {"machine": machine and vars(machine), "results": rows}, indent=1)
     with atomic_write(path) as file:
-        file.write(
-            (
-                json.dumps(about | {"machine": machine and vars(machine), "results": rows}, indent=1) + "\n"
-            ).encode()
-        )
+        file.write((text + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:

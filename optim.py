@@ -111,9 +111,7 @@ class Muon(torch.optim.AdamW):
         directions = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
         for p in params:
             p.grad = None  # it has been used; free its memory
-        updates = newton_schulz(
-            torch.stack([full(direction) for direction in directions])
-        )  # (n, rows, columns)
+        updates = newton_schulz(torch.stack([full(d) for d in directions]))  # (n, rows, columns)
         rows, columns = params[0].shape
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         updates = [shard_like(update, p) for update, p in zip(updates, params, strict=True)]

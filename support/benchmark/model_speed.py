@@ -3,7 +3,7 @@ token)."""
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def our_training(subject: Subject, steps: list[Step], compiled: bool) -> Side:
     net = subject.new_model().train()
     if subject.precision == "bf16-true":
         net = net.to(torch.bfloat16)
-    run = our_step(net, steps, subject)
+    run = our_step(net, itertools.cycle(steps), subject)
     if compiled:
         net.compile()
     return Side(
@@ -55,15 +55,16 @@ def our_training(subject: Subject, steps: list[Step], compiled: bool) -> Side:
     )
 
 
-def our_step(net: GPTMini, steps: list[Step], subject: Subject) -> Callable[[], None]:
-    """A function that makes one optimizer step on the next of `steps`. The order of the work, and each number
-    that is taken from the device, are those of `LitCausalLM.training_step`."""
+def our_step(net: GPTMini, steps: Iterable[Step], subject: Subject) -> Callable[[], None]:
+    """A function that makes one optimizer step on the next of `steps`, which are those of the run from its
+    first. The order of the work, and each number that is taken from the device, are those of
+    `LitCausalLM.training_step`."""
     training = subject.config.training
     optimizer = build_optimizer(net, training)
-    endless = itertools.cycle(steps)
+    numbered = enumerate(steps)
 
     def run() -> None:
-        step = next(endless)
+        index, step = next(numbered)
         n_targets = sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
         loss_total = torch.zeros((), device=subject.device)
         for batch in step.micro_batches:
@@ -73,7 +74,7 @@ def our_step(net: GPTMini, steps: list[Step], subject: Subject) -> Callable[[], 
             loss_total += loss_sum.detach()
         (loss_total / n_targets).item()
         float(torch.nn.utils.clip_grad_norm_(net.parameters(), training.grad_clip or float("inf")))
-        set_learning_rate(optimizer, scheduled_factor(0, training))
+        set_learning_rate(optimizer, scheduled_factor(index, training))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -160,6 +160,13 @@ class Opponent:
             model = silently(lambda: self.build(self.subject.model_config))
         return model.to(self.subject.device, self.subject.dtype).eval()
 
+    def in_training(self, compiled: bool) -> nn.Module:
+        """The model with its own initial weights, in train mode."""
+        model = silently(lambda: self.build(self.subject.model_config)).to(self.subject.device).train()
+        if compiled:
+            model.compile()
+        return model
+
 
 # ---- packages ------------------------------------------------------------------------------------
 
@@ -172,9 +179,7 @@ class HuggingFace(Opponent):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
 
     def train(self, compiled: bool) -> Trainee:
-        model = silently(lambda: self.build(self.subject.model_config)).to(self.subject.device).train()
-        if compiled:
-            model.compile()
+        model = self.in_training(compiled)
 
         def loss(batch: Batch) -> Tensor:
             # It shifts the labels itself.
@@ -236,9 +241,7 @@ class LitGPT(Opponent):
     def train(self, compiled: bool) -> Trainee:
         from litgpt.utils import chunked_cross_entropy
 
-        model = silently(lambda: self.build(self.subject.model_config)).to(self.subject.device).train()
-        if compiled:
-            model.compile()
+        model = self.in_training(compiled)
 
         def loss(batch: Batch) -> Tensor:
             return chunked_cross_entropy(model(batch["input_ids"]), batch["labels"], chunk_size=0)
@@ -351,14 +354,12 @@ class NanoGPT(Opponent):
 
     def train(self, compiled: bool) -> Trainee:
         training, device = self.subject.config.training, self.subject.device
-        model = silently(lambda: self.build(self.subject.model_config)).to(device).train()
+        model = self.in_training(compiled)
         optimizer = silently(
             lambda: model.configure_optimizers(
                 training.weight_decay, training.lr, tuple(training.betas), device
             )
         )
-        if compiled:
-            model.compile()
         return Trainee(model, lambda batch: model(batch["input_ids"], batch["labels"])[1], optimizer)
 
     def prefill(self, ids: Tensor, compiled: bool) -> Writer:

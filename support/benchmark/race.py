@@ -8,9 +8,9 @@ The validation text is cut in two. Hyperparameters may be chosen by the loss on 
 page is the loss on the second half, which no choice has seen.
 """
 
-import math
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from data import Batch, make_dataloaders
 from model import GPTMini
-from optim import build_optimizer, scheduled_factor, set_learning_rate
-from support.benchmark.opponents import import_model_file, silently
+from optim import lr_factor
+from support.benchmark.model_speed import count_params, our_step
+from support.benchmark.opponents import NanoGPT, silently
 from support.benchmark.subject import Subject
 from support.chunked_loss import IGNORE
 from support.messages import UserError
@@ -33,11 +34,11 @@ STEPS, BATCH_SIZE, LR, MIN_LR, WARMUP_STEPS, BETAS, WEIGHT_DECAY = 2000, 12, 1e-
 
 @dataclass
 class Runner:
-    """One side of the race. Each `next(steps)` trains one step."""
+    """One side of the race. Each call of `step` trains one step."""
 
     name: str
     model: nn.Module
-    steps: Iterator[None]
+    step: Callable[[], None]
     n_steps: int
     tokens_per_step: int
     seconds: float = 0.0
@@ -47,77 +48,50 @@ class Runner:
         n = self.n_steps * (i + 1) // N_SLICES - self.n_steps * i // N_SLICES
         start = time.perf_counter()
         for _ in range(n):
-            next(self.steps)
+            self.step()
         self.seconds += time.perf_counter() - start
 
 
 def our_runner(subject: Subject) -> Runner:
     """The run of the config, as train.py does it."""
-    config, model = subject.config, subject.new_model()
-    model.train()
-
-    def steps() -> Iterator[None]:
-        training = config.training
-        optimizer = build_optimizer(model, training)
-        loader, _ = make_dataloaders(config, subject.data, subject.tokenizer, training.max_steps)
-        for i, step in enumerate(loader):
-            n_targets = sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
-            for batch in step.micro_batches:
-                loss_sum, _ = model(**batch)
-                (loss_sum / n_targets).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip or math.inf)
-            set_learning_rate(optimizer, scheduled_factor(i, training))
-            optimizer.step()
-            optimizer.zero_grad()
-            yield
-
-    return Runner("ours", model, steps(), config.training.max_steps, subject.tokens_per_step)
+    config, model = subject.config, subject.new_model().train()
+    n_steps = config.training.max_steps
+    loader, _ = make_dataloaders(config, subject.data, subject.tokenizer, n_steps)
+    return Runner("ours", model, our_step(model, loader, subject), n_steps, subject.tokens_per_step)
 
 
 def nanogpt_runner(subject: Subject, path: str, lr: float) -> Runner:
     """nanoGPT's CPU recipe with its own model and optimizer, in the size of our config: random windows of the
     training text, a cosine schedule. Its README's learning rate is 1e-3."""
-    c, tokens = subject.model_config, torch.from_numpy(subject.data.train.tokens[:].astype("int64"))
-    length = subject.config.seq_len
-    module = import_model_file("nanogpt", path)
+    tokens, length = torch.from_numpy(subject.data.train.tokens[:].astype("int64")), subject.config.seq_len
     torch.manual_seed(subject.config.seed)
-    config = module.GPTConfig(
-        block_size=length,
-        vocab_size=c.vocab_size,
-        n_layer=c.n_layers,
-        n_head=c.n_heads,
-        n_embd=c.d_model,
-        dropout=0.0,
-        bias=False,
-    )
-    model = silently(lambda: module.GPT(config))
+    size = subject.model_config.model_copy(update={"dropout": 0.0, "max_seq_len": length})
+    model = silently(lambda: NanoGPT(subject, path).build(size))
     optimizer = silently(lambda: model.configure_optimizers(WEIGHT_DECAY, lr, BETAS, "cpu"))
+    generator = torch.Generator().manual_seed(subject.config.seed)
+    indices = itertools.count()
 
-    def steps() -> Iterator[None]:
-        generator = torch.Generator().manual_seed(subject.config.seed)
-        for i in range(STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = nanogpt_rate(i, lr)
-            starts = torch.randint(len(tokens) - length, (BATCH_SIZE,), generator=generator)
-            x = torch.stack([tokens[start : start + length] for start in starts])
-            y = torch.stack([tokens[start + 1 : start + 1 + length] for start in starts])
-            _, loss = model(x, y)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            yield
+    def step() -> None:
+        rate = nanogpt_rate(next(indices), lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        starts = torch.randint(len(tokens) - length, (BATCH_SIZE,), generator=generator)
+        x = torch.stack([tokens[start : start + length] for start in starts])
+        y = torch.stack([tokens[start + 1 : start + 1 + length] for start in starts])
+        _, loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    return Runner(f"nanogpt, lr {lr:g}", model, steps(), STEPS, BATCH_SIZE * length)
+    return Runner(f"nanogpt, lr {lr:g}", model, step, STEPS, BATCH_SIZE * length)
 
 
 def nanogpt_rate(step: int, lr: float) -> float:
     """The learning rate of its schedule: warmup, then half a cosine down to a tenth."""
     if step < WARMUP_STEPS:
         return lr * (step + 1) / (WARMUP_STEPS + 1)
-    progress = (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
-    least = lr * MIN_LR / LR
-    return least + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - least)
+    return lr * lr_factor(step, "cosine", WARMUP_STEPS, STEPS, floor=MIN_LR / LR)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -170,7 +144,7 @@ def hold_race(subject: Subject, path: str, lr: float) -> list[dict[str, Any]]:
                 "side": runner.name,
                 "steps": runner.n_steps,
                 "tokens": runner.n_steps * runner.tokens_per_step,
-                "n_params": sum(p.numel() for p in runner.model.parameters()),
+                "n_params": count_params(runner.model),
                 "val_loss_first_half": first,
                 "val_loss_second_half": second,
                 "training_seconds": runner.seconds,

@@ -107,9 +107,8 @@ class TokenFile:
         # Not np.memmap: with it a batch of 32 x 128 tokens takes 0.22 ms in place of 0.14 ms.
         with open(self.path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        ids = np.array(
-            np.frombuffer(mapped, self.dtype, len(self), offset)[index]
-        )  # a copy: `mapped` is freed
+        in_file = np.frombuffer(mapped, self.dtype, len(self), offset)
+        ids = np.array(in_file[index])  # a copy, so that no page of the file stays in use
         if self.vocab_size and ids.size:
             self._refuse_ids_outside(ids, self.vocab_size)
         return ids
