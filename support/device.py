@@ -61,6 +61,22 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def autocast_of(precision: str, device: str) -> contextlib.AbstractContextManager:
+    """The context in which Lightning runs a step of this precision: bf16 matrix products with `bf16-mixed`,
+    otherwise none."""
+    if precision != "bf16-mixed":
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16)
+
+
+def wait_for(device: str) -> None:
+    """Return when the device has finished its work: a GPU works on while Python goes ahead."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
 def device_label(device: str) -> str:
     """The device in words, such as `cuda (NVIDIA A100-SXM4-80GB)` or `cpu (2 threads)`."""
     if device == "cuda":

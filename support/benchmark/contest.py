@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from support.benchmark.machine import Machine, read_bandwidth, wait_for
+from support.benchmark.machine import Machine, read_bandwidth
 from support.benchmark.rounds import Rounds, Side, interleave
 from support.cli import print_wide
+from support.device import wait_for
 
 BANDWIDTH_SECONDS = 0.5  # for reading as many bytes as a model has
 Row = dict[str, Any]
@@ -53,7 +55,7 @@ def hold(contest: Contest, builders: list[Callable[[], Side]], machine: Machine,
         n_rounds=effort.n_rounds,
         max_seconds=effort.max_seconds,
         n_threads=effort.n_threads,
-        finish=wait_for(machine.device),
+        finish=partial(wait_for, machine.device),
     )
     if machine.device == "cuda":
         for side in sides:

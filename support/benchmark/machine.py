@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from support.device import bf16_peak_flops, device_label, memory_total, processor_name
+from support.device import bf16_peak_flops, device_label, memory_total, processor_name, wait_for
 
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192), "mps": (2048, 4096)}  # rows of a square matrix
 READ_BYTES = 2**29  # more than any cache holds
@@ -44,23 +44,16 @@ class Machine:
         return lines
 
 
-def wait_for(device: str) -> Callable[[], None]:
-    """A function that returns when the device has finished its work: a GPU works on while Python goes
-    ahead."""
-    return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
-
-
 def fewest_seconds(work: Callable[[], object], device: str, seconds: float) -> float:
     """The time of the fastest run of `work`, of as many as fit into `seconds` and at least three. The fastest
     one counts, because a limit is what is possible; all noise makes it slower."""
-    finish = wait_for(device)
     work()
-    finish()
+    wait_for(device)
     best, n_runs, deadline = float("inf"), 0, time.perf_counter() + seconds
     while n_runs < 3 or time.perf_counter() < deadline:
         began = time.perf_counter()
         work()
-        finish()
+        wait_for(device)
         best = min(best, time.perf_counter() - began)
         n_runs += 1
     return best

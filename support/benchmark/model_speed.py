@@ -14,7 +14,7 @@ from optim import build_optimizer, scheduled_factor, set_learning_rate
 from sampling import SamplingConfig
 from support.benchmark.opponents import MODELS, Opponents, Trainee, Writer, said
 from support.benchmark.rounds import Side
-from support.benchmark.subject import Subject, autocast
+from support.benchmark.subject import Subject
 from support.chunked_loss import IGNORE
 from support.int8 import quantize_int8
 
@@ -68,7 +68,7 @@ def our_step(net: GPTMini, steps: Iterable[Step], subject: Subject) -> Callable[
         n_targets = sum((batch["labels"] != IGNORE).sum() for batch in step.micro_batches)
         loss_total = torch.zeros((), device=subject.device)
         for batch in step.micro_batches:
-            with autocast(subject):
+            with subject.autocast():
                 loss_sum, _ = net(**batch)
             (loss_sum / n_targets).backward()
             loss_total += loss_sum.detach()
@@ -89,7 +89,7 @@ def their_training(name: str, path: str | None, subject: Subject, steps: list[St
     def run() -> None:
         micro_batches = next(endless).micro_batches
         for batch in micro_batches:
-            with autocast(subject):
+            with subject.autocast():
                 loss = trainee.loss(batch)
             (loss / len(micro_batches)).backward()
         clip = subject.config.training.grad_clip

@@ -18,7 +18,7 @@ from model import GPTMini
 from optim import build_optimizer
 from support.benchmark.model_speed import count_params
 from support.benchmark.rounds import Side
-from support.benchmark.subject import Subject, autocast, on_device, overrides_of
+from support.benchmark.subject import Subject, on_device, overrides_of
 from support.run.estimates import time_when_done
 from support.run.plan import Plan, plan_run
 
@@ -108,7 +108,7 @@ def seconds_of_loop(net: GPTMini, steps: list[list[dict]], subject: Subject) -> 
     for micro_batches in steps:
         starts.append(time_when_done(subject.device))
         for batch in micro_batches:
-            with autocast(subject):
+            with subject.autocast():
                 loss_sum, n_targets = net(**batch)
             (loss_sum / n_targets / len(micro_batches)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), training.grad_clip or float("inf"))

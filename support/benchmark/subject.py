@@ -15,7 +15,7 @@ from model import GPTConfig, GPTMini
 from support.checkpoint import load_model
 from support.config.read import config_tree, flag_overrides, load_config, validate_config
 from support.config.schema import Config
-from support.device import resolve_device, resolve_precision
+from support.device import autocast_of, resolve_device, resolve_precision
 from support.messages import UserError
 from support.run.plan import load_data
 from tokenizer import BPETokenizer, GPT2Tokenizer, Tokenizer
@@ -67,6 +67,10 @@ class Subject:
         """The name, and the type if it is not float32."""
         return self.name if self.dtype == torch.float32 else f"{self.name} bf16"
 
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which its steps run."""
+        return autocast_of(self.precision, self.device)
+
     @property
     def tokens_per_step(self) -> int:
         training = self.config.training
@@ -97,13 +101,6 @@ class Subject:
         else:
             steps = make_dataloaders(self.config, self.data, self.tokenizer, n_steps)[0]
         return [Step([on_device(batch, self.device) for batch in step.micro_batches]) for step in steps]
-
-
-def autocast(subject: Subject) -> contextlib.AbstractContextManager:
-    """The context in which Lightning runs a step of this precision."""
-    if subject.precision != "bf16-mixed":
-        return contextlib.nullcontext()
-    return torch.autocast(subject.device, torch.bfloat16)
 
 
 def on_device(batch: Batch, device: str) -> Batch:

@@ -6,7 +6,6 @@ these checks, a missing compiler would show only in the first step of a run, and
 might never show.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from data import Batch
 from model import GPTMini
 from support.compilers import OR_WITHOUT, is_of_compiler, why_it_failed
-from support.device import bf16_peak_flops
+from support.device import autocast_of, bf16_peak_flops
 from support.messages import UserError, warn
 
 # With training.compile=auto a run is compiled if its steps take longer than this. Compiling takes about a
@@ -131,10 +130,7 @@ def try_compiler(device: str) -> None:
 
 def gradients_of(net: GPTMini, batch: Batch, precision: str, device: str) -> dict[str, Tensor]:
     """{name of a trained parameter: its gradient in float32}, for the mean loss over the batch."""
-    autocast = (
-        torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
-    )
-    with autocast:
+    with autocast_of(precision, device):
         loss_sum, n_targets = net(**batch)
     (loss_sum / n_targets.clamp(min=1)).backward()
     return {

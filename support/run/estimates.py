@@ -9,6 +9,7 @@ from model import GPTConfig, GPTMini
 from optim import build_optimizer, parameter_groups
 from support.chunked_loss import CHUNK_ROWS, CHUNKED_FROM_VOCAB
 from support.config.schema import Config
+from support.device import wait_for
 from support.run.plan import Plan
 from support.run.starting_weights import net_on_meta
 
@@ -123,8 +124,6 @@ def estimate_step_time(plan: Plan, probe: GPTMini) -> tuple[float, float]:
 
 
 def time_when_done(device: str) -> float:
-    """The time in seconds, taken when the device has finished its work: a GPU works on while Python goes
-    ahead."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """The time in seconds, taken when the device has finished its work."""
+    wait_for(device)
     return time.perf_counter()
